@@ -1,0 +1,1 @@
+def save_lora(*a,**k): pass

@@ -1,0 +1,160 @@
+"""`EditorConfig`: every choice that defines an editor, checked when it is made."""
+
+import difflib
+from dataclasses import dataclass, fields
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from .version import __version__
+
+# The layout of what `EditorModel.save_pretrained` writes. Raised only when an older release could misread a newer editor.
+FORMAT_VERSION = 1
+
+TASK_TYPES = ("CAUSAL_LM",)
+TOKEN_SELECTIONS = ("answer", "all")
+FINGERPRINT_POLICIES = ("warn", "error", "ignore")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the method table: what a preset decides, and nothing else.
+
+    Attributes:
+        token_selection: which tokens of a fact are traced, `"answer"` or `"all"`.
+        aggregation: how the rows of all facts become one weight shift, `"least_squares"` or `"sum"`.
+        reference: the paper.
+    """
+
+    token_selection: str
+    aggregation: str
+    reference: str
+
+
+METHODS: dict[str, Method] = {
+    "malmen": Method("answer", "least_squares", "Tan, Zhang & Fu, ICLR 2024, arXiv 2311.04661"),
+    "mend": Method("all", "sum", "Mitchell et al., ICLR 2022, arXiv 2110.11309"),
+}
+
+
+class EditorConfig(PreTrainedConfig):
+    """Configuration of an [`EditorModel`].
+
+    Args:
+        method: preset of the pipeline, one of `METHODS` (`"malmen"`, `"mend"`).
+        base_model_name_or_path: the language model this editor edits. Filled by `EditorModel.from_base`.
+        base_model_revision: its revision on the Hub, if it came from there.
+        base_model_fingerprint: SHA-256 of the target weights the editor was made for. Filled by `EditorModel.from_base`.
+        fingerprint_policy: what `apply` does when the base's target weights differ: `"warn"`, `"error"` or `"ignore"`.
+        task_type: PEFT's task type.
+        target_modules: names or PEFT-style suffixes of the layers to edit, such as `["mlp.down_proj"]`. `None` picks
+            the second feed-forward linear of the last six blocks. Expanded to full names by `EditorModel.from_base`.
+        layers_to_transform: keep only the targets in these blocks (indices as PEFT counts them).
+        module_shapes: `{module name: [key_size, value_size]}`. Filled by `EditorModel.from_base`.
+        fan_in_fan_out: names of the targets that store their weight as (key_size, value_size), as GPT-2's `Conv1D`
+            does, instead of `nn.Linear`'s (value_size, key_size). Filled by `EditorModel.from_base`.
+        rank: width of the hyper-network's bottleneck (1920 in the paper).
+        n_blocks: number of hyper-network blocks.
+        edit_lr: initial η, the learned scale of a value difference.
+        ridge: initial λ of the least squares (paper section 4.1); log λ is learned per layer.
+        token_selection: traced tokens, `"answer"` or `"all"`; `None` takes the method's own.
+        prompt_template: text with `{prompt}` in it, put around every prompt, such as `"Q: {prompt}\\nA:"`.
+        use_chat_template: wrap every prompt as a user message in the tokenizer's chat template.
+
+    Raises:
+        ValueError: a field has a value that is not allowed; the message names the field, the value and what is allowed.
+    """
+
+    model_type = "hf_malmen"
+
+    method: str = "malmen"
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+    base_model_fingerprint: str | None = None
+    fingerprint_policy: str = "warn"
+    task_type: str = "CAUSAL_LM"
+    target_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    module_shapes: dict[str, list[int]] | None = None
+    fan_in_fan_out: list[str] | None = None
+    rank: int = 512
+    n_blocks: int = 2
+    edit_lr: float = 1e-6
+    ridge: float = 1.0
+    token_selection: str | None = None
+    prompt_template: str | None = None
+    use_chat_template: bool = False
+    format_version: int = FORMAT_VERSION
+    hf_malmen_version: str | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self._suggest_for_typos(kwargs)
+        super().__post_init__(**kwargs)
+        self._check_choices()
+        self._check_numbers()
+        self._check_targets()
+        if self.token_selection is None:
+            self.token_selection = METHODS[self.method].token_selection
+        self.hf_malmen_version = __version__ if self.hf_malmen_version is None else self.hf_malmen_version
+
+    @property
+    def aggregation(self) -> str:
+        """How rows become a weight shift, as the method has it: `"least_squares"` or `"sum"`."""
+        return METHODS[self.method].aggregation
+
+    def _suggest_for_typos(self, extra: dict[str, Any]) -> None:
+        # transformers keeps any keyword it does not know as an attribute, so `rnak=64` would change nothing, silently.
+        names = [field.name for field in fields(self)]
+        for name in extra:
+            close = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+            if close:
+                raise ValueError(f"EditorConfig has no field {name!r}. Did you mean {close[0]!r}?")
+
+    def _check_choices(self) -> None:
+        allowed = {
+            "method": tuple(METHODS),
+            "task_type": TASK_TYPES,
+            "token_selection": (None, *TOKEN_SELECTIONS),
+            "fingerprint_policy": FINGERPRINT_POLICIES,
+        }
+        for name, choices in allowed.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"EditorConfig.{name} is {value!r}; allowed: {', '.join(map(repr, choices))}.")
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"This editor has format {self.format_version} (written by hf_malmen {self.hf_malmen_version}), and "
+                f"hf_malmen {__version__} reads up to format {FORMAT_VERSION}. Upgrade: pip install -U hf_malmen."
+            )
+
+    def _check_numbers(self) -> None:
+        for name in ("rank", "n_blocks"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"EditorConfig.{name} is {value!r}; allowed: a whole number of at least 1.")
+        for name in ("edit_lr", "ridge"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise ValueError(f"EditorConfig.{name} is {value!r}; allowed: a finite number above 0.")
+
+    def _check_targets(self) -> None:
+        targets = self.target_modules
+        if targets is not None and not isinstance(targets, str):
+            if not targets or not all(isinstance(name, str) and name for name in targets):
+                raise ValueError(
+                    f"EditorConfig.target_modules is {targets!r}; allowed: None, a regular expression, or a list of "
+                    "module names or suffixes such as ['mlp.down_proj']."
+                )
+            if len(set(targets)) != len(targets):
+                raise ValueError(f"EditorConfig.target_modules names a module twice: {targets!r}.")
+        if self.prompt_template is not None and "{prompt}" not in self.prompt_template:
+            raise ValueError(
+                f"EditorConfig.prompt_template is {self.prompt_template!r}; allowed: a text that contains '{{prompt}}'."
+            )
+        if self.prompt_template is not None and self.use_chat_template:
+            raise ValueError("EditorConfig takes prompt_template or use_chat_template, not both.")
+        for name, shape in (self.module_shapes or {}).items():
+            if len(shape) != 2 or min(shape) < 1:
+                raise ValueError(
+                    f"EditorConfig.module_shapes[{name!r}] is {shape!r}; allowed: [key_size, value_size], both above 0."
+                )

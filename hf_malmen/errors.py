@@ -1,0 +1,33 @@
+"""Errors a user can act on. Each message says what was expected, what came, and what to do next."""
+
+
+class HfMalmenError(Exception):
+    """Base class: `except HfMalmenError` catches everything this package raises on purpose."""
+
+
+class FactError(HfMalmenError, ValueError):
+    """A fact, or a file of facts, cannot be used as it is."""
+
+
+class ModelMismatchError(HfMalmenError, ValueError):
+    """An editor or an edit does not fit the model (or checkpoint) it was given."""
+
+
+class NumericalError(HfMalmenError, ArithmeticError):
+    """A key, a gradient or a solve is not finite; the message names the layer."""
+
+
+class CheckpointError(HfMalmenError, ValueError):
+    """A safetensors checkpoint cannot be read or written safely."""
+
+
+class EditStateError(HfMalmenError, RuntimeError):
+    """An edit is asked for something its state does not allow, such as undoing what was never applied."""
+
+
+class FingerprintWarning(UserWarning):
+    """The base model's target weights are not those the editor, or the edit, was made for."""
+
+
+class UntrainedEditorWarning(UserWarning):
+    """The editor has seen no training data, so it neither standardises its inputs nor knows how to edit."""

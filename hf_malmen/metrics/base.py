@@ -1,0 +1,56 @@
+"""What the four metrics share: inputs, the two ways to score, and the average over facts."""
+
+from collections import defaultdict
+from typing import Any
+
+import datasets
+import evaluate
+
+from ..scoring import answers, token_accuracy
+
+_INPUTS = """
+Args:
+    predictions: for the configuration "tokens" (default), one list of token ids a prompt: the most likely token at each
+        answer position, given the true tokens before it. For "text", one freely generated string a prompt.
+    references: the expected token ids, or the expected answer, in the same order.
+    groups: optional, one integer a prompt. Prompts of one group, such as the rephrases of one fact, are averaged
+        first, so that each group counts once.
+"""
+
+_CITATION = """
+@inproceedings{tan2024massive,
+  title={Massive Editing for Large Language Models via Meta Learning},
+  author={Tan, Chenmien and Zhang, Ge and Fu, Jie},
+  booktitle={International Conference on Learning Representations},
+  year={2024}
+}
+"""
+
+
+class AnswerMetric(evaluate.Metric):
+    """Average score of predicted against expected answers. Subclasses say what is measured."""
+
+    result_name: str
+    description: str
+
+    def _info(self) -> evaluate.MetricInfo:
+        value = datasets.Value("string") if self.config_name == "text" else datasets.Sequence(datasets.Value("int64"))
+        if self.config_name not in ("default", "tokens", "text"):
+            raise ValueError(f"{self.result_name} has the configurations 'tokens' and 'text', not {self.config_name!r}.")
+        return evaluate.MetricInfo(
+            description=self.description,
+            citation=_CITATION,
+            inputs_description=_INPUTS,
+            features=datasets.Features({"predictions": value, "references": value}),
+        )
+
+    def _compute(
+        self, predictions: list[Any], references: list[Any], groups: list[int] | None = None
+    ) -> dict[str, float]:
+        score = answers if self.config_name == "text" else token_accuracy
+        by_group: dict[int, list[float]] = defaultdict(list)
+        group_of = groups if groups is not None else range(len(predictions))
+        for group, prediction, reference in zip(group_of, predictions, references, strict=True):
+            by_group[group].append(score(prediction, reference))
+        means = [sum(scores) / len(scores) for scores in by_group.values()]
+        return {self.result_name: sum(means) / len(means)}

@@ -1,0 +1,456 @@
+"""`EditorModel`: the pipeline behind one call."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from .batches import TokenBatch, Tokenizer, TokenSequence
+from .configuration import EditorConfig
+from .edit import Edit, base_fingerprint, check_fingerprint
+from .errors import ModelMismatchError, UntrainedEditorWarning
+from .evaluation import evaluate_edit
+from .facts import load_facts
+from .hypernetwork import HyperBlock, HyperNetwork, RunningStatistics
+from .least_squares import Solution, aggregator
+from .targets import check_targets, find_targets, is_fan_in_fan_out, module_shape
+from .tracing import Trace, frozen, trace
+
+DEFAULT_BATCH_SIZE = 32
+DEFAULT_EDITOR_BATCH_SIZE = 1024
+
+
+class EditorModel(PreTrainedModel):
+    """A trained editor: hyper-networks that turn facts into weight shifts for one base model.
+
+    ```python
+    editor = EditorModel.from_pretrained("org/malmen-gptj")
+    edit = editor.apply(model, [{"prompt": "The capital of Australia is", "target": "Canberra"}])
+    edit.undo()
+    ```
+
+    Args:
+        config: with `target_modules` and `module_shapes` filled in, as `EditorModel.from_base` does.
+    """
+
+    config_class = EditorConfig
+    base_model_prefix = ""
+    main_input_name = "keys"
+
+    def __init__(self, config: EditorConfig) -> None:
+        super().__init__(config)
+        if not config.module_shapes:
+            raise ValueError(
+                "This EditorConfig names no module shapes, so there is nothing to build. Use "
+                "EditorModel.from_base(model, config), which reads them off the base model."
+            )
+        members: dict[str, list[str]] = {}
+        for name, (key_size, value_size) in config.module_shapes.items():
+            members.setdefault(f"{key_size}x{value_size}", []).append(name)
+        self.networks = nn.ModuleDict(
+            {
+                shape: HyperNetwork(
+                    *map(int, shape.split("x")),
+                    n_modules=len(names),
+                    rank=config.rank,
+                    n_blocks=config.n_blocks,
+                    edit_lr=config.edit_lr,
+                    ridge=config.ridge,
+                )
+                for shape, names in members.items()
+            }
+        )
+        # Where each target module finds its network, and its own row there.
+        self._places = {name: (shape, i) for shape, names in members.items() for i, name in enumerate(names)}
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, HyperBlock | HyperNetwork):
+            module.reset_parameters()
+        elif isinstance(module, RunningStatistics):
+            for buffer in module.buffers():
+                buffer.zero_()
+
+    @classmethod
+    def from_base(cls, model: nn.Module, config: EditorConfig | None = None) -> "EditorModel":
+        """A new, untrained editor for `model`: names, shapes and fingerprint are read off it.
+
+        Args:
+            model: the base model, left as it is.
+            config: copied, not changed. Defaults to `EditorConfig()`.
+
+        Raises:
+            ModelMismatchError: no target module found, or one that cannot be edited.
+        """
+        config = EditorConfig.from_dict((config or EditorConfig()).to_dict())
+        names = find_targets(model, config)
+        config.target_modules = names
+        config.layers_to_transform = None
+        config.module_shapes = {name: module_shape(model.get_submodule(name)) for name in names}
+        config.fan_in_fan_out = [name for name in names if is_fan_in_fan_out(model.get_submodule(name))]
+        config.base_model_fingerprint = base_fingerprint(model, names)
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+        return cls(config)
+
+    @property
+    def module_names(self) -> list[str]:
+        """Full names of the target modules."""
+        return list(self._places)
+
+    def network(self, name: str) -> tuple[HyperNetwork, int]:
+        """The hyper-network of the module `name`, and the module's index in it."""
+        shape, index = self._places[name]
+        network = self.networks[shape]
+        assert isinstance(network, HyperNetwork)  # for the type checker
+        return network, index
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the editor has seen any training data."""
+        return any(int(self.network(name)[0].statistics.count) > 1 for name in self.module_names)
+
+    def forward(
+        self,
+        keys: Tensor,  # (n_tokens, key_size)
+        value_gradients: Tensor,  # (n_tokens, value_size)
+        module_name: str,
+    ) -> tuple[Tensor, Tensor]:  # (n_tokens, key_size), (n_tokens, value_size)
+        """The rows that the aggregation of `module_name` takes in: its left factor and the value differences D."""
+        network, index = self.network(module_name)
+        dtype = network.log_edit_lr.dtype
+        keys = keys.to(self.device, dtype)
+        return network.rows(keys, value_gradients.to(self.device, dtype), index, self.config.aggregation)
+
+    # Steps of the pipeline, shared by `apply` and the trainer
+
+    def trace(self, model: nn.Module, batches: Iterable[TokenBatch]) -> Iterator[dict[str, Trace]]:
+        """Keys and value gradients of every target module, batch by batch. `model` is inside `frozen`."""
+        for batch in batches:
+            yield trace(model, batch, self.module_names, self.config.token_selection)
+
+    @torch.no_grad()
+    def solve(
+        self, traces: Iterable[Mapping[str, Trace]], editor_batch_size: int = DEFAULT_EDITOR_BATCH_SIZE
+    ) -> dict[str, Solution]:
+        """Weight shifts of all target modules from the traces of all facts (paper section 4.1).
+
+        Args:
+            traces: one mapping a language-model batch; consumed one at a time.
+            editor_batch_size: tokens a pass of the hyper-network. Does not change the result.
+
+        Raises:
+            NumericalError: a solve fails or is not finite; names the module.
+        """
+        aggregators = {name: aggregator(self.config.aggregation, name) for name in self.module_names}
+        for traced in traces:
+            for name, entry in traced.items():
+                for keys, gradients in _split(entry, editor_batch_size):
+                    aggregators[name].add(*self(keys, gradients, name))
+        return {name: aggregators[name].solve(self.ridge(name)) for name in self.module_names}
+
+    @torch.no_grad()
+    def update_statistics(
+        self, traces: Sequence[Mapping[str, Trace]], gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    ) -> None:
+        """Take the traces of one training step into the running statistics.
+
+        Args:
+            traces: one mapping a language-model batch.
+            gather: stacks a (1, ...) tensor of every process into (n_processes, ...); the statistics then merge
+                exactly, and alike on every process.
+        """
+        for shape, network in self.networks.items():
+            statistics = network.statistics
+            seen = RunningStatistics(len(statistics.mean)).to(self.device)
+            for traced in traces:
+                for name, entry in traced.items():
+                    if self._places[name][0] == shape:
+                        seen.update(torch.cat((entry.keys, entry.value_gradients), dim=-1).to(self.device))
+            packed = torch.cat((seen.count[None], seen.mean, seen.squared_deviation))
+            for row in gather(packed[None]):
+                statistics.merge(row[0], *row[1:].chunk(2))
+
+    @torch.enable_grad()
+    def backward(
+        self,
+        traces: Sequence[Mapping[str, Trace]],
+        solutions: Mapping[str, Solution],
+        shift_gradients: Mapping[str, Tensor],
+        editor_batch_size: int = DEFAULT_EDITOR_BATCH_SIZE,
+    ) -> None:
+        """Turn ∂L/∂S of every module into gradients of the editor's parameters, added to those that are there.
+
+        The hyper-network runs again, `editor_batch_size` tokens at a time, with the adjoint of the solve as the
+        gradient of its rows (paper section 4.3).
+
+        Args:
+            traces: what `solve` was given.
+            solutions: what `solve` returned.
+            shift_gradients: {module name: ∂L/∂S of shape (key_size, value_size)}.
+        """
+        for name, gradient in shift_gradients.items():
+            multiplier, ridge_gradient = solutions[name].adjoint(gradient)
+            network, index = self.network(name)
+            if ridge_gradient is not None:
+                (network.log_ridge[index].exp() * ridge_gradient.to(network.log_ridge)).backward()
+            keys = torch.cat([traced[name].keys for traced in traces])
+            gradients = torch.cat([traced[name].value_gradients for traced in traces])
+            for rows in _split(Trace(keys, gradients), editor_batch_size):
+                left, differences = self(*rows, name)
+                ((left @ multiplier.to(left)) * differences).sum().backward()
+
+    def ridge(self, name: str) -> float:
+        """λ of the module `name`."""
+        network, index = self.network(name)
+        return network.log_ridge[index].detach().double().exp().item()
+
+    def edit_lr(self, name: str) -> float:
+        """η of the module `name`."""
+        network, index = self.network(name)
+        return network.log_edit_lr[index].detach().double().exp().item()
+
+    # What users call
+
+    def make_edit(
+        self,
+        model: PreTrainedModel,
+        facts: Any,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        editor_batch_size: int = DEFAULT_EDITOR_BATCH_SIZE,
+    ) -> Edit:
+        """Compute the edit that writes `facts` into `model`, without applying it.
+
+        Args:
+            model: the live base model. Its weights, gradients, modes and hooks are as found afterwards.
+            facts: anything `load_facts` takes.
+            tokenizer: the base model's; loaded from `model.name_or_path` if None.
+            batch_size: facts a forward and backward pass of the language model. Does not change the result.
+            editor_batch_size: tokens a pass of the hyper-network. Does not change the result.
+
+        Raises:
+            FactError: a fact is bad, or too long for the model.
+            ModelMismatchError: the editor does not fit the model.
+            NumericalError: a key, a gradient or a solve is not finite; names the module.
+        """
+        facts = load_facts(facts)
+        self.check_base(model)
+        if not self.is_trained:
+            _warn_untrained()
+        tokenize = self.tokenizer_for(model, tokenizer)
+        sequences = [tokenize(fact.prompt, fact.target) for fact in facts]
+        with frozen(model):
+            batches = _with_progress(tokenize, sequences, batch_size, model.device)
+            solutions = self.solve(self.trace(model, batches), editor_batch_size)
+        return Edit(
+            {name: solution.shift for name, solution in solutions.items()},
+            fan_in_fan_out=self.config.fan_in_fan_out or (),
+            facts=facts,
+            base_model_name_or_path=self.config.base_model_name_or_path,
+            base_model_revision=self.config.base_model_revision,
+            base_model_fingerprint=base_fingerprint(model, self.module_names),
+            editor={
+                "method": self.config.method,
+                "name_or_path": self.name_or_path or None,
+                "hf_malmen_version": self.config.hf_malmen_version,
+                "edit_lr": {name: self.edit_lr(name) for name in self.module_names},
+                "ridge": {name: self.ridge(name) for name in self.module_names},
+            },
+        )
+
+    def apply(
+        self,
+        model: PreTrainedModel | str | Path,
+        facts: Any,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        output_dir: str | Path | None = None,
+        in_place: bool = False,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        facts_per_turn: int | None = None,
+    ) -> Edit:
+        """Write `facts` into a model.
+
+        Args:
+            model: a live model, edited in place; or the folder or Hub id of a checkpoint, edited on disk.
+            facts: anything `load_facts` takes.
+            tokenizer: the base model's; loaded from beside the model if None.
+            output_dir: for a checkpoint: folder for the edited copy.
+            in_place: for a checkpoint: overwrite it instead.
+            batch_size: facts a pass of the language model. Does not change the result.
+            facts_per_turn: edit sequentially, this many facts at a time, each turn on the model as edited so far;
+                None edits all at once.
+
+        Returns:
+            The edit, in force on a live model (`edit.undo()` lifts it).
+
+        Raises:
+            FactError, ModelMismatchError, CheckpointError, NumericalError: see `make_edit` and `Edit.write`. All of
+                them come before the first write.
+        """
+        facts = load_facts(facts)
+        if facts_per_turn is not None and facts_per_turn < 1:
+            raise ValueError(f"facts_per_turn is {facts_per_turn}; expected a whole number of at least 1, or None.")
+        if isinstance(model, str | Path):
+            return self._apply_to_checkpoint(model, facts, tokenizer, output_dir, in_place, batch_size, facts_per_turn)
+        if output_dir is not None or in_place:
+            raise ValueError(
+                "output_dir and in_place are for a checkpoint; a live model is edited in memory. "
+                "Pass the checkpoint's folder or Hub id, or call edit.write(checkpoint, output_dir) afterwards."
+            )
+        return self._make_edit_in_turns(model, facts, tokenizer, batch_size, facts_per_turn).apply_to(
+            model, on_fingerprint_mismatch="ignore"  # checked when the edit was made
+        )
+
+    @contextmanager
+    def applied(self, model: PreTrainedModel, facts: Any, **kwargs: Any) -> Iterator[Edit]:
+        """`model` holds `facts` within the context, and is as before when it ends, also by an error."""
+        edit = self.apply(model, facts, **kwargs)
+        try:
+            yield edit
+        finally:
+            edit.undo()
+
+    def evaluate(
+        self,
+        model: PreTrainedModel,
+        facts: Any,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        generate: bool = False,
+    ) -> dict[str, float]:
+        """Apply `facts` at once, measure, and undo.
+
+        Args:
+            model: the live base model, as before afterwards.
+            facts: anything `load_facts` takes; rephrases and unrelated prompts are measured where facts have them.
+            tokenizer: as in `apply`.
+            batch_size: sequences a pass of the language model.
+            generate: measure by free generation too.
+
+        Returns:
+            `edit_success`, `generalization`, `locality`, `unrelated_accuracy`, each in [0, 1], teacher-forced; with
+            `generate` the same names with `_generated` appended; with `_before` appended, the value before the edit.
+        """
+        facts = load_facts(facts)
+        tokenize = self.tokenizer_for(model, tokenizer)
+        edit = self.make_edit(model, facts, tokenizer, batch_size=batch_size)
+        return evaluate_edit(model, edit, facts, tokenize, batch_size=batch_size, generate=generate)
+
+    def check_base(self, model: nn.Module) -> None:
+        """Check that this editor fits `model`.
+
+        Raises:
+            ModelMismatchError: a target is missing, cannot be edited, or has another shape or orientation; or its
+                weights differ and `fingerprint_policy` is `"error"`.
+        """
+        check_targets(model, self.module_names)
+        for name in self.module_names:
+            module = model.get_submodule(name)
+            expected = list(self.config.module_shapes[name])
+            flipped = name in (self.config.fan_in_fan_out or ())
+            if module_shape(module) != expected or is_fan_in_fan_out(module) != flipped:
+                raise ModelMismatchError(
+                    f"{name} maps {module_shape(module)[0]} features to {module_shape(module)[1]} in a "
+                    f"{type(module).__name__}; this editor was made for {expected[0]} to {expected[1]} in a "
+                    f"{'Conv1D' if flipped else 'Linear'}. Its base model is {self.config.base_model_name_or_path}."
+                )
+        check_fingerprint(
+            model,
+            self.config.base_model_fingerprint,
+            self.module_names,
+            self.config.fingerprint_policy,
+            f"This editor (base model {self.config.base_model_name_or_path})",
+        )
+
+    def tokenizer_for(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Tokenizer:
+        """The base model's tokenizer, in this editor's prompt format and with the model's length limit."""
+        if tokenizer is None:
+            if not model.name_or_path:
+                raise ValueError("This model does not say where it came from. Pass its tokenizer: tokenizer=...")
+            tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+        max_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        return Tokenizer(tokenizer, self.config, max_length)
+
+    def _make_edit_in_turns(
+        self,
+        model: PreTrainedModel,
+        facts: Sequence[Any],
+        tokenizer: PreTrainedTokenizerBase | None,
+        batch_size: int,
+        facts_per_turn: int | None,
+    ) -> Edit:
+        size = facts_per_turn or len(facts)
+        edit: Edit | None = None
+        try:
+            for start in range(0, len(facts), size):
+                turn = self.make_edit(model, facts[start : start + size], tokenizer, batch_size=batch_size)
+                if edit is not None:  # one merged edit in force, so that memory does not grow with the turns
+                    edit.undo()
+                    turn = edit.merge(turn)
+                edit = turn.apply_to(model, on_fingerprint_mismatch="ignore")
+        finally:
+            if edit is not None and edit.in_force:
+                edit.undo()
+        assert edit is not None  # for the type checker: load_facts refuses an empty list
+        return edit
+
+    def _apply_to_checkpoint(
+        self,
+        checkpoint: str | Path,
+        facts: Sequence[Any],
+        tokenizer: PreTrainedTokenizerBase | None,
+        output_dir: str | Path | None,
+        in_place: bool,
+        batch_size: int,
+        facts_per_turn: int | None,
+    ) -> Edit:
+        if (output_dir is None) == (not in_place):
+            raise ValueError("An edit on disk needs output_dir=... for a copy, or in_place=True; give exactly one.")
+        model = AutoModelForCausalLM.from_pretrained(checkpoint)
+        edit = self._make_edit_in_turns(model, facts, tokenizer, batch_size, facts_per_turn)
+        edit.write(checkpoint, output_dir, in_place=in_place)
+        return edit
+
+
+def _split(entry: Trace, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(entry.keys.split(size), entry.value_gradients.split(size), strict=True)
+
+
+def _with_progress(
+    tokenize: Tokenizer, sequences: Sequence[TokenSequence], batch_size: int, device: torch.device
+) -> Iterator[TokenBatch]:
+    with logging.tqdm(total=len(sequences), desc="Tracing", unit=" facts", leave=False) as bar:
+        for chosen, batch in tokenize.batches(sequences, batch_size):
+            yield batch.to(device)
+            bar.update(len(chosen))
+
+
+def _warn_untrained() -> None:
+    warnings.warn(
+        "This editor has seen no training data: its inputs are not standardised and its hyper-network is at its "
+        "initial state, so edits will hardly take. Train it with EditorTrainer, or load a trained one.",
+        UntrainedEditorWarning,
+        stacklevel=3,
+    )
+
+
+AutoConfig.register(EditorConfig.model_type, EditorConfig, exist_ok=True)
+AutoModel.register(EditorConfig, EditorModel, exist_ok=True)

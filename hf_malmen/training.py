@@ -1,0 +1,254 @@
+"""`EditorTrainer`: meta-training of the hyper-network with the decoupled gradient (paper section 4.3)."""
+
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import speed_metrics
+
+from .batches import TokenBatch, TokenSequence
+from .facts import Fact, load_facts, require_fields
+from .modeling import DEFAULT_BATCH_SIZE, DEFAULT_EDITOR_BATCH_SIZE, EditorModel
+from .tracing import answer_logits, frozen, shifted
+
+
+@dataclass
+class EditorTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` with what training an editor needs besides.
+
+    `per_device_train_batch_size` counts the facts edited together in one step, and `per_device_eval_batch_size` those
+    edited together in evaluation. The defaults that differ from `TrainingArguments` are the paper's.
+
+    Args:
+        lm_batch_size: sequences a pass of the language model. Changes memory and speed, not the result.
+        editor_batch_size: tokens a pass of the hyper-network. Changes memory and speed, not the result.
+        locality_weight: weight of the locality loss, KL(before ‖ after) on unrelated prompts.
+        rephrases_per_fact: rephrases of each fact drawn into the generalisation loss at every step.
+        scale_learning_rate: learning rate of log η and log λ. They are logarithms of scales that have orders of
+            magnitude to travel, so they get a rate of their own.
+    """
+
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Facts edited together in a step."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Facts edited together in evaluation."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the hyper-network's matrices."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of the learning rates."})
+    lm_batch_size: int = field(default=DEFAULT_BATCH_SIZE, metadata={"help": "Sequences a language-model pass."})
+    editor_batch_size: int = field(
+        default=DEFAULT_EDITOR_BATCH_SIZE, metadata={"help": "Tokens a hyper-network pass."}
+    )
+    locality_weight: float = field(default=1.0, metadata={"help": "Weight of the locality loss."})
+    rephrases_per_fact: int = field(default=1, metadata={"help": "Rephrases a fact in the generalisation loss."})
+    scale_learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of log η and log λ."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.remove_unused_columns = False  # facts are not columns
+        for name in ("lm_batch_size", "editor_batch_size", "rephrases_per_fact"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"EditorTrainingArguments.{name} is {getattr(self, name)}; expected at least 1.")
+        if self.locality_weight < 0:
+            raise ValueError(f"EditorTrainingArguments.locality_weight is {self.locality_weight}; expected 0 or more.")
+
+
+class EditorTrainer(Trainer):
+    """Trains an [`EditorModel`] on facts: logging, checkpoints, resume, schedules and trackers are `Trainer`'s.
+
+    Each step edits a set of facts, measures the edited model on their rephrases and on unrelated prompts, and moves
+    the hyper-network along the gradient of that meta loss. The gradient is decoupled: the language model gives ∂L/∂S,
+    the adjoint of the solve turns it into a gradient of the value differences, and the hyper-network is replayed in
+    its own micro-batches.
+
+    Args:
+        editor: the editor to train.
+        base_model: the language model; never trained, and as it was after every step.
+        args: training arguments.
+        train_dataset, eval_dataset: anything `load_facts` takes. Training facts need `rephrases`, and, unless
+            `locality_weight` is 0, `unrelated_prompt` and `unrelated_answer`.
+        processing_class: the base model's tokenizer; loaded from beside the base model if None.
+        callbacks: as in `Trainer`.
+        **kwargs: any other argument of `Trainer`.
+
+    Raises:
+        FactError: a training fact lacks a field, or is bad.
+        ModelMismatchError: the editor does not fit the base model.
+    """
+
+    args: EditorTrainingArguments
+
+    def __init__(
+        self,
+        editor: EditorModel,
+        base_model: PreTrainedModel,
+        args: EditorTrainingArguments,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        editor.check_base(base_model)
+        self.base_model = base_model
+        self.tokenize = editor.tokenizer_for(base_model, processing_class)
+        train_facts = load_facts(train_dataset) if train_dataset is not None else None
+        if train_facts is not None:
+            needed = ["rephrases"] + (["unrelated_prompt", "unrelated_answer"] if args.locality_weight else [])
+            require_fields(train_facts, needed, "Training")
+        super().__init__(
+            model=editor,
+            args=args,
+            data_collator=lambda facts: {"facts": facts},
+            train_dataset=train_facts,
+            eval_dataset=load_facts(eval_dataset) if eval_dataset is not None else None,
+            processing_class=self.tokenize.tokenizer,
+            callbacks=callbacks,
+            **kwargs,
+        )
+        base_model.to(args.device)
+        self._losses: list[tuple[float, float]] = []
+
+    @property
+    def editor(self) -> EditorModel:
+        """The editor being trained."""
+        editor = self.accelerator.unwrap_model(self.model)
+        assert isinstance(editor, EditorModel)  # for the type checker
+        return editor
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """`Trainer`'s optimizer, with log η and log λ in a group of their own."""
+        if self.optimizer is None:
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.editor)
+            scales = [p for name, p in self.editor.named_parameters() if _is_scale(name)]
+            others = [p for name, p in self.editor.named_parameters() if not _is_scale(name)]
+            groups = [
+                {"params": others, "weight_decay": self.args.weight_decay},
+                {"params": scales, "weight_decay": 0.0, "lr": self.args.scale_learning_rate},
+            ]
+            self.optimizer = optimizer_class(groups, **settings)
+        return self.optimizer
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:  # ()
+        """Edit the facts of `inputs`, and leave the gradient of the meta loss on the editor's parameters."""
+        model.train()
+        facts: list[Fact] = inputs["facts"]
+        rephrases, unrelated = self._draw(facts)
+        edits = [self.tokenize(fact.prompt, fact.target) for fact in facts]
+        with frozen(self.base_model):
+            traces = list(self.editor.trace(self.base_model, self._batches(edits)))
+            self.editor.update_statistics(traces, self.accelerator.gather)
+            solutions = self.editor.solve(traces, self.args.editor_batch_size)
+            dtype = torch.promote_types(self.base_model.dtype, torch.float32)
+            shifts = {
+                name: solution.shift.to(self.base_model.device, dtype).requires_grad_(True)
+                for name, solution in solutions.items()
+            }
+            generalization, locality = self._meta_loss(shifts, rephrases, unrelated)
+        weight = 1 / self.current_gradient_accumulation_steps
+        gradients = {name: weight * shift.grad for name, shift in shifts.items() if shift.grad is not None}
+        self.editor.backward(traces, solutions, gradients, self.args.editor_batch_size)
+        self._average_gradients()
+        self._losses.append((generalization, locality))
+        loss = generalization + self.args.locality_weight * locality
+        return torch.tensor(loss * weight, device=self.args.device)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Edit held-out facts, `per_device_eval_batch_size` at once, and measure. The editor does not change.
+
+        Returns:
+            The metrics of `EditorModel.evaluate`, averaged over the facts and prefixed with `metric_key_prefix`.
+        """
+        facts = self.eval_dataset if eval_dataset is None else load_facts(eval_dataset)
+        if facts is None:
+            raise ValueError("Evaluation needs facts: pass eval_dataset to EditorTrainer or to evaluate().")
+        size = self.args.per_device_eval_batch_size
+        start = time.time()
+        sums: dict[str, float] = {}
+        for begin in range(0, len(facts), size):
+            chosen = facts[begin : begin + size]
+            scores = self.editor.evaluate(
+                self.base_model, chosen, self.tokenize.tokenizer, batch_size=self.args.lm_batch_size
+            )
+            for name, value in scores.items():
+                sums[name] = sums.get(name, 0.0) + value * len(chosen) / len(facts)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in sums.items()}
+        metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(facts))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add both parts of the meta loss, averaged since the last log, and the learned η and λ of each layer."""
+        if "loss" in logs and self._losses:
+            generalization, locality = (sum(part) / len(part) for part in zip(*self._losses, strict=True))
+            logs |= {"generalization_loss": generalization, "locality_loss": locality}
+            self._losses.clear()
+            for name in self.editor.module_names:
+                logs[f"edit_lr/{name}"] = self.editor.edit_lr(name)
+                logs[f"ridge/{name}"] = self.editor.ridge(name)
+        super().log(logs, start_time)
+
+    def _draw(self, facts: Sequence[Fact]) -> tuple[list[TokenSequence], list[TokenSequence]]:
+        """This step's rephrases and unrelated prompts.
+
+        Drawn from the seed, the step and the fact alone, so that a resumed run draws what an uninterrupted one does.
+        """
+        rephrases, unrelated = [], []
+        for fact in facts:
+            draw = random.Random(f"{self.args.seed} {self.state.global_step} {fact.prompt}")
+            count = min(self.args.rephrases_per_fact, len(fact.rephrases))
+            rephrases += [self.tokenize(text, fact.target) for text in draw.sample(fact.rephrases, count)]
+            if self.args.locality_weight and fact.unrelated_prompt and fact.unrelated_answer:
+                unrelated.append(self.tokenize(fact.unrelated_prompt, fact.unrelated_answer))
+        return rephrases, unrelated
+
+    def _meta_loss(
+        self, shifts: Mapping[str, Tensor], rephrases: Sequence[TokenSequence], unrelated: Sequence[TokenSequence]
+    ) -> tuple[float, float]:
+        """Generalisation and locality loss of the shifted model, each a mean over all answer tokens of the step.
+
+        Leaves the gradient of generalisation + `locality_weight` × locality on the shifts.
+        """
+        totals = [0.0, 0.0]
+        for batch in self._batches(rephrases):
+            with shifted(self.base_model, shifts):
+                logits, targets = answer_logits(self.base_model, batch)
+                loss = F.cross_entropy(logits, targets, reduction="sum") / _n_answer_tokens(rephrases)
+                loss.backward()
+            totals[0] += loss.item()
+        for batch in self._batches(unrelated):
+            with torch.no_grad():
+                before = answer_logits(self.base_model, batch)[0].log_softmax(-1)
+            with shifted(self.base_model, shifts):
+                after = answer_logits(self.base_model, batch)[0].log_softmax(-1)
+                divergence = F.kl_div(after, before, reduction="sum", log_target=True) / _n_answer_tokens(unrelated)
+                (self.args.locality_weight * divergence).backward()
+            totals[1] += divergence.item()
+        return totals[0], totals[1]
+
+    def _batches(self, sequences: Sequence[TokenSequence]) -> Iterator[TokenBatch]:
+        for _, batch in self.tokenize.batches(sequences, self.args.lm_batch_size):
+            yield batch.to(self.base_model.device)
+
+    def _average_gradients(self) -> None:
+        # Not left to DistributedDataParallel: the gradient is made outside of the editor's forward pass.
+        if self.accelerator.num_processes > 1:
+            for parameter in self.editor.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+
+
+def _is_scale(name: str) -> bool:
+    return name.endswith(("log_edit_lr", "log_ridge"))
+
+
+def _n_answer_tokens(sequences: Sequence[TokenSequence]) -> int:
+    return sum(len(sequence.target_ids) for sequence in sequences)
