@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +138,23 @@ class EditorModel(PreTrainedModel):
 
     # Steps of the pipeline, shared by `apply` and the trainer
 
-    def trace(self, model: nn.Module, batches: Iterable[TokenBatch]) -> Iterator[dict[str, Trace]]:
-        """Keys and value gradients of every target module, batch by batch. `model` is inside `frozen`."""
+    def trace(
+        self,
+        model: nn.Module,
+        batches: Iterable[TokenBatch],
+        around: Callable[[TokenBatch], AbstractContextManager[None]] = lambda _: nullcontext(),
+    ) -> Iterator[dict[str, Trace]]:
+        """Keys and value gradients of every target module, batch by batch.
+
+        Args:
+            model: the base model, inside `frozen`.
+            batches: facts, on the model's device.
+            around: a context for the passes over each batch, such as `Trunk.replayed`.
+        """
         for batch in batches:
-            yield trace(model, batch, self.module_names, self.config.token_selection)
+            with around(batch):
+                traced = trace(model, batch, self.module_names, self.config.token_selection)
+            yield traced
 
     @torch.no_grad()
     def solve(

@@ -48,6 +48,18 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = True  # not `.train()`, which would also switch the modules below it
 
 
+def lm_inputs(model: nn.Module, batch: TokenBatch) -> dict[str, Any]:
+    """Keyword arguments of a plain forward pass of `model` over `batch`."""
+    accepted = inspect.signature(model.forward).parameters
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    if "position_ids" in accepted:
+        # Counted from the first real token, so that left padding does not shift a learned position embedding.
+        inputs["position_ids"] = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    return inputs
+
+
 def answer_logits(
     model: nn.Module, batch: TokenBatch
 ) -> tuple[Tensor, Tensor]:  # (n_answer_tokens, vocabulary) in float32 or wider, (n_answer_tokens,)
@@ -56,19 +68,13 @@ def answer_logits(
     Rows run through the batch sequence by sequence. Where the model can, the vocabulary projection is computed only for
     the positions that some sequence of the batch answers at.
     """
-    accepted = inspect.signature(model.forward).parameters
-    extra: dict[str, Any] = {}
+    inputs = lm_inputs(model, batch)
     labels = batch.labels
-    if "logits_to_keep" in accepted:
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
         positions = (labels != IGNORED).any(dim=0).nonzero().squeeze(-1)
-        extra["logits_to_keep"] = positions
+        inputs["logits_to_keep"] = positions
         labels = labels[:, positions]
-    if "position_ids" in accepted:
-        # Counted from the first real token, so that left padding does not shift a learned position embedding.
-        extra["position_ids"] = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
-    if "use_cache" in accepted:
-        extra["use_cache"] = False
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **extra).logits
+    logits = model(**inputs).logits
     answered = labels != IGNORED
     logits = logits[answered]
     # The softmax over a vocabulary in half precision is too coarse to differentiate.

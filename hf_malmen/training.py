@@ -16,6 +16,7 @@ from .batches import TokenBatch, TokenSequence
 from .facts import Fact, load_facts, require_fields
 from .modeling import DEFAULT_BATCH_SIZE, DEFAULT_EDITOR_BATCH_SIZE, EditorModel
 from .tracing import answer_logits, frozen, shifted
+from .trunk import Trunk
 
 
 @dataclass
@@ -28,6 +29,8 @@ class EditorTrainingArguments(TrainingArguments):
     Args:
         lm_batch_size: sequences a pass of the language model. Changes memory and speed, not the result.
         editor_batch_size: tokens a pass of the hyper-network. Changes memory and speed, not the result.
+        trunk_cache_gib: memory for the outputs of the blocks below the edited ones. Within a step they run once a
+            sequence; what fits is kept for the next epoch too. Changes memory and speed, not the result.
         locality_weight: weight of the locality loss, KL(before ‖ after) on unrelated prompts.
         rephrases_per_fact: rephrases of each fact drawn into the generalisation loss at every step.
         scale_learning_rate: learning rate of log η and log λ. They are logarithms of scales that have orders of
@@ -41,6 +44,9 @@ class EditorTrainingArguments(TrainingArguments):
     lm_batch_size: int = field(default=DEFAULT_BATCH_SIZE, metadata={"help": "Sequences a language-model pass."})
     editor_batch_size: int = field(
         default=DEFAULT_EDITOR_BATCH_SIZE, metadata={"help": "Tokens a hyper-network pass."}
+    )
+    trunk_cache_gib: float = field(
+        default=2.0, metadata={"help": "Memory (GiB) for outputs of the unedited blocks, kept between steps."}
     )
     locality_weight: float = field(default=1.0, metadata={"help": "Weight of the locality loss."})
     rephrases_per_fact: int = field(default=1, metadata={"help": "Rephrases a fact in the generalisation loss."})
@@ -110,6 +116,7 @@ class EditorTrainer(Trainer):
             **kwargs,
         )
         base_model.to(args.device)
+        self.trunk = Trunk(base_model, editor.module_names, int(args.trunk_cache_gib * 2**30))
         self._losses: list[tuple[float, float]] = []
 
     @property
@@ -141,7 +148,8 @@ class EditorTrainer(Trainer):
         rephrases, unrelated = self._draw(facts)
         edits = [self.tokenize(fact.prompt, fact.target) for fact in facts]
         with frozen(self.base_model):
-            traces = list(self.editor.trace(self.base_model, self._batches(edits)))
+            self.trunk.fill([*edits, *rephrases, *unrelated], self.tokenize, self.args.lm_batch_size)
+            traces = list(self.editor.trace(self.base_model, self._batches(edits), self.trunk.replayed))
             self.editor.update_statistics(traces, self.accelerator.gather)
             solutions = self.editor.solve(traces, self.args.editor_batch_size)
             dtype = torch.promote_types(self.base_model.dtype, torch.float32)
@@ -219,15 +227,15 @@ class EditorTrainer(Trainer):
         """
         totals = [0.0, 0.0]
         for batch in self._batches(rephrases):
-            with shifted(self.base_model, shifts):
+            with self.trunk.replayed(batch), shifted(self.base_model, shifts):
                 logits, targets = answer_logits(self.base_model, batch)
                 loss = F.cross_entropy(logits, targets, reduction="sum") / _n_answer_tokens(rephrases)
                 loss.backward()
             totals[0] += loss.item()
         for batch in self._batches(unrelated):
-            with torch.no_grad():
+            with self.trunk.replayed(batch), torch.no_grad():
                 before = answer_logits(self.base_model, batch)[0].log_softmax(-1)
-            with shifted(self.base_model, shifts):
+            with self.trunk.replayed(batch), shifted(self.base_model, shifts):
                 after = answer_logits(self.base_model, batch)[0].log_softmax(-1)
                 divergence = F.kl_div(after, before, reduction="sum", log_target=True) / _n_answer_tokens(unrelated)
                 (self.args.locality_weight * divergence).backward()

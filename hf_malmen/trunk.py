@@ -1,0 +1,137 @@
+"""The frozen trunk: the blocks below the first target, run once a sequence and replayed from memory.
+
+Nothing below the first edited layer ever changes, so its output for a sequence is computed once, in batches of its
+own, and every later pass over that sequence (before the edit, after it, in the next epoch) starts from there.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from .batches import TokenBatch, Tokenizer, TokenSequence
+from .tracing import lm_inputs
+
+logger = logging.get_logger(__name__)
+
+
+class Trunk:
+    """Outputs of the last block below the first target, by sequence.
+
+    Args:
+        model: the base model.
+        module_names: the target modules.
+        max_bytes: how much to keep from step to step; the oldest sequences go first.
+    """
+
+    def __init__(self, model: nn.Module, module_names: Sequence[str], max_bytes: int) -> None:
+        self.model = model
+        self.max_bytes = max_bytes
+        self.blocks = _blocks_below(model, module_names)
+        self._outputs: dict[tuple[int, ...], Tensor] = {}  # input ids -> (length, hidden_size)
+        self._n_bytes = 0
+        self._in_tuple = False  # whether the blocks wrap their output in a tuple
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether there are blocks to save, and their output is a plain hidden state."""
+        return bool(self.blocks)
+
+    @torch.no_grad()
+    def fill(self, sequences: Sequence[TokenSequence], tokenize: Tokenizer, batch_size: int) -> None:
+        """Run the trunk over those sequences that it has no output for. `model` is inside `frozen`."""
+        if not self.is_usable:
+            return
+        wanted = {sequence.input_ids: sequence for sequence in sequences}
+        self._make_room(protect=wanted)
+        missing = [sequence for ids, sequence in wanted.items() if ids not in self._outputs]
+        for chosen, batch in tokenize.batches(missing, batch_size):
+            output = self._run(batch.to(next(self.model.parameters()).device))
+            if output is None:
+                logger.info("The blocks below the edited ones return more than a hidden state; running them in full.")
+                self.blocks = []
+                return
+            for row, i in enumerate(chosen):
+                kept = output[row, batch.attention_mask[row].bool().to(output.device)].clone()
+                self._outputs[missing[i].input_ids] = kept
+                self._n_bytes += kept.nbytes
+
+    @contextmanager
+    def replayed(self, batch: TokenBatch) -> Iterator[None]:
+        """Within the context a forward pass over `batch` starts above the trunk, where `fill` has run its sequences."""
+        outputs = [self._outputs.get(tuple(ids[mask.bool()].tolist())) for ids, mask in _rows(batch)]
+        if not self.is_usable or any(output is None for output in outputs):
+            yield
+            return
+        found = [output for output in outputs if output is not None]
+        hidden = found[0].new_zeros((*batch.input_ids.shape, found[0].shape[-1]))
+        hidden[batch.attention_mask.bool()] = torch.cat(found)
+        result = (hidden,) if self._in_tuple else hidden
+        with ExitStack() as stack:
+            for block in self.blocks:
+                stack.enter_context(_returning(block, result))
+            yield
+
+    def _run(self, batch: TokenBatch) -> Tensor | None:
+        """The trunk's output for `batch`; None if it is more than one hidden state."""
+        reached: list[Any] = []
+
+        def stop(*args: Any) -> None:
+            reached.append(args[-1])
+            raise _TrunkDone
+
+        handle = self.blocks[-1].register_forward_hook(stop)
+        try:
+            self.model(**lm_inputs(self.model, batch))
+        except _TrunkDone:
+            pass
+        finally:
+            handle.remove()
+        output = reached[0]
+        self._in_tuple = isinstance(output, tuple)
+        if self._in_tuple:
+            output = output[0] if len(output) == 1 else None
+        return output if isinstance(output, Tensor) else None
+
+    def _make_room(self, protect: dict[tuple[int, ...], TokenSequence]) -> None:
+        for ids in list(self._outputs):
+            if self._n_bytes <= self.max_bytes:
+                return
+            if ids not in protect:
+                self._n_bytes -= self._outputs.pop(ids).nbytes
+
+
+class _TrunkDone(Exception):
+    """Raised by a hook to end a forward pass where the trunk ends."""
+
+
+def _blocks_below(model: nn.Module, module_names: Sequence[str]) -> list[nn.Module]:
+    """The blocks that run before any target: those above it in the one `nn.ModuleList` that holds all targets."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and all(target.startswith(f"{name}.") for target in module_names):
+            first = min(int(target[len(name) + 1 :].split(".")[0]) for target in module_names)
+            return list(module)[:first]
+    return []
+
+
+def _rows(batch: TokenBatch) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(batch.input_ids, batch.attention_mask, strict=True)
+
+
+@contextmanager
+def _returning(block: nn.Module, result: Any) -> Iterator[None]:
+    """Within the context the block returns `result` without running."""
+    # An attribute of the instance shadows the class's `forward`, and is gone again when deleted. Offloading libraries
+    # put one there too, which is kept and put back.
+    own = vars(block).get("forward")
+    vars(block)["forward"] = lambda *args, **kwargs: result
+    try:
+        yield
+    finally:
+        if own is None:
+            del vars(block)["forward"]
+        else:
+            vars(block)["forward"] = own
