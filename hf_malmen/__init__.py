@@ -1,0 +1,56 @@
+"""Rewrite thousands of facts in a language model's weights at once, by MALMEN.
+
+Names are imported when they are first used, so that `import hf_malmen` costs next to nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .version import __version__
+
+_MODULE_OF = {
+    "Edit": "edit",
+    "EditorConfig": "configuration",
+    "EditorModel": "modeling",
+    "EditorTrainer": "training",
+    "EditorTrainingArguments": "training",
+    "Fact": "facts",
+    "load_facts": "facts",
+    "HfMalmenError": "errors",
+    "FactError": "errors",
+    "ModelMismatchError": "errors",
+    "NumericalError": "errors",
+    "CheckpointError": "errors",
+    "EditStateError": "errors",
+    "FingerprintWarning": "errors",
+    "UntrainedEditorWarning": "errors",
+}
+
+__all__ = [*_MODULE_OF, "__version__"]  # noqa: PLE0604 - names, which ruff cannot see through the unpacking
+
+if TYPE_CHECKING:
+    from .configuration import EditorConfig as EditorConfig
+    from .edit import Edit as Edit
+    from .errors import CheckpointError as CheckpointError
+    from .errors import EditStateError as EditStateError
+    from .errors import FactError as FactError
+    from .errors import FingerprintWarning as FingerprintWarning
+    from .errors import HfMalmenError as HfMalmenError
+    from .errors import ModelMismatchError as ModelMismatchError
+    from .errors import NumericalError as NumericalError
+    from .errors import UntrainedEditorWarning as UntrainedEditorWarning
+    from .facts import Fact as Fact
+    from .facts import load_facts as load_facts
+    from .modeling import EditorModel as EditorModel
+    from .training import EditorTrainer as EditorTrainer
+    from .training import EditorTrainingArguments as EditorTrainingArguments
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ class Edit:
         self.base_model_revision = base_model_revision
         self.base_model_fingerprint = base_model_fingerprint
         self.editor = dict(editor or {})
-        self.created_at = created_at or datetime.now(UTC).isoformat(timespec="seconds")
+        self.created_at = created_at or datetime.now(timezone.utc).isoformat(timespec="seconds")
         self._model: weakref.ref[nn.Module] | None = None
 
     def __repr__(self) -> str:

@@ -1,0 +1,122 @@
+"""Tiny models and a tokenizer, built here: no test needs the network."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from hf_malmen import Fact
+
+torch.set_num_threads(1)
+
+CITIES = ("Lyon", "Turin", "Osaka", "Quito", "Perth", "Accra", "Lima", "Oslo", "Cairo", "Delhi", "Bergen", "Fez")
+COUNTRIES = ("France", "Italy", "Japan", "Ecuador", "Australia", "Ghana")
+CORPUS = [f"{city} is a city in {country}. The country of {city} is {country}." for city in CITIES for country in COUNTRIES]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def build_tokenizer(*, add_bos: bool = False, padding_side: str = "right") -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on `CORPUS`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=360, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    if add_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        padding_side=padding_side,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_llama(dtype: torch.dtype = torch.float32, *, intermediate_size: int = 48, n_layers: int = 4) -> PreTrainedModel:
+    """A Llama of 32 features with random weights; `intermediate_size=32` makes its feed-forward layers square."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=360,
+        hidden_size=32,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=n_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def build_gpt2(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A GPT-2 with `Conv1D` layers and learned position embeddings, without dropout."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=360,
+        n_embd=32,
+        n_layer=4,
+        n_head=4,
+        n_positions=64,
+        initializer_range=0.2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return GPT2LMHeadModel(config).to(dtype).eval()
+
+
+def build_facts(n: int = 8) -> list[Fact]:
+    """Facts with rephrases and unrelated prompts; prompts and targets differ in length."""
+    facts = []
+    for i in range(n):
+        city, other = CITIES[i % len(CITIES)], CITIES[(i + 5) % len(CITIES)]
+        suffix = "" if i < len(CITIES) else f" number {i}"
+        facts.append(
+            Fact(
+                prompt=f"The country of {city}{suffix} is",
+                target=COUNTRIES[(i * 5 + 1) % len(COUNTRIES)],
+                rephrases=(f"{city}{suffix} is a city in", f"{city}{suffix}, a city in the country of"),
+                unrelated_prompt=f"{other} is a city in",
+                unrelated_answer=COUNTRIES[i % len(COUNTRIES)],
+                subject=city,
+            )
+        )
+    return facts
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The tiny tokenizer, padding on the right."""
+    return build_tokenizer()
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """A tiny causal language model in float32, of each weight layout."""
+    return {"llama": build_llama, "gpt2": build_gpt2}[request.param]()
+
+
+@pytest.fixture
+def facts() -> list[Fact]:
+    """Eight facts."""
+    return build_facts()
