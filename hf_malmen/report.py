@@ -1,0 +1,113 @@
+"""What a person reads: score tables, and what an editor, an edit or a checkpoint holds."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from .checkpoint import read_tensor_index
+from .configuration import EditorConfig
+from .edit import Edit
+from .errors import CheckpointError
+
+METRIC_TITLES = {
+    "edit_success": "edit success",
+    "generalization": "generalization",
+    "locality": "locality",
+    "unrelated_accuracy": "unrelated accuracy",
+}
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, padded so that it also reads well in a terminal. Columns after the first align right."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    aligned = [
+        [cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))]
+        for line in lines
+    ]
+    rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [aligned[0], rule, *aligned[1:]])
+
+
+def scores_table(scores_by_size: Mapping[int, Mapping[str, float]]) -> str:
+    """Scores of `EditorModel.evaluate` for several numbers of facts, before and after the edit.
+
+    Args:
+        scores_by_size: {number of facts edited at once: scores}.
+    """
+    rows = []
+    for size, scores in scores_by_size.items():
+        for name, title in METRIC_TITLES.items():
+            for suffix, way in (("", "teacher-forced"), ("_generated", "generated")):
+                key = name + suffix
+                if key in scores:
+                    rows.append([f"{title}, {way}", str(size), f"{scores[key + '_before']:.3f}", f"{scores[key]:.3f}"])
+    return table(["metric", "facts", "before", "after"], rows)
+
+
+def describe(path: str) -> str:
+    """A few lines about the editor, edit or checkpoint at `path`.
+
+    Raises:
+        CheckpointError: a folder that holds none of them.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise CheckpointError(f"{path} has no config.json; expected an editor, a saved edit or a checkpoint.")
+    if folder.is_dir():
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "edit_format_version" in config:
+            return _describe_edit(Edit.from_pretrained(folder))
+        if config.get("model_type") != EditorConfig.model_type:
+            return _describe_checkpoint(folder, config)
+    return _describe_editor(path)
+
+
+def _describe_edit(edit: Edit) -> str:
+    lines = [
+        f"Edit of {len(edit.facts)} facts for {edit.base_model_name_or_path or 'an unnamed model'}",
+        f"made {edit.created_at} by {edit.editor.get('method', 'an unknown method')}",
+        "",
+        table(
+            ["layer", "shape", "norm of S"],
+            [[name, "x".join(map(str, s.shape)), f"{s.norm():.4g}"] for name, s in edit.shifts.items()],
+        ),
+        "",
+        *[f"  {fact.prompt} -> {fact.target}" for fact in edit.facts[:5]],
+    ]
+    if len(edit.facts) > 5:
+        lines.append(f"  ... and {len(edit.facts) - 5} more")
+    return "\n".join(lines)
+
+
+def _describe_editor(path: str) -> str:
+    from .modeling import EditorModel  # transformers' model classes take seconds to import
+
+    editor = EditorModel.from_pretrained(path)
+    config = editor.config
+    rows = [
+        [name, "x".join(map(str, config.module_shapes[name])), f"{editor.edit_lr(name):.3g}", f"{editor.ridge(name):.3g}"]
+        for name in editor.module_names
+    ]
+    return "\n".join(
+        [
+            f"{config.method} editor for {config.base_model_name_or_path or 'an unnamed model'}, "
+            f"written by hf_malmen {config.hf_malmen_version}",
+            f"{editor.num_parameters():,} parameters: rank {config.rank}, {config.n_blocks} blocks; "
+            f"{'trained' if editor.is_trained else 'not trained yet'}",
+            f"fingerprint of the base's target weights: {(config.base_model_fingerprint or 'none')[:16]}",
+            "",
+            table(["layer", "keys x values", "learned η", "learned λ"], rows),
+        ]
+    )
+
+
+def _describe_checkpoint(folder: Path, config: Mapping[str, object]) -> str:
+    tensors = read_tensor_index(folder)
+    size = sum(entry.end - entry.begin for entry in tensors.values())
+    files = len({entry.file for entry in tensors.values()})
+    dtypes = ", ".join(sorted({entry.dtype for entry in tensors.values()}))
+    return (
+        f"Checkpoint of a {config.get('model_type', 'unknown')} model: {len(tensors)} tensors ({dtypes}), "
+        f"{size / 2**20:,.1f} MiB in {files} safetensors file{'s' if files > 1 else ''}"
+    )
