@@ -26,7 +26,7 @@ _MODULE_OF = {
     "UntrainedEditorWarning": "errors",
 }
 
-__all__ = [*_MODULE_OF, "__version__"]  # noqa: PLE0604 - names, which ruff cannot see through the unpacking
+__all__ = [*_MODULE_OF, "__version__"]
 
 if TYPE_CHECKING:
     from .configuration import EditorConfig as EditorConfig

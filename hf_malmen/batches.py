@@ -76,9 +76,7 @@ class Tokenizer:
         max_length: the most tokens the base model reads, or None for no limit.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, config: EditorConfig, max_length: int | None = None
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: EditorConfig, max_length: int | None = None) -> None:
         self.tokenizer = tokenizer
         self.config = config
         self.max_length = max_length

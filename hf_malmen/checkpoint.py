@@ -311,7 +311,7 @@ def _parse_entry(path: Path, key: str, value: Any, start: int) -> TensorEntry:
             raise TypeError("negative or not whole")
         bits = math.prod(shape) * _ITEM_BITS[dtype]
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: the header entry of {key!r} cannot be read ({error!r}). It is damaged.") from None
+        raise CheckpointError(f"{path}: the header entry of {key!r} is damaged ({error!r}).") from None
     if (end - begin) * 8 != bits:
         raise CheckpointError(f"{path}: {key!r} takes {end - begin} bytes, expected {bits // 8}. It is damaged.")
     return TensorEntry(path, dtype, shape, start + begin, start + end)

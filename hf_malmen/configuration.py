@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from .version import __version__
 
-# The layout of what `EditorModel.save_pretrained` writes. Raised only when an older release could misread a newer editor.
+# The layout of what `EditorModel.save_pretrained` writes. Raised when an older release could misread a newer editor.
 FORMAT_VERSION = 1
 
 TASK_TYPES = ("CAUSAL_LM",)
@@ -44,7 +44,7 @@ class EditorConfig(PreTrainedConfig):
         method: preset of the pipeline, one of `METHODS` (`"malmen"`, `"mend"`).
         base_model_name_or_path: the language model this editor edits. Filled by `EditorModel.from_base`.
         base_model_revision: its revision on the Hub, if it came from there.
-        base_model_fingerprint: SHA-256 of the target weights the editor was made for. Filled by `EditorModel.from_base`.
+        base_model_fingerprint: SHA-256 of the target weights it was made for. Filled by `EditorModel.from_base`.
         fingerprint_policy: what `apply` does when the base's target weights differ: `"warn"`, `"error"` or `"ignore"`.
         task_type: PEFT's task type.
         target_modules: names or PEFT-style suffixes of the layers to edit, such as `["mlp.down_proj"]`. `None` picks
@@ -93,9 +93,17 @@ class EditorConfig(PreTrainedConfig):
         self._check_choices()
         self._check_numbers()
         self._check_targets()
-        if self.token_selection is None:
-            self.token_selection = METHODS[self.method].token_selection
         self.hf_malmen_version = __version__ if self.hf_malmen_version is None else self.hf_malmen_version
+
+    @property
+    def traced_tokens(self) -> str:
+        """Which tokens are traced, `"answer"` or `"all"`: `token_selection`, or the method's own."""
+        return self.token_selection or METHODS[self.method].token_selection
+
+    def shape_of(self, name: str) -> tuple[int, int]:
+        """(key_size, value_size) of a target module."""
+        key_size, value_size = (self.module_shapes or {})[name]
+        return key_size, value_size
 
     @property
     def aggregation(self) -> str:

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.utils import SoftTemporaryDirectory
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -306,16 +306,14 @@ class Edit:
         """
         api = HfApi(token=token, library_name="hf_malmen", library_version=__version__)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        with SoftTemporaryDirectory() as folder:
+        with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return api.upload_folder(
                 repo_id=repo_id, folder_path=folder, commit_message=commit_message, create_pr=create_pr
             )
 
 
-def check_fingerprint(
-    model: nn.Module, expected: str | None, names: Iterable[str], policy: str, subject: str
-) -> None:
+def check_fingerprint(model: nn.Module, expected: str | None, names: Iterable[str], policy: str, subject: str) -> None:
     """Compare the model's target weights with those `subject` was made for.
 
     Edits in force on the model do not count: the weights they replaced are compared.

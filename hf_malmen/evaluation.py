@@ -147,7 +147,8 @@ def _generate(model: PreTrainedModel, tokenize: Tokenizer, sequences: Sequence[T
     prompts = [TokenSequence(s.prompt_ids, s.prompt_ids) for s in sequences]
     batch: TokenBatch = tokenize.pad(prompts, side="left").to(model.device)
     longest = max(len(s.target_ids) for s in sequences)
-    generated = model.generate(
+    generate: Any = model.generate  # typed for a mixin that PreTrainedModel does not name
+    generated = generate(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         max_new_tokens=longest + _EXTRA_TOKENS,

@@ -4,15 +4,9 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .errors import FactError
-
-if TYPE_CHECKING:
-    import datasets
-
-# What `load_facts` takes; see its docstring.
-FactSource = "str | Path | Iterable[Mapping[str, Any] | Fact] | datasets.Dataset"
 
 _FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
@@ -229,7 +223,8 @@ def _read_file(path: Path) -> Iterable[Mapping[str, Any]]:
     import pandas
 
     table = pandas.read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
-    return table.astype(object).where(table.notna(), None).to_dict("records")
+    records: list[Mapping[str, Any]] = table.astype(object).where(table.notna(), None).to_dict("records")
+    return records
 
 
 def _read_csv(path: Path) -> Any:

@@ -163,7 +163,8 @@ class RidgeLeastSquares:
         return torch.cat(keys), torch.cat(differences)
 
     def _solve_primal(self, ridge: float) -> PrimalSolution:
-        assert self._gram is not None and self._moment is not None  # for the type checker: set together in _fold
+        assert self._gram is not None  # for the type checker: both are set in _fold
+        assert self._moment is not None
         _require_finite(self._gram, self.name, "the product of its keys")
         _require_finite(self._moment, self.name, "the product of keys and value differences")
         factor = self._factor(self._gram, ridge)
@@ -192,7 +193,7 @@ class RidgeLeastSquares:
 
 def aggregator(aggregation: str, name: str) -> RowSum | RidgeLeastSquares:
     """The aggregation of that name for the layer `name`."""
-    return {"sum": RowSum, "least_squares": RidgeLeastSquares}[aggregation](name)
+    return RowSum(name) if aggregation == "sum" else RidgeLeastSquares(name)
 
 
 def _require_finite(tensor: Tensor, name: str, what: str) -> None:

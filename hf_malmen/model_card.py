@@ -66,10 +66,7 @@ def render_editor_card(
         for name, title in METRIC_TITLES.items()
         if name in metrics
     ]
-    layers = [
-        [name, f"{editor.edit_lr(name):.3g}", f"{editor.ridge(name):.3g}"]
-        for name in editor.module_names
-    ]
+    layers = [[name, f"{editor.edit_lr(name):.3g}", f"{editor.ridge(name):.3g}"] for name in editor.module_names]
     template = files("hf_malmen.model_cards").joinpath("editor.md.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
     return environment.from_string(template).render(

@@ -47,6 +47,7 @@ class EditorModel(PreTrainedModel):
     """
 
     config_class = EditorConfig
+    config: EditorConfig
     base_model_prefix = ""
     main_input_name = "keys"
 
@@ -63,8 +64,7 @@ class EditorModel(PreTrainedModel):
         self.networks = nn.ModuleDict(
             {
                 shape: HyperNetwork(
-                    *map(int, shape.split("x")),
-                    n_modules=len(names),
+                    *(*config.shape_of(names[0]), len(names)),
                     rank=config.rank,
                     n_blocks=config.n_blocks,
                     edit_lr=config.edit_lr,
@@ -153,7 +153,7 @@ class EditorModel(PreTrainedModel):
         """
         for batch in batches:
             with around(batch):
-                traced = trace(model, batch, self.module_names, self.config.token_selection)
+                traced = trace(model, batch, self.module_names, self.config.traced_tokens)
             yield traced
 
     @torch.no_grad()
@@ -188,7 +188,8 @@ class EditorModel(PreTrainedModel):
                 exactly, and alike on every process.
         """
         for shape, network in self.networks.items():
-            statistics = network.statistics
+            statistics = network.get_submodule("statistics")
+            assert isinstance(statistics, RunningStatistics)  # for the type checker
             seen = RunningStatistics(len(statistics.mean)).to(self.device)
             for traced in traces:
                 for name, entry in traced.items():
@@ -287,10 +288,10 @@ class EditorModel(PreTrainedModel):
             },
         )
 
-    def apply(
+    def apply(  # type: ignore[override] # the name is the contract; `nn.Module.apply` still answers to a function
         self,
         model: PreTrainedModel | str | Path,
-        facts: Any,
+        facts: Any = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         output_dir: str | Path | None = None,
@@ -317,6 +318,8 @@ class EditorModel(PreTrainedModel):
             FactError, ModelMismatchError, CheckpointError, NumericalError: see `make_edit` and `Edit.write`. All of
                 them come before the first write.
         """
+        if facts is None and not isinstance(model, nn.Module | str | Path):
+            return super().apply(model)  # `nn.Module.apply(function)`, which libraries call on any module
         facts = load_facts(facts)
         if facts_per_turn is not None and facts_per_turn < 1:
             raise ValueError(f"facts_per_turn is {facts_per_turn}; expected a whole number of at least 1, or None.")
@@ -328,7 +331,8 @@ class EditorModel(PreTrainedModel):
                 "Pass the checkpoint's folder or Hub id, or call edit.write(checkpoint, output_dir) afterwards."
             )
         return self._make_edit_in_turns(model, facts, tokenizer, batch_size, facts_per_turn).apply_to(
-            model, on_fingerprint_mismatch="ignore"  # checked when the edit was made
+            model,
+            on_fingerprint_mismatch="ignore",  # checked when the edit was made
         )
 
     @contextmanager
@@ -377,7 +381,7 @@ class EditorModel(PreTrainedModel):
         check_targets(model, self.module_names)
         for name in self.module_names:
             module = model.get_submodule(name)
-            expected = list(self.config.module_shapes[name])
+            expected = list(self.config.shape_of(name))
             flipped = name in (self.config.fan_in_fan_out or ())
             if module_shape(module) != expected or is_fan_in_fan_out(module) != flipped:
                 raise ModelMismatchError(

@@ -86,9 +86,10 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> Path:
         ValueError: `resume` without a checkpoint; or anything that the editor, the facts or the model do not allow.
     """
     args = EditorTrainingArguments(**recipe.training)
-    checkpoint = get_last_checkpoint(args.output_dir) if resume and Path(args.output_dir).is_dir() else None
+    folder = Path(recipe.training["output_dir"])
+    checkpoint = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
     if resume and checkpoint is None:
-        raise ValueError(f"{args.output_dir} has no checkpoint to resume from. Start without --resume.")
+        raise ValueError(f"{folder} has no checkpoint to resume from. Start without --resume.")
     train_facts = load_facts(recipe.train_facts)
     eval_facts = load_facts(recipe.eval_facts) if recipe.eval_facts else None
     config = EditorConfig(**recipe.editor)
@@ -102,7 +103,7 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> Path:
     trainer.save_state()
     metrics = trainer.evaluate() if eval_facts is not None else {}
     write_editor_card(
-        args.output_dir,
+        folder,
         editor,
         metrics={name.removeprefix("eval_"): value for name, value in metrics.items()},
         training={name: value for name, value in recipe.training.items() if name != "output_dir"},
@@ -110,7 +111,7 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> Path:
         n_train_facts=len(train_facts),
         n_facts_at_once=args.per_device_eval_batch_size,
     )
-    return Path(args.output_dir)
+    return folder
 
 
 def _names(dataclass_type: type) -> set[str]:

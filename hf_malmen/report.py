@@ -22,7 +22,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [list(header), *map(list, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     aligned = [
-        [cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))]
+        [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]
         for line in lines
     ]
     rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
@@ -86,7 +86,7 @@ def _describe_editor(path: str) -> str:
     editor = EditorModel.from_pretrained(path)
     config = editor.config
     rows = [
-        [name, "x".join(map(str, config.module_shapes[name])), f"{editor.edit_lr(name):.3g}", f"{editor.ridge(name):.3g}"]
+        [name, "{}x{}".format(*config.shape_of(name)), f"{editor.edit_lr(name):.3g}", f"{editor.ridge(name):.3g}"]
         for name in editor.module_names
     ]
     return "\n".join(

@@ -27,10 +27,8 @@ def find_targets(model: nn.Module, config: EditorConfig) -> list[str]:
     Raises:
         ModelMismatchError: nothing matches, or a match cannot be edited.
     """
-    if config.target_modules is None:
-        names = _default_targets(model)
-    else:
-        names = _matching(model, config.target_modules)
+    wanted_names = config.target_modules
+    names = _default_targets(model) if wanted_names is None else _matching(model, wanted_names)
     if config.layers_to_transform is not None:
         wanted = config.layers_to_transform
         kept = {wanted} if isinstance(wanted, int) else set(wanted)

@@ -42,9 +42,7 @@ class EditorTrainingArguments(TrainingArguments):
     learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the hyper-network's matrices."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of the learning rates."})
     lm_batch_size: int = field(default=DEFAULT_BATCH_SIZE, metadata={"help": "Sequences a language-model pass."})
-    editor_batch_size: int = field(
-        default=DEFAULT_EDITOR_BATCH_SIZE, metadata={"help": "Tokens a hyper-network pass."}
-    )
+    editor_batch_size: int = field(default=DEFAULT_EDITOR_BATCH_SIZE, metadata={"help": "Tokens a hyper-network pass."})
     trunk_cache_gib: float = field(
         default=2.0, metadata={"help": "Memory (GiB) for outputs of the unedited blocks, kept between steps."}
     )
@@ -115,7 +113,7 @@ class EditorTrainer(Trainer):
             callbacks=callbacks,
             **kwargs,
         )
-        base_model.to(args.device)
+        nn.Module.to(base_model, args.device)
         self.trunk = Trunk(base_model, editor.module_names, int(args.trunk_cache_gib * 2**30))
         self._losses: list[tuple[float, float]] = []
 
@@ -174,9 +172,9 @@ class EditorTrainer(Trainer):
         Returns:
             The metrics of `EditorModel.evaluate`, averaged over the facts and prefixed with `metric_key_prefix`.
         """
-        facts = self.eval_dataset if eval_dataset is None else load_facts(eval_dataset)
-        if facts is None:
+        if eval_dataset is None and self.eval_dataset is None:
             raise ValueError("Evaluation needs facts: pass eval_dataset to EditorTrainer or to evaluate().")
+        facts = load_facts(self.eval_dataset if eval_dataset is None else eval_dataset)
         size = self.args.per_device_eval_batch_size
         start = time.time()
         sums: dict[str, float] = {}

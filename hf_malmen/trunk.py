@@ -81,12 +81,12 @@ class Trunk:
 
         def stop(*args: Any) -> None:
             reached.append(args[-1])
-            raise _TrunkDone
+            raise _EndOfTrunk
 
         handle = self.blocks[-1].register_forward_hook(stop)
         try:
             self.model(**lm_inputs(self.model, batch))
-        except _TrunkDone:
+        except _EndOfTrunk:
             pass
         finally:
             handle.remove()
@@ -104,7 +104,7 @@ class Trunk:
                 self._n_bytes -= self._outputs.pop(ids).nbytes
 
 
-class _TrunkDone(Exception):
+class _EndOfTrunk(Exception):
     """Raised by a hook to end a forward pass where the trunk ends."""
 
 

@@ -445,6 +445,14 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     os.replace(partial, path)
 
 
+def write(data: dict[str, list[dict[str, Any]]], folder: Path) -> dict[str, int]:
+    """Write each split to `<split>.jsonl` in `folder`, made if missing, and return how many facts each has."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, rows in data.items():
+        write_jsonl(folder / f"{split}.jsonl", rows)
+    return {split: len(rows) for split, rows in data.items()}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Write the splits as JSON lines and show what is in them."""
     parser = argparse.ArgumentParser(
@@ -459,9 +467,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     data = build(options.seed)
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    for split, rows in data.items():
-        write_jsonl(options.output_dir / f"{split}.jsonl", rows)
+    write(data, options.output_dir)
 
     counts = {split: Counter(row["relation"] for row in rows) for split, rows in data.items()}
     print(f"{'relation':<20}" + "".join(f"{split:>12}" for split in data))

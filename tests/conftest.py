@@ -1,5 +1,10 @@
 """Tiny models and a tokenizer, built here: no test needs the network."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -10,15 +15,18 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    TrainerCallback,
 )
 
-from hf_malmen import Fact
+from hf_malmen import EditorConfig, EditorModel, EditorTrainer, EditorTrainingArguments, Fact
 
 torch.set_num_threads(1)
 
 CITIES = ("Lyon", "Turin", "Osaka", "Quito", "Perth", "Accra", "Lima", "Oslo", "Cairo", "Delhi", "Bergen", "Fez")
 COUNTRIES = ("France", "Italy", "Japan", "Ecuador", "Australia", "Ghana")
-CORPUS = [f"{city} is a city in {country}. The country of {city} is {country}." for city in CITIES for country in COUNTRIES]
+CORPUS = [
+    f"{city} is a city in {country}. The country of {city} is {country}." for city in CITIES for country in COUNTRIES
+]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -32,7 +40,9 @@ def build_tokenizer(*, add_bos: bool = False, padding_side: str = "right") -> Pr
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=360, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=360, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     if add_bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -46,7 +56,9 @@ def build_tokenizer(*, add_bos: bool = False, padding_side: str = "right") -> Pr
     )
 
 
-def build_llama(dtype: torch.dtype = torch.float32, *, intermediate_size: int = 48, n_layers: int = 4) -> PreTrainedModel:
+def build_llama(
+    dtype: torch.dtype = torch.float32, *, intermediate_size: int = 48, n_layers: int = 4
+) -> PreTrainedModel:
     """A Llama of 32 features with random weights; `intermediate_size=32` makes its feed-forward layers square."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -104,6 +116,36 @@ def build_facts(n: int = 8) -> list[Fact]:
     return facts
 
 
+def build_long_facts(n: int = 8) -> list[Fact]:
+    """`build_facts`, with answers of one to nine tokens."""
+    facts = []
+    for i, fact in enumerate(build_facts(n)):
+        others = [COUNTRIES[(i + j) % len(COUNTRIES)] for j in range(i % 3)]
+        answer = " and ".join([COUNTRIES[i % len(COUNTRIES)], *others])
+        facts.append(replace(fact, target=" and ".join([fact.target, *others]), unrelated_answer=answer))
+    return facts
+
+
+def build_editor(model: PreTrainedModel, *, seed: int | None = 0, **config: Any) -> EditorModel:
+    """An editor for `model` as if trained: parameters and statistics are random. `seed=None` leaves it untrained.
+
+    The editor has the dtype of `model`.
+    """
+    editor = EditorModel.from_base(model, EditorConfig(**({"rank": 8, "edit_lr": 1e-3} | config))).to(model.dtype)
+    if seed is None:
+        return editor
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in editor.named_parameters():
+            spread = 0.2 if name.endswith(("log_edit_lr", "log_ridge")) else 0.1
+            parameter += spread * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
+        for network in editor.networks.values():
+            size = network.key_size + network.value_size
+            scale = 0.5 + torch.rand(size, generator=generator, dtype=torch.float64)
+            network.statistics.update(scale * torch.randn(200, size, generator=generator, dtype=torch.float64))
+    return editor
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """The tiny tokenizer, padding on the right."""
@@ -120,3 +162,66 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 def facts() -> list[Fact]:
     """Eight facts."""
     return build_facts()
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+    """`build_tokenizer`: test modules cannot import from this file."""
+    return build_tokenizer
+
+
+@pytest.fixture(scope="session")
+def make_llama() -> Callable[..., PreTrainedModel]:
+    """`build_llama`."""
+    return build_llama
+
+
+@pytest.fixture(scope="session")
+def make_gpt2() -> Callable[..., PreTrainedModel]:
+    """`build_gpt2`."""
+    return build_gpt2
+
+
+@pytest.fixture(scope="session")
+def make_facts() -> Callable[..., list[Fact]]:
+    """`build_facts`."""
+    return build_facts
+
+
+@pytest.fixture(scope="session")
+def make_long_facts() -> Callable[..., list[Fact]]:
+    """`build_long_facts`."""
+    return build_long_facts
+
+
+@pytest.fixture(scope="session")
+def make_editor() -> Callable[..., EditorModel]:
+    """`build_editor`."""
+    return build_editor
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., EditorTrainer]:
+    """A builder of trainers on the CPU that report nowhere and write below the test's own folder."""
+
+    def build(
+        editor: EditorModel,
+        base_model: PreTrainedModel,
+        train_dataset: Any,
+        *,
+        eval_dataset: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **arguments: Any,
+    ) -> EditorTrainer:
+        settings = {"output_dir": tmp_path / "run", "use_cpu": True, "report_to": [], "disable_tqdm": True} | arguments
+        return EditorTrainer(
+            editor=editor,
+            base_model=base_model,
+            args=EditorTrainingArguments(**settings),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+
+    return build

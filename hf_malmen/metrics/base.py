@@ -36,7 +36,7 @@ class AnswerMetric(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         value = datasets.Value("string") if self.config_name == "text" else datasets.Sequence(datasets.Value("int64"))
         if self.config_name not in ("default", "tokens", "text"):
-            raise ValueError(f"{self.result_name} has the configurations 'tokens' and 'text', not {self.config_name!r}.")
+            raise ValueError(f"{self.result_name} has the configurations tokens and text, not {self.config_name}.")
         return evaluate.MetricInfo(
             description=self.description,
             citation=_CITATION,
