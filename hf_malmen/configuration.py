@@ -1,6 +1,7 @@
 """`EditorConfig`: every choice that defines an editor, checked when it is made."""
 
 import difflib
+import re
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,6 +15,8 @@ FORMAT_VERSION = 1
 TASK_TYPES = ("CAUSAL_LM",)
 TOKEN_SELECTIONS = ("answer", "all")
 FINGERPRINT_POLICIES = ("warn", "error", "ignore")
+# How alike a keyword must be to a field to be taken for a slip: two letters swapped in a word of four ("rnak") are.
+_TYPO_CUTOFF = 0.75
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,10 @@ class EditorConfig(PreTrainedConfig):
         n_blocks: number of hyper-network blocks.
         edit_lr: initial η, the learned scale of a value difference.
         ridge: initial λ of the least squares (paper section 4.1); log λ is learned per layer.
+        n_preserved_keys: keys of earlier training facts, a layer, that an edit is asked to leave where they are;
+            0, as in the paper, asks for none. Method `"malmen"` only. Each costs `key_size` floats a layer in the editor.
+        preservation: initial κ, the weight of that request, learned per layer: the least squares minimises
+            ‖U S − D‖² + λ ‖S‖² + (κ / n_preserved_keys) ‖K₀ S‖².
         token_selection: traced tokens, `"answer"` or `"all"`; `None` takes the method's own.
         prompt_template: text with `{prompt}` in it, put around every prompt, such as `"Q: {prompt}\\nA:"`.
         use_chat_template: wrap every prompt as a user message in the tokenizer's chat template.
@@ -81,6 +88,8 @@ class EditorConfig(PreTrainedConfig):
     n_blocks: int = 2
     edit_lr: float = 1e-6
     ridge: float = 1.0
+    n_preserved_keys: int = 0
+    preservation: float = 100.0
     token_selection: str | None = None
     prompt_template: str | None = None
     use_chat_template: bool = False
@@ -93,6 +102,7 @@ class EditorConfig(PreTrainedConfig):
         self._check_choices()
         self._check_numbers()
         self._check_targets()
+        self._check_prompt_format()
         self.hf_malmen_version = __version__ if self.hf_malmen_version is None else self.hf_malmen_version
 
     @property
@@ -114,7 +124,7 @@ class EditorConfig(PreTrainedConfig):
         # transformers keeps any keyword it does not know as an attribute, so `rnak=64` would change nothing, silently.
         names = [field.name for field in fields(self)]
         for name in extra:
-            close = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+            close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=_TYPO_CUTOFF)
             if close:
                 raise ValueError(f"EditorConfig has no field {name!r}. Did you mean {close[0]!r}?")
 
@@ -124,11 +134,16 @@ class EditorConfig(PreTrainedConfig):
             "task_type": TASK_TYPES,
             "token_selection": (None, *TOKEN_SELECTIONS),
             "fingerprint_policy": FINGERPRINT_POLICIES,
+            "use_chat_template": (True, False),
         }
         for name, choices in allowed.items():
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"EditorConfig.{name} is {value!r}; allowed: {', '.join(map(repr, choices))}.")
+        if not _is_whole(self.format_version, 1):
+            raise ValueError(
+                f"EditorConfig.format_version is {self.format_version!r}; allowed: a whole number of at least 1."
+            )
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"This editor has format {self.format_version} (written by hf_malmen {self.hf_malmen_version}), and "
@@ -136,33 +151,70 @@ class EditorConfig(PreTrainedConfig):
             )
 
     def _check_numbers(self) -> None:
-        for name in ("rank", "n_blocks"):
+        for name, least in (("rank", 1), ("n_blocks", 1), ("n_preserved_keys", 0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"EditorConfig.{name} is {value!r}; allowed: a whole number of at least 1.")
-        for name in ("edit_lr", "ridge"):
+            if not _is_whole(value, least):
+                raise ValueError(f"EditorConfig.{name} is {value!r}; allowed: a whole number of at least {least}.")
+        if self.n_preserved_keys and self.aggregation != "least_squares":
+            raise ValueError(
+                f"EditorConfig.n_preserved_keys is {self.n_preserved_keys}; allowed with method {self.method!r}: 0. "
+                "Keys are preserved by the least squares, which this method has not."
+            )
+        for name in ("edit_lr", "ridge", "preservation"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ValueError(f"EditorConfig.{name} is {value!r}; allowed: a finite number above 0.")
 
     def _check_targets(self) -> None:
         targets = self.target_modules
-        if targets is not None and not isinstance(targets, str):
-            if not targets or not all(isinstance(name, str) and name for name in targets):
-                raise ValueError(
-                    f"EditorConfig.target_modules is {targets!r}; allowed: None, a regular expression, or a list of "
-                    "module names or suffixes such as ['mlp.down_proj']."
-                )
-            if len(set(targets)) != len(targets):
-                raise ValueError(f"EditorConfig.target_modules names a module twice: {targets!r}.")
-        if self.prompt_template is not None and "{prompt}" not in self.prompt_template:
+        valid = (isinstance(targets, str) and _is_pattern(targets)) or _is_list_of_names(targets)
+        if targets is not None and not valid:
             raise ValueError(
-                f"EditorConfig.prompt_template is {self.prompt_template!r}; allowed: a text that contains '{{prompt}}'."
+                f"EditorConfig.target_modules is {targets!r}; allowed: None, a regular expression, or a list of "
+                "module names or suffixes such as ['mlp.down_proj']."
             )
-        if self.prompt_template is not None and self.use_chat_template:
-            raise ValueError("EditorConfig takes prompt_template or use_chat_template, not both.")
+        if isinstance(targets, list | tuple) and len(set(targets)) != len(targets):
+            raise ValueError(f"EditorConfig.target_modules names a module twice: {targets!r}.")
+        layers = self.layers_to_transform
+        indices = layers if isinstance(layers, list | tuple) else [layers]
+        if layers is not None and not (indices and all(_is_whole(index, 0) for index in indices)):
+            raise ValueError(
+                f"EditorConfig.layers_to_transform is {layers!r}; allowed: None, a block's index, or a list of whole "
+                "numbers of at least 0."
+            )
+        flipped = self.fan_in_fan_out
+        if flipped and not _is_list_of_names(flipped):
+            raise ValueError(
+                f"EditorConfig.fan_in_fan_out is {flipped!r}; allowed: None or a list of module names. "
+                "EditorModel.from_base fills it in."
+            )
         for name, shape in (self.module_shapes or {}).items():
-            if len(shape) != 2 or min(shape) < 1:
+            if not isinstance(shape, list | tuple) or len(shape) != 2 or not all(_is_whole(size, 1) for size in shape):
                 raise ValueError(
                     f"EditorConfig.module_shapes[{name!r}] is {shape!r}; allowed: [key_size, value_size], both above 0."
                 )
+
+    def _check_prompt_format(self) -> None:
+        template = self.prompt_template
+        if template is not None and not (isinstance(template, str) and "{prompt}" in template):
+            raise ValueError(
+                f"EditorConfig.prompt_template is {template!r}; allowed: a text that contains '{{prompt}}'."
+            )
+        if template is not None and self.use_chat_template:
+            raise ValueError("EditorConfig takes prompt_template or use_chat_template, not both.")
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_list_of_names(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(name, str) and name for name in value)
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return bool(text)

@@ -1,6 +1,8 @@
 """Facts in any shape -> a list of checked `Fact`s."""
 
+import csv
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -40,6 +42,17 @@ class Fact:
 _FIELDS = tuple(field.name for field in fields(Fact))
 
 
+def _plain(value: Any) -> Any:
+    """`value` in plain Python: data frames hold arrays for lists, and NaN for what is missing."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def _first(value: Any) -> Any:
     """The first entry of a list, or the value itself: published files wrap a single answer in a list, or do not."""
     while isinstance(value, list | tuple):
@@ -65,12 +78,13 @@ def _from_zsre(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _from_counterfact(row: Mapping[str, Any]) -> dict[str, Any]:
     request = row["requested_rewrite"]
+    neighbour = _first(row.get("neighborhood_prompts"))
     return {
-        "prompt": request["prompt"].format(request["subject"]),
+        "prompt": request["prompt"].replace("{}", request["subject"]),
         "target": request["target_new"]["str"],
         "rephrases": row.get("paraphrase_prompts"),
-        "unrelated_prompt": _first(row.get("neighborhood_prompts")),
-        "unrelated_answer": request["target_true"]["str"],
+        "unrelated_prompt": neighbour,
+        "unrelated_answer": request["target_true"]["str"] if neighbour else None,
         "subject": request["subject"],
         "ground_truth": request["target_true"]["str"],
     }
@@ -93,10 +107,10 @@ def _from_knowedit(row: Mapping[str, Any]) -> dict[str, Any]:
 def _from_fever(row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "prompt": row["prompt"],
-        "target": str(_first(row["alt"])),
+        "target": _first(row["alt"]),
         "rephrases": row.get("equiv_prompt"),
         "unrelated_prompt": _first(row.get("unrel_prompt")),
-        "unrelated_answer": str(_first(row["unrel_ans"])) if row.get("unrel_ans") is not None else None,
+        "unrelated_answer": _first(row.get("unrel_ans")),
     }
 
 
@@ -220,30 +234,51 @@ def _read_file(path: Path) -> Iterable[Mapping[str, Any]]:
         raise FactError(f"There is no file {path}. Give the path of an existing file of facts.")
     if path.suffix.lower() in (".json", ".jsonl"):
         return _read_json(path)
-    import pandas
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return _read_table(path)
+    import pyarrow
+    import pyarrow.parquet
 
-    table = pandas.read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
-    records: list[Mapping[str, Any]] = table.astype(object).where(table.notna(), None).to_dict("records")
-    return records
+    try:
+        rows: list[Mapping[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, ValueError) as error:
+        raise FactError(f"{path} is not a Parquet file that can be read: {error}.") from None
+    return rows
 
 
-def _read_csv(path: Path) -> Any:
-    import pandas
-
-    return pandas.read_csv(path, sep="\t" if path.suffix.lower() == ".tsv" else ",", dtype=str)
+def _read_table(path: Path) -> list[Mapping[str, Any]]:
+    # Not pandas, which takes "NA" and "None" for missing values: here they may be answers.
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+            rows = list(csv.DictReader(stream, delimiter=delimiter, strict=True))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise FactError(f"{path} is not valid {path.suffix[1:].upper()} in UTF-8: {error}.") from None
+    for number, row in enumerate(rows):
+        if None in row:
+            raise FactError(f"Fact {number} in {path} has more cells than there are columns. Quote texts with commas.")
+    return [{column: cell or None for column, cell in row.items()} for row in rows]
 
 
 def _read_json(path: Path) -> list[Mapping[str, Any]]:
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         if path.suffix.lower() == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            # Not `splitlines`, which also splits at separators that a JSON string may hold.
+            return [_parse_line(line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         rows = json.loads(text)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # broken JSON, or not UTF-8
         raise FactError(f"{path} is not valid {path.suffix[1:].upper()}: {error}. One JSON object a fact.") from None
     if not isinstance(rows, list):
         raise FactError(f"{path} holds a JSON {type(rows).__name__}; expected a list of facts.")
     return rows
+
+
+def _parse_line(line: str, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg}: line {number} column {error.colno}") from None
 
 
 def _parse(row: Any, number: int, column_mapping: Mapping[str, str] | None) -> Fact:
@@ -251,9 +286,15 @@ def _parse(row: Any, number: int, column_mapping: Mapping[str, str] | None) -> F
         raise FactError(f"Fact {number} is a {type(row).__name__}; expected a dict with a prompt and a target.")
     if column_mapping:
         row = _rename(row, number, column_mapping)
-    for columns, read in _FORMATS.values():
+    row = {column: _plain(value) for column, value in row.items()}
+    for name, (columns, read) in _FORMATS.items():
         if columns <= row.keys():
-            values = read(row)
+            try:
+                values = read(row)
+            except (AttributeError, KeyError, TypeError) as error:
+                raise FactError(
+                    f"Fact {number} has the columns of {name}, and cannot be read as such: {error!r}."
+                ) from None
             break
     else:
         known = "; ".join(f"{name}: {', '.join(sorted(columns))}" for name, (columns, _) in _FORMATS.items())
@@ -266,8 +307,7 @@ def _parse(row: Any, number: int, column_mapping: Mapping[str, str] | None) -> F
         rephrases = [rephrases]
     known_values = {key: str(value) for key, value in values.items() if value is not None and value != ""}
     prompt, target = known_values.pop("prompt", ""), known_values.pop("target", "")
-    # `is None`, not falsiness: a pandas or pyarrow column hands over an array, whose truth is undefined.
-    return Fact(prompt, target, tuple(() if rephrases is None else rephrases), **known_values)
+    return Fact(prompt, target, tuple(rephrases or ()), **known_values)
 
 
 def _rename(row: Mapping[str, Any], number: int, column_mapping: Mapping[str, str]) -> dict[str, Any]:

@@ -126,8 +126,13 @@ class HyperNetwork(nn.Module):
         key_size: input features of each layer, k.
         value_size: output features, v.
         n_modules: how many layers share this network.
-        rank, n_blocks, edit_lr, ridge: as in `EditorConfig`.
+        rank, n_blocks, edit_lr, ridge, n_preserved_keys, preservation: as in `EditorConfig`.
     """
+
+    log_edit_lr: nn.Parameter
+    log_ridge: nn.Parameter
+    log_preservation: nn.Parameter
+    preserved_keys: Tensor
 
     def __init__(
         self,
@@ -139,23 +144,30 @@ class HyperNetwork(nn.Module):
         n_blocks: int,
         edit_lr: float,
         ridge: float,
+        n_preserved_keys: int = 0,
+        preservation: float = 1.0,
     ) -> None:
         super().__init__()
         self.key_size, self.value_size = key_size, value_size
         self.initial = {"log_edit_lr": edit_lr, "log_ridge": ridge}
+        if n_preserved_keys:
+            self.initial["log_preservation"] = preservation
         size = key_size + value_size
         self.statistics = RunningStatistics(size)
         self.blocks = nn.ModuleList(HyperBlock(size, rank, n_modules) for _ in range(n_blocks))
         # Logarithms: both are scales. A linear η of 1e-6 would have a gradient 10⁴ times all others'.
-        self.log_edit_lr = nn.Parameter(torch.empty(n_modules))
-        self.log_ridge = nn.Parameter(torch.empty(n_modules))
+        for scale in self.initial:
+            self.register_parameter(scale, nn.Parameter(torch.empty(n_modules)))
+        # Rows of zeros until training fills them: they ask for nothing.
+        self.register_buffer("preserved_keys", torch.zeros(n_modules, n_preserved_keys, key_size))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """η and λ as configured; the blocks reset themselves."""
+        """η, λ and κ as configured, no preserved keys; the blocks reset themselves."""
         for name, value in self.initial.items():
-            getattr(self, name).fill_(value).log_()
+            self.get_parameter(name).fill_(value).log_()
+        self.preserved_keys.zero_()
 
     def forward(
         self,
@@ -169,6 +181,28 @@ class HyperNetwork(nn.Module):
             hidden = block(hidden, index)
         pseudo_keys, pseudo_gradients = hidden.split([self.key_size, self.value_size], dim=-1)
         return pseudo_keys, pseudo_gradients
+
+    @property
+    def n_preserved_keys(self) -> int:
+        """How many keys of each layer are asked to stay where they are."""
+        return self.preserved_keys.shape[1]
+
+    def preserved_rows(self, index: int) -> Tensor:  # (n_preserved_keys, key_size), float64
+        """The preserved keys K₀ of the layer at `index`, scaled by √(κ / m).
+
+        As rows of the least squares whose value differences are zero, they add (κ / m) ‖K₀ S‖² to what is minimised.
+        """
+        weight = self.log_preservation[index].detach().double().exp() / self.n_preserved_keys
+        return self.preserved_keys[index].double() * weight.sqrt()
+
+    @torch.no_grad()
+    def preserve(
+        self,
+        keys: Tensor,  # (n_modules, n, key_size)
+    ) -> None:
+        """Take in new keys of every layer in place of the oldest."""
+        kept = torch.cat((self.preserved_keys, keys.to(self.preserved_keys)), dim=1)
+        self.preserved_keys.copy_(kept[:, -self.n_preserved_keys :])
 
     def rows(
         self,

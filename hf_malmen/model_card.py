@@ -66,14 +66,14 @@ def render_editor_card(
         for name, title in METRIC_TITLES.items()
         if name in metrics
     ]
-    layers = [[name, f"{editor.edit_lr(name):.3g}", f"{editor.ridge(name):.3g}"] for name in editor.module_names]
+    layers = [[name, *(f"{scale:.3g}" for scale in scales)] for name, scales in editor.scales().items()]
     template = files("hf_malmen.model_cards").joinpath("editor.md.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
     return environment.from_string(template).render(
         card_data=data.to_yaml(),
         config=config,
         scores=table(["metric", "before", "after"], scores) if scores else None,
-        layers=table(["layer", "η", "λ"], layers),
+        layers=table(["layer", "η", "λ", "κ"], layers),
         training=table(["setting", "value"], [[name, str(value)] for name, value in sorted(training.items())]),
         train_facts=train_facts,
         n_train_facts=n_train_facts,

@@ -53,13 +53,15 @@ class EditorModel(PreTrainedModel):
 
     def __init__(self, config: EditorConfig) -> None:
         super().__init__(config)
-        if not config.module_shapes:
+        if not config.module_shapes or set(config.target_modules or ()) != set(config.module_shapes):
             raise ValueError(
-                "This EditorConfig names no module shapes, so there is nothing to build. Use "
+                "This EditorConfig does not name each target module with its shape, so there is nothing to build. Use "
                 "EditorModel.from_base(model, config), which reads them off the base model."
             )
+        # The list, not the mapping, says which row of a network is whose: the config file sorts a mapping by its keys.
         members: dict[str, list[str]] = {}
-        for name, (key_size, value_size) in config.module_shapes.items():
+        for name in config.target_modules or ():
+            key_size, value_size = config.shape_of(name)
             members.setdefault(f"{key_size}x{value_size}", []).append(name)
         self.networks = nn.ModuleDict(
             {
@@ -69,6 +71,8 @@ class EditorModel(PreTrainedModel):
                     n_blocks=config.n_blocks,
                     edit_lr=config.edit_lr,
                     ridge=config.ridge,
+                    n_preserved_keys=config.n_preserved_keys,
+                    preservation=config.preservation,
                 )
                 for shape, names in members.items()
             }
@@ -170,6 +174,11 @@ class EditorModel(PreTrainedModel):
             NumericalError: a solve fails or is not finite; names the module.
         """
         aggregators = {name: aggregator(self.config.aggregation, name) for name in self.module_names}
+        for name, entry in aggregators.items():
+            network, index = self.network(name)
+            if network.n_preserved_keys:
+                still = network.preserved_rows(index)
+                entry.add(still, still.new_zeros(len(still), network.value_size))
         for traced in traces:
             for name, entry in traced.items():
                 for keys, gradients in _split(entry, editor_batch_size):
@@ -199,6 +208,27 @@ class EditorModel(PreTrainedModel):
             for row in gather(packed[None]):
                 statistics.merge(row[0], *row[1:].chunk(2))
 
+    @torch.no_grad()
+    def preserve(
+        self,
+        traces: Sequence[Mapping[str, Trace]],
+        gather: Callable[[list[Tensor]], list[Tensor]] = lambda tensors: tensors,
+    ) -> None:
+        """Keep the keys of one training step in place of the oldest preserved ones.
+
+        Called after the step's facts were edited, which must move their own keys.
+
+        Args:
+            traces: one mapping a language-model batch.
+            gather: the lists of every process as one, in the same order on each.
+        """
+        for shape, network in self.networks.items():
+            assert isinstance(network, HyperNetwork)  # for the type checker
+            if network.n_preserved_keys:
+                names = [name for name in self.module_names if self._places[name][0] == shape]
+                keys = torch.stack([torch.cat([traced[name].keys for traced in traces]) for name in names])
+                network.preserve(torch.cat([entry.to(self.device) for entry in gather([keys])], dim=1))
+
     @torch.enable_grad()
     def backward(
         self,
@@ -222,10 +252,15 @@ class EditorModel(PreTrainedModel):
             network, index = self.network(name)
             if ridge_gradient is not None:
                 (network.log_ridge[index].exp() * ridge_gradient.to(network.log_ridge)).backward()
+            if network.n_preserved_keys:
+                # κ stands before K₀ᵀK₀ / m as λ stands before I, so ∂L/∂κ = −⟨M, K₀ᵀK₀ S⟩ / m = −⟨K₀ M, K₀ S⟩ / m.
+                rows = network.preserved_rows(index)
+                slope = -((rows @ multiplier) * (rows @ solutions[name].shift)).sum()  # κ ∂L/∂κ = ∂L/∂log κ
+                (network.log_preservation[index] * slope.to(network.log_preservation)).backward()
             keys = torch.cat([traced[name].keys for traced in traces])
             gradients = torch.cat([traced[name].value_gradients for traced in traces])
-            for rows in _split(Trace(keys, gradients), editor_batch_size):
-                left, differences = self(*rows, name)
+            for part in _split(Trace(keys, gradients), editor_batch_size):
+                left, differences = self(*part, name)
                 ((left @ multiplier.to(left)) * differences).sum().backward()
 
     def ridge(self, name: str) -> float:
@@ -237,6 +272,15 @@ class EditorModel(PreTrainedModel):
         """η of the module `name`."""
         network, index = self.network(name)
         return network.log_edit_lr[index].detach().double().exp().item()
+
+    def preservation(self, name: str) -> float:
+        """κ of the module `name`; 0 where no keys are preserved."""
+        network, index = self.network(name)
+        return network.log_preservation[index].detach().double().exp().item() if network.n_preserved_keys else 0.0
+
+    def scales(self) -> dict[str, list[float]]:
+        """The learned η, λ and κ of every target module, in that order."""
+        return {name: [self.edit_lr(name), self.ridge(name), self.preservation(name)] for name in self.module_names}
 
     # What users call
 

@@ -86,8 +86,8 @@ def _describe_editor(path: str) -> str:
     editor = EditorModel.from_pretrained(path)
     config = editor.config
     rows = [
-        [name, "{}x{}".format(*config.shape_of(name)), f"{editor.edit_lr(name):.3g}", f"{editor.ridge(name):.3g}"]
-        for name in editor.module_names
+        [name, "{}x{}".format(*config.shape_of(name)), *(f"{scale:.3g}" for scale in scales)]
+        for name, scales in editor.scales().items()
     ]
     return "\n".join(
         [
@@ -97,7 +97,7 @@ def _describe_editor(path: str) -> str:
             f"{'trained' if editor.is_trained else 'not trained yet'}",
             f"fingerprint of the base's target weights: {(config.base_model_fingerprint or 'none')[:16]}",
             "",
-            table(["layer", "keys x values", "learned η", "learned λ"], rows),
+            table(["layer", "keys x values", "learned η", "learned λ", "learned κ"], rows),
         ]
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import speed_metrics
@@ -33,7 +34,7 @@ class EditorTrainingArguments(TrainingArguments):
             sequence; what fits is kept for the next epoch too. Changes memory and speed, not the result.
         locality_weight: weight of the locality loss, KL(before ‖ after) on unrelated prompts.
         rephrases_per_fact: rephrases of each fact drawn into the generalisation loss at every step.
-        scale_learning_rate: learning rate of log η and log λ. They are logarithms of scales that have orders of
+        scale_learning_rate: learning rate of log η, log λ and log κ. They are logarithms of scales that have orders of
             magnitude to travel, so they get a rate of their own.
     """
 
@@ -48,7 +49,7 @@ class EditorTrainingArguments(TrainingArguments):
     )
     locality_weight: float = field(default=1.0, metadata={"help": "Weight of the locality loss."})
     rephrases_per_fact: int = field(default=1, metadata={"help": "Rephrases a fact in the generalisation loss."})
-    scale_learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of log η and log λ."})
+    scale_learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of log η, log λ and log κ."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,7 +126,7 @@ class EditorTrainer(Trainer):
         return editor
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """`Trainer`'s optimizer, with log η and log λ in a group of their own."""
+        """`Trainer`'s optimizer, with log η, log λ and log κ in a group of their own."""
         if self.optimizer is None:
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.editor)
             scales = [p for name, p in self.editor.named_parameters() if _is_scale(name)]
@@ -160,6 +161,7 @@ class EditorTrainer(Trainer):
         gradients = {name: weight * shift.grad for name, shift in shifts.items() if shift.grad is not None}
         self.editor.backward(traces, solutions, gradients, self.args.editor_batch_size)
         self._average_gradients()
+        self.editor.preserve(traces, gather_object)
         self._losses.append((generalization, locality))
         loss = generalization + self.args.locality_weight * locality
         return torch.tensor(loss * weight, device=self.args.device)
@@ -197,9 +199,10 @@ class EditorTrainer(Trainer):
             generalization, locality = (sum(part) / len(part) for part in zip(*self._losses, strict=True))
             logs |= {"generalization_loss": generalization, "locality_loss": locality}
             self._losses.clear()
-            for name in self.editor.module_names:
-                logs[f"edit_lr/{name}"] = self.editor.edit_lr(name)
-                logs[f"ridge/{name}"] = self.editor.ridge(name)
+            for name, scales in self.editor.scales().items():
+                logs |= {
+                    f"{kind}/{name}": s for kind, s in zip(("edit_lr", "ridge", "preservation"), scales, strict=True)
+                }
         super().log(logs, start_time)
 
     def _draw(self, facts: Sequence[Fact]) -> tuple[list[TokenSequence], list[TokenSequence]]:
@@ -253,7 +256,7 @@ class EditorTrainer(Trainer):
 
 
 def _is_scale(name: str) -> bool:
-    return name.endswith(("log_edit_lr", "log_ridge"))
+    return name.endswith(("log_edit_lr", "log_ridge", "log_preservation"))
 
 
 def _n_answer_tokens(sequences: Sequence[TokenSequence]) -> int:

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     TrainerCallback,
 )
+from transformers.utils import logging
 
 from hf_malmen import EditorConfig, EditorModel, EditorTrainer, EditorTrainingArguments, Fact
 
@@ -127,22 +128,24 @@ def build_long_facts(n: int = 8) -> list[Fact]:
 
 
 def build_editor(model: PreTrainedModel, *, seed: int | None = 0, **config: Any) -> EditorModel:
-    """An editor for `model` as if trained: parameters and statistics are random. `seed=None` leaves it untrained.
+    """An editor for `model` as if trained: parameters and buffers are random. `seed=None` leaves it untrained.
 
     The editor has the dtype of `model`.
     """
+    torch.manual_seed(seed or 0)
     editor = EditorModel.from_base(model, EditorConfig(**({"rank": 8, "edit_lr": 1e-3} | config))).to(model.dtype)
     if seed is None:
         return editor
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in editor.named_parameters():
-            spread = 0.2 if name.endswith(("log_edit_lr", "log_ridge")) else 0.1
+            spread = 0.2 if "log_" in name else 0.1
             parameter += spread * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
         for network in editor.networks.values():
             size = network.key_size + network.value_size
             scale = 0.5 + torch.rand(size, generator=generator, dtype=torch.float64)
             network.statistics.update(scale * torch.randn(200, size, generator=generator, dtype=torch.float64))
+            network.preserved_keys.normal_(generator=generator)
     return editor
 
 
@@ -225,3 +228,9 @@ def make_trainer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable
         )
 
     return build
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet() -> None:
+    """No progress bars in the captured output."""
+    logging.disable_progress_bar()

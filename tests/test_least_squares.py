@@ -205,9 +205,3 @@ def test_failed_cholesky_names_the_layer_and_what_to_do(n: int) -> None:
     keys = keys[:1].expand(n, -1) * 1e10
     with pytest.raises(NumericalError, match=rf"{LAYER}: .*{n} rows.*not positive definite.*ridge"):
         solve(keys, differences, 1e-12).solve(1e-12)
-
-
-def test_unknown_aggregation_is_an_error() -> None:
-    """There are two aggregations, and no default."""
-    with pytest.raises(KeyError):
-        aggregator("mean", LAYER)

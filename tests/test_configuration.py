@@ -1,0 +1,182 @@
+"""`EditorConfig`: what it fills in, what it refuses and in which words, and how it is stored."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from hf_malmen import EditorConfig, __version__
+from hf_malmen.configuration import FORMAT_VERSION, METHODS
+
+
+def test_defaults_are_the_documented_ones() -> None:
+    """A config made with no argument is a complete one, of the paper's method."""
+    config = EditorConfig()
+    assert (config.method, config.traced_tokens, config.aggregation) == ("malmen", "answer", "least_squares")
+    assert (config.rank, config.n_blocks, config.edit_lr, config.ridge) == (512, 2, 1e-6, 1.0)
+    assert (config.task_type, config.fingerprint_policy, config.use_chat_template) == ("CAUSAL_LM", "warn", False)
+    for name in ("base_model_name_or_path", "base_model_revision", "base_model_fingerprint", "target_modules",
+                 "layers_to_transform", "module_shapes", "fan_in_fan_out", "prompt_template"):  # fmt: skip
+        assert getattr(config, name) is None, name
+    assert config.format_version == FORMAT_VERSION
+
+
+def test_a_method_decides_tokens_and_aggregation_unless_told() -> None:
+    """MEND traces all tokens and sums; an explicit token selection wins over the method's."""
+    assert set(METHODS) == {"malmen", "mend"}
+    mend = EditorConfig(method="mend")
+    assert (mend.traced_tokens, mend.aggregation) == ("all", "sum")
+    assert EditorConfig(method="mend", token_selection="answer").traced_tokens == "answer"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("method", "memit", "'malmen', 'mend'"),
+        ("method", ["malmen"], "'malmen', 'mend'"),
+        ("task_type", "SEQ_CLS", "'CAUSAL_LM'"),
+        ("token_selection", "last", "None, 'answer', 'all'"),
+        ("fingerprint_policy", "strict", "'warn', 'error', 'ignore'"),
+        ("rank", 0, "a whole number of at least 1"),
+        ("rank", 1.5, "a whole number of at least 1"),
+        ("rank", "64", "a whole number of at least 1"),
+        ("rank", True, "a whole number of at least 1"),
+        ("n_blocks", -1, "a whole number of at least 1"),
+        ("edit_lr", 0, "a finite number above 0"),
+        ("edit_lr", "1e-6", "a finite number above 0"),
+        ("edit_lr", float("nan"), "a finite number above 0"),
+        ("ridge", float("inf"), "a finite number above 0"),
+        ("ridge", -0.5, "a finite number above 0"),
+        ("ridge", True, "a finite number above 0"),
+        ("target_modules", [], "a list of module names or suffixes"),
+        ("target_modules", [""], "a list of module names or suffixes"),
+        ("target_modules", [3], "a list of module names or suffixes"),
+        ("target_modules", 5, "a list of module names or suffixes"),
+        ("target_modules", "", "a regular expression"),
+        ("target_modules", "mlp.(down_proj", "a regular expression"),
+        ("layers_to_transform", "3", "a list of whole numbers of at least 0"),
+        ("layers_to_transform", [1.5], "a list of whole numbers of at least 0"),
+        ("layers_to_transform", -1, "a list of whole numbers of at least 0"),
+        ("layers_to_transform", [], "a list of whole numbers of at least 0"),
+        ("fan_in_fan_out", True, "a list of module names"),
+        ("prompt_template", "Question:", "a text that contains '{prompt}'"),
+        ("prompt_template", 5, "a text that contains '{prompt}'"),
+        ("use_chat_template", "yes", "True, False"),
+        ("format_version", "1", "a whole number of at least 1"),
+    ],
+)
+def test_a_bad_value_names_field_value_and_what_is_allowed(field: str, value: Any, allowed: str) -> None:
+    """One sentence tells a user all there is to know."""
+    with pytest.raises(ValueError, match=re.escape(f"EditorConfig.{field} is {value!r}")) as caught:
+        EditorConfig(**{field: value})
+    assert allowed in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [[3], [3, 0], [3, 4, 5], 7, ["3", "4"]])
+def test_a_bad_module_shape_names_the_module(shape: Any) -> None:
+    """A shape is two sizes above 0."""
+    with pytest.raises(ValueError, match=re.escape(f"EditorConfig.module_shapes['mlp'] is {shape!r}")) as caught:
+        EditorConfig(module_shapes={"mlp": shape})
+    assert "[key_size, value_size], both above 0" in str(caught.value)
+
+
+def test_a_module_named_twice_is_refused() -> None:
+    """Twice the same layer would be edited twice."""
+    with pytest.raises(ValueError, match=r"EditorConfig\.target_modules names a module twice: \['a', 'a'\]"):
+        EditorConfig(target_modules=["a", "a"])
+
+
+def test_template_and_chat_template_exclude_each_other() -> None:
+    """There is one prompt format."""
+    with pytest.raises(ValueError, match="prompt_template or use_chat_template, not both"):
+        EditorConfig(prompt_template="Q: {prompt}\nA:", use_chat_template=True)
+
+
+@pytest.mark.parametrize("template", ["Q: {prompt}\nA:", '{"question": "{prompt}"} ->', "{prompt} {here}", "{{prompt}"])
+def test_a_template_may_hold_other_braces(template: str) -> None:
+    """Only `{prompt}` is special, so that a JSON prompt can be written as it is."""
+    assert EditorConfig(prompt_template=template).prompt_template == template
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [
+        ("rnak", "rank"),
+        ("ridges", "ridge"),
+        ("edit_LR", "edit_lr"),
+        ("target_module", "target_modules"),
+        ("n_block", "n_blocks"),
+        ("prompt_templates", "prompt_template"),
+        ("base_model_name", "base_model_name_or_path"),
+    ],
+)
+def test_a_misspelt_field_is_not_swallowed(typo: str, meant: str) -> None:
+    """transformers keeps unknown keywords as attributes, so a typo would change nothing, silently."""
+    with pytest.raises(ValueError, match=re.escape(f"EditorConfig has no field {typo!r}. Did you mean {meant!r}?")):
+        EditorConfig(**{typo: 64})
+
+
+def test_other_keywords_stay_attributes() -> None:
+    """What transformers stores besides, such as label names, is kept as in any other config."""
+    assert EditorConfig(note_of_mine="kept").note_of_mine == "kept"
+
+
+FULL: dict[str, Any] = {
+    "method": "mend",
+    "base_model_name_or_path": "org/base",
+    "base_model_revision": "abc",
+    "base_model_fingerprint": "0" * 64,
+    "fingerprint_policy": "error",
+    "target_modules": ["b.mlp", "a.mlp"],
+    "layers_to_transform": [0, 2],
+    "module_shapes": {"b.mlp": [4, 2], "a.mlp": [4, 2]},
+    "fan_in_fan_out": ["b.mlp"],
+    "rank": 7,
+    "n_blocks": 3,
+    "edit_lr": 3e-5,
+    "ridge": 0.25,
+    "token_selection": "answer",
+    "prompt_template": "Frage: {prompt}\nAntwort:",
+}
+
+
+def test_the_json_file_is_sorted_and_round_trips(tmp_path: Path) -> None:
+    """What is written is read back equal, by this class and by AutoConfig, and its keys are in order."""
+    config = EditorConfig(**FULL)
+    config.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert list(stored) == sorted(stored)
+    assert stored["model_type"] == "hf_malmen"
+    for name, value in FULL.items():
+        assert stored[name] == value, name
+
+    for read in (EditorConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert isinstance(read, EditorConfig)
+        assert read.to_json_string() == config.to_json_string()
+        for name, value in FULL.items():
+            assert getattr(read, name) == value, name
+    again = tmp_path / "again"
+    EditorConfig.from_pretrained(tmp_path).save_pretrained(again)
+    assert (again / "config.json").read_bytes() == (tmp_path / "config.json").read_bytes()
+
+
+def test_the_writing_version_is_recorded_and_kept(tmp_path: Path) -> None:
+    """The version that made the editor, not the one that reads it."""
+    assert EditorConfig().hf_malmen_version == __version__
+    EditorConfig(hf_malmen_version="0.0.1").save_pretrained(tmp_path)
+    assert EditorConfig.from_pretrained(tmp_path).hf_malmen_version == "0.0.1"
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    """An older release does not misread a newer editor; it says which one to install."""
+    EditorConfig().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    newer = stored | {"format_version": FORMAT_VERSION + 1, "hf_malmen_version": "99.0"}
+    path.write_text(json.dumps(newer), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"format {FORMAT_VERSION + 1} \(written by hf_malmen 99\.0\)") as caught:
+        EditorConfig.from_pretrained(tmp_path)
+    assert "pip install -U hf_malmen" in str(caught.value)

@@ -1,0 +1,298 @@
+"""Running statistics against `torch.mean` and `torch.var`, and the hyper-network against its formula."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hf_malmen.hypernetwork import HyperBlock, HyperNetwork, RunningStatistics
+
+SIZE = 6
+KEY_SIZE, VALUE_SIZE, N_MODULES = 5, 3, 2
+
+
+def samples(n: int, seed: int = 0) -> Tensor:
+    """Rows of float32 features with different scales and far-off means, as those of a language model."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(n, SIZE, generator=generator, dtype=torch.float64)
+    return (rows * torch.logspace(-1, 3, SIZE, dtype=torch.float64) + torch.arange(-300, 300, 100)).float()
+
+
+def statistics_of(rows: Tensor, sizes: list[int] | int) -> RunningStatistics:
+    """Statistics that took in `rows` in batches of `sizes`."""
+    statistics = RunningStatistics(rows.shape[1])
+    for batch in rows.split(sizes):
+        statistics.update(batch)
+    return statistics
+
+
+def assert_holds(statistics: RunningStatistics, rows: Tensor) -> None:
+    """The statistics are those of all of `rows`, to ten digits and more."""
+    rows = rows.double()
+    assert statistics.count.item() == len(rows)
+    torch.testing.assert_close(statistics.mean, rows.mean(0), rtol=1e-12, atol=1e-12)
+    if len(rows) > 1:
+        variance = statistics.squared_deviation / (statistics.count - 1)
+        torch.testing.assert_close(variance, rows.var(0), rtol=1e-10, atol=0)
+
+
+def network(seed: int | None = 0, *, n_blocks: int = 2, statistics: bool = True) -> HyperNetwork:
+    """A float64 hyper-network with random parameters and statistics; `seed=None` leaves its parameters initial."""
+    torch.manual_seed(0)
+    built = HyperNetwork(KEY_SIZE, VALUE_SIZE, N_MODULES, rank=4, n_blocks=n_blocks, edit_lr=0.05, ridge=0.5).double()
+    generator = torch.Generator().manual_seed(seed or 0)
+    if seed is not None:
+        with torch.no_grad():
+            for parameter in built.parameters():
+                parameter += torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    if statistics:
+        built.statistics.update(3 * torch.randn(50, KEY_SIZE + VALUE_SIZE, generator=generator).double() + 1)
+    return built
+
+
+def pairs(n: int = 7, seed: int = 5) -> tuple[Tensor, Tensor]:
+    """Keys and value gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(n, KEY_SIZE, generator=generator, dtype=torch.float64)
+    return keys, torch.randn(n, VALUE_SIZE, generator=generator, dtype=torch.float64)
+
+
+# Running statistics
+
+
+@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=12), seed=st.integers(0, 100))
+def test_statistics_do_not_depend_on_the_batches(sizes: list[int], seed: int) -> None:
+    """Mean and variance are those of all rows, whatever batches they came in, single rows included."""
+    rows = samples(sum(sizes), seed)
+    assert_holds(statistics_of(rows, sizes), rows)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 30])
+def test_statistics_from_single_rows(n: int) -> None:
+    """A stream of one-row batches, the first included, has no division by zero in it."""
+    rows = samples(n)
+    assert_holds(statistics_of(rows, 1), rows)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@given(sizes=st.lists(st.integers(0, 6), min_size=2, max_size=5), data=st.data())
+def test_merge_in_any_order(sizes: list[int], data: st.DataObject) -> None:
+    """Statistics of disjoint rows, those of no rows among them, merge to those of all rows in any order."""
+    rows = samples(sum(sizes) + 1)
+    sizes = [*sizes, 1]
+    parts = [statistics_of(part, max(len(part), 1)) for part in rows.split(sizes)]
+    merged = RunningStatistics(SIZE)
+    for index in data.draw(st.permutations(range(len(parts)))):
+        part = parts[index]
+        merged.merge(part.count, part.mean, part.squared_deviation)
+    assert_holds(merged, rows)
+
+
+def test_statistics_of_a_long_stream_with_an_outlier() -> None:
+    """A float32 sum of squares would lose the variance beside a mean 10⁶ times as large; these do not."""
+    rows = torch.randn(5000, SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1e6
+    rows[17] += 1e5
+    assert_holds(statistics_of(rows, 64), rows)
+
+
+def test_no_rows_change_nothing() -> None:
+    """An empty batch, such as that of a process without data, is no row."""
+    statistics = statistics_of(samples(4), 2)
+    before = {name: value.clone() for name, value in statistics.state_dict().items()}
+    statistics.update(torch.zeros(0, SIZE))
+    assert all(torch.equal(value, before[name]) for name, value in statistics.state_dict().items())
+
+
+def test_standardised_rows() -> None:
+    """Rows come out with mean 0 and variance 1 over the data seen, in their own dtype."""
+    rows = samples(40)
+    statistics = statistics_of(rows, 7)
+    standardised = statistics(rows.double())
+    torch.testing.assert_close(standardised, (rows.double() - rows.double().mean(0)) / rows.double().std(0))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert statistics(rows.to(dtype)).dtype == dtype
+    torch.testing.assert_close(statistics(rows).double(), standardised, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_without_statistics_rows_pass_as_they_are(n: int) -> None:
+    """A variance takes two rows: before that, standardisation is the identity."""
+    rows = samples(5)
+    statistics = RunningStatistics(SIZE)
+    statistics.update(rows[:n])
+    assert torch.equal(statistics(rows), rows)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -1234.567, 1e-20, 1e20])
+def test_constant_feature_stays_finite(value: float) -> None:
+    """A feature that never varied comes out as 0 where it is as ever, and finite where it is not."""
+    rows = samples(11)
+    rows[:, 2] = value
+    statistics = statistics_of(rows, [1, 4, 6])
+    standardised = statistics(rows)
+    assert torch.isfinite(standardised).all()
+    assert torch.equal(standardised[:, 2], torch.zeros(11))
+    assert torch.isfinite(statistics(rows + 1)).all()
+
+
+CASTS: dict[str, Callable[[Any], Any]] = {
+    "to(bfloat16)": lambda module: module.to(torch.bfloat16),
+    "to(dtype=float16)": lambda module: module.to(dtype=torch.float16),
+    "half": lambda module: module.half(),
+    "bfloat16": lambda module: module.bfloat16(),
+    "float": lambda module: module.float(),
+    "to(cpu, float32)": lambda module: module.to("cpu", torch.float32),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_casts_do_not_round_statistics(cast: str) -> None:
+    """However the editor around them is cast, the statistics keep every bit; its parameters are cast."""
+    built = network()
+    before = {name: buffer.clone() for name, buffer in built.statistics.named_buffers()}
+    CASTS[cast](built)
+    for name, buffer in built.statistics.named_buffers():
+        assert buffer.dtype == torch.float64
+        assert torch.equal(buffer, before[name])
+    assert all(parameter.dtype != torch.float64 for parameter in built.parameters())
+    built.statistics.update(torch.ones(1, KEY_SIZE + VALUE_SIZE))
+    assert built.statistics.count.item() == before["count"].item() + 1
+
+
+# The hyper-network
+
+
+def by_hand(built: HyperNetwork, keys: Tensor, gradients: Tensor, index: int) -> tuple[Tensor, Tensor]:
+    """û and ĝ, one row and one feature at a time: z ← z + a ⊙ relu(z A B + b) + c."""
+    seen = built.statistics
+    deviation = (seen.squared_deviation / (seen.count - 1)).sqrt()
+    outputs = []
+    for row in torch.cat((keys, gradients), dim=1):
+        z = (row - seen.mean) / deviation
+        for block in built.blocks:
+            inner = torch.stack([torch.dot(z, column) for column in block.down.T])
+            outer = torch.stack([torch.dot(inner, column) for column in block.up.T]) + block.bias
+            live = torch.where(outer > 0, outer, torch.zeros_like(outer))
+            z = z + block.scale[index] * live + block.shift[index]
+        outputs.append(z)
+    stacked = torch.stack(outputs)
+    return stacked[:, :KEY_SIZE], stacked[:, KEY_SIZE:]
+
+
+@pytest.mark.parametrize("index", range(N_MODULES))
+@pytest.mark.parametrize("n_blocks", [1, 3])
+def test_network_is_the_formula(n_blocks: int, index: int) -> None:
+    """Standardisation, the blocks, and the split into û and ĝ, with each layer's own scales and shifts."""
+    built, (keys, gradients) = network(n_blocks=n_blocks), pairs()
+    pseudo_keys, pseudo_gradients = built(keys, gradients, index)
+    expected = by_hand(built, keys, gradients, index)
+    torch.testing.assert_close(pseudo_keys, expected[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(pseudo_gradients, expected[1], rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(pseudo_keys, built(keys, gradients, 1 - index)[0])
+
+
+def test_rows_for_least_squares() -> None:
+    """P = U and d_j = −η (u_j · û_j) ĝ_j."""
+    built, (keys, gradients) = network(), pairs()
+    for index in range(N_MODULES):
+        pseudo_keys, pseudo_gradients = by_hand(built, keys, gradients, index)
+        edit_lr = torch.exp(built.log_edit_lr[index])
+        expected = [-edit_lr * torch.dot(u, p) * g for u, p, g in zip(keys, pseudo_keys, pseudo_gradients, strict=True)]
+        left, differences = built.rows(keys, gradients, index, "least_squares")
+        assert torch.equal(left, keys)
+        torch.testing.assert_close(differences, torch.stack(expected), rtol=1e-11, atol=1e-12)
+
+
+def test_rows_for_the_sum() -> None:
+    """Pᵀ D = −η Σ û_j ĝ_jᵀ, MEND's update."""
+    built, (keys, gradients) = network(), pairs()
+    for index in range(N_MODULES):
+        pseudo_keys, pseudo_gradients = by_hand(built, keys, gradients, index)
+        outer = [torch.outer(p, g) for p, g in zip(pseudo_keys, pseudo_gradients, strict=True)]
+        left, differences = built.rows(keys, gradients, index, "sum")
+        expected = -torch.exp(built.log_edit_lr[index]) * torch.stack(outer).sum(0)
+        torch.testing.assert_close(left.T @ differences, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_initial_scales_are_as_configured() -> None:
+    """η and λ start at their values of the configuration, in every layer."""
+    built = network(None)
+    torch.testing.assert_close(built.log_edit_lr.exp(), torch.full((N_MODULES,), 0.05).double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(built.log_ridge.exp(), torch.full((N_MODULES,), 0.5).double(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("aggregation", ["least_squares", "sum"])
+def test_untrained_network_is_the_gradient_itself(aggregation: str) -> None:
+    """With B = 0, b = 0 and no statistics, û = u and ĝ = g: the rows are those of plain gradient descent."""
+    built, (keys, gradients) = network(None, statistics=False), pairs()
+    pseudo_keys, pseudo_gradients = built(keys, gradients, 0)
+    assert torch.equal(pseudo_keys, keys)
+    assert torch.equal(pseudo_gradients, gradients)
+    left, differences = built.rows(keys, gradients, 0, aggregation)
+    factor = 1.0 if aggregation == "sum" else keys.square().sum(1, keepdim=True)
+    assert torch.equal(left, keys)
+    torch.testing.assert_close(differences, -built.log_edit_lr[0].exp() * factor * gradients, rtol=1e-12, atol=0)
+
+
+def test_gradient_reaches_the_matrices_at_initialisation() -> None:
+    """Every pre-activation is exactly 0 at the start, where relu would pass no gradient to B and b: they get one.
+
+    A stands behind B = 0, so its gradient is 0 until B has moved, and must be there after one step.
+    """
+    torch.manual_seed(0)
+    block = HyperBlock(SIZE, 4, 1).double()
+    hidden = samples(9).double().requires_grad_()
+    assert torch.equal(hidden @ block.down @ block.up + block.bias, torch.zeros(9, SIZE).double())
+    target = torch.randn(9, SIZE, generator=torch.Generator().manual_seed(1)).double()
+    (block(hidden, 0) * target).sum().backward()
+    # ∂/∂B = (z A)ᵀ (a ⊙ target), ∂/∂b = Σ a ⊙ target, with a = 1: what the derivative 1 at 0 gives.
+    for gradient, expected in ((block.up.grad, (hidden @ block.down).T @ target), (block.bias.grad, target.sum(0))):
+        assert gradient is not None
+        torch.testing.assert_close(gradient, expected.detach(), rtol=1e-10, atol=1e-10)
+        assert (gradient != 0).all()
+    assert block.down.grad is not None
+    assert torch.equal(block.down.grad, torch.zeros_like(block.down))
+
+
+@pytest.mark.parametrize("aggregation", ["least_squares", "sum"])
+def test_every_parameter_moves(aggregation: str) -> None:
+    """After a few optimiser steps from the initial state no parameter, and no layer's row of one, is where it was.
+
+    log λ is not in the rows: the solve is what trains it.
+    """
+    built, (keys, gradients) = network(None), pairs(30)
+    before = {name: parameter.detach().clone() for name, parameter in built.named_parameters()}
+    optimizer = torch.optim.Adam(built.parameters(), lr=1e-2)
+    target = torch.randn(KEY_SIZE, VALUE_SIZE, generator=torch.Generator().manual_seed(1)).double()
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = torch.zeros((), dtype=torch.float64)
+        for index in range(N_MODULES):
+            left, differences = built.rows(keys, gradients, index, aggregation)
+            loss = loss + (left.T @ differences - target).square().sum()
+        loss.backward()
+        optimizer.step()
+    for name, parameter in built.named_parameters():
+        moved = parameter.detach() != before[name]
+        if name == "log_ridge":
+            assert not moved.any()
+        elif name.endswith(("scale", "shift", "log_edit_lr")):
+            assert moved.reshape(N_MODULES, -1).any(dim=1).all(), name
+        else:
+            assert moved.any(), name
+
+
+def test_forward_does_not_learn() -> None:
+    """Reading never trains: no pass changes statistics or parameters, in whichever mode the network is."""
+    built, (keys, gradients) = network(), pairs()
+    before = {name: value.clone() for name, value in built.state_dict().items()}
+    for mode in (True, False):
+        built.train(mode)
+        built(keys, gradients, 0)
+        built.rows(keys, gradients, 1, "sum")
+    assert all(torch.equal(value, before[name]) for name, value in built.state_dict().items())

@@ -1,0 +1,349 @@
+"""The decoupled meta-gradient, against autograd end to end through a dense rewriting of the whole step.
+
+The rewriting shares no code with the package: it tokenises with the tokenizer itself, runs one unpadded sequence at a
+time, writes the shifts into the weights, and lets autograd differentiate standardisation, hyper-network, solve and
+language model in one graph.
+"""
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from hf_malmen import EditorModel, EditorTrainer, Fact
+
+LOCALITY_WEIGHT = 0.7
+# Every fact has two rephrases, so that two a fact are all of them, and nothing is drawn by chance.
+N_REPHRASES = 2
+
+
+@dataclass
+class DenseStep:
+    """What one training step must come to.
+
+    Attributes:
+        loss: the meta loss.
+        gradients: that of each parameter of the editor; None where the loss does not depend on it.
+        n_rows: traced tokens.
+    """
+
+    loss: float
+    gradients: dict[str, Tensor | None]
+    n_rows: int
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, prompt: str, target: str) -> tuple[Tensor, list[int]]:
+    """Token ids of prompt and target, and the positions of the target's tokens."""
+    ids = tokenizer(f"{prompt} {target}")["input_ids"]
+    return torch.tensor([ids]), list(range(len(tokenizer(prompt)["input_ids"]), len(ids)))
+
+
+def target_logs(logits: Tensor, positions: list[int]) -> Tensor:  # (n_positions, vocabulary)
+    """Log-probabilities of the tokens at `positions`, each predicted one position before."""
+    return torch.stack([logits[0, position - 1].log_softmax(-1) for position in positions])
+
+
+def rows_of(
+    model: PreTrainedModel, names: Sequence[str], ids: Tensor, positions: list[int], selection: str
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Keys and value gradients of one fact, by perturbing the outputs of the modules."""
+    model = deepcopy(model).requires_grad_(False)
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def perturb(name: str) -> Callable[..., Tensor]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            seen[name] = args[0][0].detach(), torch.zeros_like(output, requires_grad=True)
+            return output + seen[name][1]
+
+        return hook
+
+    for name in names:
+        model.get_submodule(name).register_forward_hook(perturb(name))
+    logs = target_logs(model(input_ids=ids).logits, positions)
+    (-logs.gather(1, ids[0, positions, None]).sum()).backward()
+    # The last token has nothing after it to predict: no position of the edit reads it.
+    chosen = [position - 1 for position in positions] if selection == "answer" else list(range(ids.shape[1] - 1))
+    return {name: (keys[chosen], shift.grad[0, chosen]) for name, (keys, shift) in seen.items()}  # type: ignore[index]
+
+
+def dense_step(
+    editor: EditorModel,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    facts: Sequence[Fact],
+    locality_weight: float = LOCALITY_WEIGHT,
+) -> DenseStep:
+    """The meta loss of editing `facts` and its gradients, by autograd alone."""
+    names = list(editor.config.target_modules or ())
+    parameters = {name: value.detach().clone().requires_grad_() for name, value in editor.named_parameters()}
+    buffers = {name: value.detach().clone() for name, value in editor.named_buffers()}
+    selection = editor.config.token_selection or {"malmen": "answer", "mend": "all"}[editor.config.method]
+    traced = [rows_of(model, names, *encode(tokenizer, fact.prompt, fact.target), selection) for fact in facts]
+    keys = {name: torch.cat([rows[name][0] for rows in traced]) for name in names}
+    gradients = {name: torch.cat([rows[name][1] for rows in traced]) for name in names}
+
+    shifts: dict[str, Tensor] = {}
+    by_shape: dict[tuple[int, int], list[str]] = {}
+    for name in names:
+        by_shape.setdefault((keys[name].shape[1], gradients[name].shape[1]), []).append(name)
+    for (key_size, value_size), members in by_shape.items():
+        prefix = f"networks.{key_size}x{value_size}"
+        # Statistics first take in the step's own rows, those of all layers of the shape.
+        rows = torch.cat([torch.cat((keys[name], gradients[name]), dim=1) for name in members])
+        old, old_mean = buffers[f"{prefix}.statistics.count"], buffers[f"{prefix}.statistics.mean"]
+        squares = buffers[f"{prefix}.statistics.squared_deviation"] + old * old_mean**2 + (rows**2).sum(0)
+        count = old + len(rows)
+        mean = (old * old_mean + rows.sum(0)) / count
+        deviation = ((squares - count * mean**2) / (count - 1)).sqrt()
+        for index, name in enumerate(members):
+            z = (torch.cat((keys[name], gradients[name]), dim=1) - mean) / deviation
+            for block in range(editor.config.n_blocks):
+                part = {
+                    key: parameters[f"{prefix}.blocks.{block}.{key}"]
+                    for key in ("down", "up", "bias", "scale", "shift")
+                }
+                live = torch.relu(z @ part["down"] @ part["up"] + part["bias"])
+                z = z + part["scale"][index] * live + part["shift"][index]
+            pseudo_keys, pseudo_gradients = z[:, :key_size], z[:, key_size:]
+            edit_lr = parameters[f"{prefix}.log_edit_lr"][index].exp()
+            ridge = parameters[f"{prefix}.log_ridge"][index].exp()
+            if editor.config.method == "mend":
+                shifts[name] = -edit_lr * torch.einsum("nk,nv->kv", pseudo_keys, pseudo_gradients)
+            else:
+                u = keys[name]
+                differences = -edit_lr * torch.einsum("nk,nk,nv->nv", u, pseudo_keys, pseudo_gradients)
+                gram = u.T @ u + ridge * torch.eye(key_size).to(u)
+                preserved = buffers[f"{prefix}.preserved_keys"][index]
+                if len(preserved):
+                    weight = parameters[f"{prefix}.log_preservation"][index].exp() / len(preserved)
+                    gram = gram + weight * preserved.T @ preserved
+                shifts[name] = torch.linalg.solve(gram, u.T @ differences)
+
+    edited = {}
+    for name, shift in shifts.items():
+        module = model.get_submodule(name)
+        edited[f"{name}.weight"] = module.weight.detach() + (shift.T if isinstance(module, nn.Linear) else shift)
+
+    def after(ids: Tensor) -> Tensor:
+        return functional_call(model, edited, kwargs={"input_ids": ids}).logits
+
+    likelihoods, divergences = [], []
+    for fact in facts:
+        for rephrase in fact.rephrases:
+            ids, positions = encode(tokenizer, rephrase, fact.target)
+            likelihoods.append(target_logs(after(ids), positions).gather(1, ids[0, positions, None]).flatten())
+        ids, positions = encode(tokenizer, str(fact.unrelated_prompt), str(fact.unrelated_answer))
+        with torch.no_grad():
+            before = target_logs(model(input_ids=ids).logits, positions)
+        divergences.append((before.exp() * (before - target_logs(after(ids), positions))).sum(-1))
+    # Each part is a mean over all of its answer tokens.
+    loss = -torch.cat(likelihoods).mean() + locality_weight * torch.cat(divergences).mean()
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return DenseStep(loss.item(), dict(zip(parameters, found, strict=True)), sum(len(r[names[0]][0]) for r in traced))
+
+
+def step(trainer: EditorTrainer, facts: Sequence[Fact], accumulation: int = 1) -> float:
+    """One training step, as `Trainer` calls it; its loss."""
+    trainer.current_gradient_accumulation_steps = accumulation
+    return trainer.training_step(trainer.model, {"facts": list(facts)}).item()
+
+
+def gradients_of(editor: EditorModel) -> dict[str, Tensor]:
+    """A copy of the gradient of every parameter that has one."""
+    return {name: value.grad.clone() for name, value in editor.named_parameters() if value.grad is not None}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """The same parameters have a gradient, and each differs by `tolerance` of its norm at most.
+
+    In float32 by `tolerance` of the norm of the whole gradient: the few numbers of η, λ and κ are differences of large
+    terms, which that precision cannot give to six digits of their own.
+    """
+    assert found.keys() == expected.keys()
+    whole = float(torch.stack([gradient.norm() for gradient in expected.values()]).norm())
+    for name, gradient in expected.items():
+        norm = float(gradient.norm())
+        assert norm > 0, name
+        scale = norm if gradient.dtype == torch.float64 else whole
+        assert float((found[name] - gradient).norm()) < tolerance * scale, name
+
+
+BLOCKS = [2, 3]
+# Name: model, its arguments, configuration of the editor, number of facts, and how many tokens they must come to beside
+# the smallest and largest key size.
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, str]] = {
+    "malmen, llama, few tokens": ("llama", {}, {"target_modules": ["down_proj", "o_proj"]}, 4, "fewer"),
+    "malmen, llama, one token": ("llama", {}, {"target_modules": ["down_proj", "o_proj"]}, 1, "fewer"),
+    "malmen, llama, both solvers": ("llama", {}, {"target_modules": ["down_proj", "o_proj"]}, 8, "between"),
+    "malmen, llama, many tokens": ("llama", {}, {"target_modules": ["down_proj", "o_proj"]}, 14, "more"),
+    "malmen, llama, up and down": ("llama", {}, {"target_modules": ["up_proj", "down_proj"]}, 5, "fewer"),
+    "malmen, llama, all tokens": (
+        "llama", {}, {"target_modules": ["up_proj", "down_proj"], "token_selection": "all"}, 6, "more"
+    ),
+    "malmen, llama, square": (
+        "llama", {"intermediate_size": 32}, {"target_modules": ["down_proj", "up_proj", "o_proj"]}, 5, "fewer"
+    ),
+    "malmen, gpt2, few tokens": ("gpt2", {}, {"target_modules": ["c_proj"]}, 4, "fewer"),
+    "malmen, gpt2, many tokens": ("gpt2", {}, {"target_modules": ["c_proj"], "token_selection": "all"}, 14, "more"),
+    "malmen, gpt2, one block": ("gpt2", {}, {"target_modules": ["c_proj", "c_attn"], "n_blocks": 1}, 8, "between"),
+    "malmen, llama, few keys preserved": (
+        "llama", {}, {"target_modules": ["down_proj", "o_proj"], "n_preserved_keys": 9, "preservation": 5.0}, 3, "fewer"
+    ),
+    "malmen, gpt2, many keys preserved": (
+        "gpt2", {}, {"target_modules": ["c_proj"], "n_preserved_keys": 200, "preservation": 20.0}, 8, "between"
+    ),
+    "mend, llama": ("llama", {}, {"method": "mend", "target_modules": ["down_proj", "o_proj"]}, 6, "more"),
+    "mend, llama, answer tokens": (
+        "llama", {}, {"method": "mend", "target_modules": ["up_proj"], "token_selection": "answer"}, 4, "fewer"
+    ),
+    "mend, gpt2": ("gpt2", {}, {"method": "mend", "target_modules": ["c_proj"]}, 4, "between"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def builders(
+    make_llama: Callable[..., PreTrainedModel], make_gpt2: Callable[..., PreTrainedModel]
+) -> dict[str, Callable[..., PreTrainedModel]]:
+    """Tiny models by name."""
+    return {"llama": make_llama, "gpt2": make_gpt2}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradient_equals_end_to_end_autograd(
+    case: str,
+    builders: dict[str, Callable[..., PreTrainedModel]],
+    tokenizer: PreTrainedTokenizerFast,
+    make_long_facts: Callable[..., list[Fact]],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+) -> None:
+    """A step's loss, and its gradient of every parameter (η, λ and κ too), to eight digits."""
+    architecture, shape, config, n_facts, regime = CASES[case]
+    model, facts = builders[architecture](torch.float64, **shape), make_long_facts(n_facts)
+    editor = make_editor(model, layers_to_transform=BLOCKS, **config)
+    expected = dense_step(editor, model, tokenizer, facts)
+    sizes = [key_size for key_size, _ in (editor.config.module_shapes or {}).values()]
+    regimes = {"fewer": expected.n_rows <= min(sizes), "more": expected.n_rows > max(sizes)}
+    assert regimes.get(regime, min(sizes) < expected.n_rows <= max(sizes)), (expected.n_rows, sizes)
+
+    trainer = make_trainer(
+        editor, model, facts, rephrases_per_fact=N_REPHRASES, locality_weight=LOCALITY_WEIGHT, lm_batch_size=3,
+        editor_batch_size=11,
+    )  # fmt: skip
+    assert step(trainer, facts) == pytest.approx(expected.loss, rel=1e-6)  # Trainer keeps losses in float32
+    wanted = {name: gradient for name, gradient in expected.gradients.items() if gradient is not None}
+    assert_same(gradients_of(editor), wanted, 1e-8)
+    for name in wanted:  # one number a layer: each to eight digits of its own
+        if "log_" in name:
+            torch.testing.assert_close(gradients_of(editor)[name], wanted[name], rtol=1e-8, atol=0)
+    missing = {name for name, gradient in expected.gradients.items() if gradient is None}
+    assert missing == {name for name in expected.gradients if "log_ridge" in name and config.get("method") == "mend"}
+
+
+@pytest.mark.parametrize("method", ["malmen", "mend"])
+def test_second_step_and_no_locality(
+    method: str,
+    builders: dict[str, Callable[..., PreTrainedModel]],
+    tokenizer: PreTrainedTokenizerFast,
+    make_long_facts: Callable[..., list[Fact]],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+) -> None:
+    """Gradients of later steps add up, on statistics that have seen the earlier ones, from an editor with none."""
+    model, facts = builders["llama"](torch.float64), make_long_facts(9)
+    editor = make_editor(model, method=method, target_modules=["down_proj"], layers_to_transform=BLOCKS)
+    for network in editor.networks.values():
+        for buffer in network.get_submodule("statistics").buffers():
+            buffer.zero_()
+    trainer = make_trainer(editor, model, facts, rephrases_per_fact=N_REPHRASES, locality_weight=0.0)
+    total: dict[str, Tensor] = {}
+    for chosen in (facts[:5], facts[5:], facts[:5]):
+        expected = dense_step(editor, model, tokenizer, chosen, locality_weight=0.0)
+        step(trainer, chosen)
+        for name, gradient in expected.gradients.items():
+            if gradient is not None:
+                total[name] = total.get(name, torch.zeros_like(gradient)) + gradient
+        assert_same(gradients_of(editor), total, 1e-8)
+
+
+def test_accumulation_divides_loss_and_gradient(
+    builders: dict[str, Callable[..., PreTrainedModel]],
+    tokenizer: PreTrainedTokenizerFast,
+    make_long_facts: Callable[..., list[Fact]],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+) -> None:
+    """One of four accumulated steps counts a quarter."""
+    model, facts = builders["llama"](torch.float64), make_long_facts(4)
+    editor = make_editor(model, target_modules=["down_proj", "o_proj"], layers_to_transform=BLOCKS)
+    expected = dense_step(editor, model, tokenizer, facts)
+    trainer = make_trainer(editor, model, facts, rephrases_per_fact=N_REPHRASES, locality_weight=LOCALITY_WEIGHT)
+    assert step(trainer, facts, accumulation=4) == pytest.approx(expected.loss / 4, rel=1e-6)
+    wanted = {name: gradient / 4 for name, gradient in expected.gradients.items() if gradient is not None}
+    assert_same(gradients_of(editor), wanted, 1e-8)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_trunk_does_not_change_the_gradient(
+    architecture: str,
+    dtype: torch.dtype,
+    tolerance: float,
+    builders: dict[str, Callable[..., PreTrainedModel]],
+    make_long_facts: Callable[..., list[Fact]],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+) -> None:
+    """Blocks below the first target run in full, replayed within a step, or replayed from an earlier one: all alike."""
+    target = {"llama": ["down_proj", "o_proj"], "gpt2": ["c_proj"]}[architecture]
+    model, facts = builders[architecture](dtype), make_long_facts(6)
+    results = []
+    for kind in ("in full", "step by step", "kept"):
+        editor = make_editor(model, target_modules=target, layers_to_transform=BLOCKS)
+        keep = {} if kind == "kept" else {"trunk_cache_gib": 0.0}
+        trainer = make_trainer(editor, model, facts, rephrases_per_fact=N_REPHRASES, lm_batch_size=4, **keep)
+        assert trainer.trunk.is_usable
+        assert len(trainer.trunk.blocks) == BLOCKS[0]
+        if kind == "in full":
+            trainer.trunk.blocks = []
+        per_step = []
+        for chosen in (facts[:4], facts[3:], facts[:4]):  # in other batches, so that rows are replayed from elsewhere
+            editor.zero_grad()
+            step(trainer, chosen)
+            per_step.append(gradients_of(editor))
+        results.append(per_step)
+    for other in results[1:]:
+        for found, expected in zip(other, results[0], strict=True):
+            assert_same(found, expected, tolerance)
+
+
+@pytest.mark.parametrize("method", ["malmen", "mend"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_batch_sizes_do_not_change_the_gradient(
+    method: str,
+    dtype: torch.dtype,
+    tolerance: float,
+    builders: dict[str, Callable[..., PreTrainedModel]],
+    make_long_facts: Callable[..., list[Fact]],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+) -> None:
+    """Neither the sequences a pass of the language model nor the tokens a pass of the hyper-network matter."""
+    model, facts = builders["llama"](dtype), make_long_facts(7)
+    losses, gradients = [], []
+    for sizes in ((64, 4096), (1, 1), (3, 5), (7, 64)):
+        editor = make_editor(model, method=method, target_modules=["down_proj"], layers_to_transform=BLOCKS)
+        trainer = make_trainer(
+            editor, model, facts, rephrases_per_fact=N_REPHRASES, lm_batch_size=sizes[0], editor_batch_size=sizes[1]
+        )
+        losses.append(step(trainer, facts))
+        gradients.append(gradients_of(editor))
+    assert losses[1:] == pytest.approx([losses[0]] * 3, rel=1e-6)
+    for found in gradients[1:]:
+        assert_same(found, gradients[0], tolerance)
