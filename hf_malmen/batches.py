@@ -133,7 +133,12 @@ class Tokenizer:
 
         Yields:
             The positions of the batch's sequences in `sequences`, and the batch.
+
+        Raises:
+            ValueError: a batch size below 1.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; expected a whole number of at least 1.")
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]

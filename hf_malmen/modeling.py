@@ -174,11 +174,11 @@ class EditorModel(PreTrainedModel):
             NumericalError: a solve fails or is not finite; names the module.
         """
         aggregators = {name: aggregator(self.config.aggregation, name) for name in self.module_names}
-        for name, entry in aggregators.items():
+        for name, rows in aggregators.items():
             network, index = self.network(name)
             if network.n_preserved_keys:
                 still = network.preserved_rows(index)
-                entry.add(still, still.new_zeros(len(still), network.value_size))
+                rows.add(still, still.new_zeros(len(still), network.value_size))
         for traced in traces:
             for name, entry in traced.items():
                 for keys, gradients in _split(entry, editor_batch_size):

@@ -165,7 +165,7 @@ def test_targets_of_several_tokens() -> None:
     tokenize = Tokenizer(byte_level("<s> $A </s>"), EditorConfig())
     lengths = [len(tokenize(prompt, target).target_ids) for prompt, target in TEXTS + HARD_TEXTS]
     assert min(lengths) == 1
-    assert max(lengths) >= 5
+    assert max(lengths) >= 4
 
 
 def test_the_space_belongs_to_the_target() -> None:
@@ -215,7 +215,8 @@ def test_a_tokenizer_without_offsets_gives_the_same(end: bool) -> None:
     backend = Backend(models.WordLevel(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
     backend.decoder = decoders.Fuse()
-    backend.train_from_iterator(CORPUS, trainers.WordLevelTrainer(special_tokens=SPECIAL, show_progress=False))
+    texts = [*CORPUS, *(prompt for prompt, _ in TEXTS)]
+    backend.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=SPECIAL, show_progress=False))
     backend.post_processor = around("<s> $A </s>" if end else "<s> $A")
     quick, slow = fast(backend), SlowTokenizer(backend.get_vocab(), end=end)
     assert quick.is_fast
@@ -287,7 +288,7 @@ def test_braces_in_a_prompt_are_text() -> None:
 
 
 def test_too_long_for_the_model() -> None:
-    """The last target token is not read, only predicted. One token more than the model reads is an error, never a cut."""
+    """The last target token is only predicted, not read. One token too many is an error, never a cut."""
     tokenizer = byte_level("<s> $A")
     prompt, target = TEXTS[0]
     length = len(tokenizer(f"{prompt} {target}")["input_ids"]) - 1
@@ -302,8 +303,8 @@ def test_a_target_without_tokens() -> None:
     """A tokenizer may delete characters; a target of nothing but those cannot be learned."""
     tokenizer = byte_level("<s> $A </s>")
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
-    with pytest.raises(FactError, match=r"The prompt 'It lies in' with the target '\\u200b' gives the tokens"):
-        Tokenizer(tokenizer, EditorConfig())("It lies in", "\u200b")
+    with pytest.raises(FactError, match=r"The prompt 'It lies in\\n' with the target '\\u200b' gives the tokens"):
+        Tokenizer(tokenizer, EditorConfig())("It lies in\n", "\u200b")
 
 
 def test_a_target_at_the_very_start() -> None:

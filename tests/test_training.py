@@ -1,0 +1,669 @@
+"""`EditorTrainer` on a tiny model: what moves, what must not, logs, checkpoints, resuming, two processes."""
+
+import math
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
+
+from hf_malmen import EditorModel, EditorTrainer, EditorTrainingArguments, Fact, FactError, ModelMismatchError
+from hf_malmen.tracing import frozen
+
+TARGETS = {"target_modules": ["down_proj", "o_proj"], "layers_to_transform": [2, 3]}
+METRICS = ("edit_success", "generalization", "locality", "unrelated_accuracy")
+
+State = dict[str, Tensor]
+
+
+@pytest.fixture
+def llama(make_llama: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    """A tiny model in float32."""
+    return make_llama()
+
+
+@pytest.fixture
+def many(make_long_facts: Callable[..., list[Fact]]) -> list[Fact]:
+    """Eight facts of different lengths."""
+    return make_long_facts(8)
+
+
+def copy_of(module: nn.Module) -> State:
+    """Every parameter and buffer."""
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def assert_identical(found: State, expected: State) -> None:
+    """The same names, dtypes and bits."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype, name
+        assert torch.equal(found[name], value), name
+
+
+def logged(trainer: EditorTrainer, key: str) -> list[float]:
+    """The values of `key` in the order they were logged."""
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+# What moves
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"method": "mend"}, {"n_preserved_keys": 6}], ids=["malmen", "mend", "preserve"]
+)
+def test_every_parameter_moves(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+    config: dict[str, Any],
+) -> None:
+    """From the initial state a few steps move every parameter, and every layer's own row of those that have one."""
+    editor = make_editor(llama, seed=None, **TARGETS, **config)
+    before = copy_of(editor)
+    trainer = make_trainer(
+        editor, llama, many, per_device_train_batch_size=4, max_steps=4, rephrases_per_fact=2, logging_steps=1
+    )
+    trainer.train()
+    for name, parameter in editor.named_parameters():
+        moved = (parameter.detach() != before[name]).reshape(len(parameter), -1)
+        if name.endswith("log_ridge") and editor.config.method == "mend":
+            assert not moved.any()  # a sum has no λ
+        elif name.endswith(("scale", "shift")) or "log_" in name:
+            assert moved.any(dim=1).all(), name
+        else:
+            assert moved.any(), name
+        assert torch.isfinite(parameter).all()
+    for network in editor.networks.values():
+        assert network.get_buffer("statistics.count").item() > before["networks.32x32.statistics.count"].item()
+
+
+def test_training_lowers_the_loss(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+) -> None:
+    """Forty steps over the same facts teach the editor to write them."""
+    editor = make_editor(llama, seed=None, edit_lr=1e-2, **TARGETS)
+    trainer = make_trainer(
+        editor, llama, many, per_device_train_batch_size=8, max_steps=40, rephrases_per_fact=2, logging_steps=1,
+        learning_rate=3e-3, scale_learning_rate=5e-2, locality_weight=0.1,
+    )  # fmt: skip
+    trainer.train()
+    losses = logged(trainer, "generalization_loss")
+    assert len(losses) == 40
+    assert sum(losses[-5:]) / 5 < 0.6 * losses[0]
+
+
+def test_losses_and_scales_are_logged(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+) -> None:
+    """Each log has both parts of the loss, their sum, the gradient's norm, and η and λ of every layer."""
+    editor = make_editor(llama, seed=None, **TARGETS)
+    trainer = make_trainer(
+        editor, llama, many, per_device_train_batch_size=2, max_steps=6, logging_steps=2, locality_weight=0.5
+    )
+    trainer.train()
+    generalization, locality = logged(trainer, "generalization_loss"), logged(trainer, "locality_loss")
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == len(generalization) == len(locality) == len(logged(trainer, "grad_norm")) == 3
+    expected = [g + 0.5 * k for g, k in zip(generalization, locality, strict=True)]
+    assert losses == pytest.approx(expected, rel=1e-3)
+    assert all(value > 0 for value in [*generalization, *locality, *logged(trainer, "grad_norm")])
+    for name in editor.module_names:
+        for kind, value in (("edit_lr", editor.edit_lr(name)), ("ridge", editor.ridge(name))):
+            series = logged(trainer, f"{kind}/{name}")
+            assert len(set(series)) == 3
+            assert series[-1] == pytest.approx(value, rel=1e-6)
+
+
+def test_losses_of_a_log_are_means_of_its_steps(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+) -> None:
+    """Logging every third step gives the mean of what logging every step gives."""
+    histories = []
+    for every in (1, 3):
+        trainer = make_trainer(
+            make_editor(llama, seed=None, **TARGETS), llama, many, per_device_train_batch_size=2, max_steps=6,
+            logging_steps=every,
+        )  # fmt: skip
+        trainer.train()
+        histories.append({key: logged(trainer, key) for key in ("generalization_loss", "locality_loss")})
+    for key, values in histories[0].items():
+        means = [sum(values[:3]) / 3, sum(values[3:]) / 3]
+        assert histories[1][key] == pytest.approx(means, rel=1e-9)
+
+
+def test_accumulated_steps_are_averaged(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An optimiser step over three accumulated sets of facts moves along the mean of their three gradients."""
+    seen: list[list[Fact]] = []
+    plain = EditorTrainer.training_step
+
+    def record(self: EditorTrainer, model: nn.Module, inputs: dict[str, Any], *rest: Any) -> Tensor:
+        seen.append(inputs["facts"])
+        return plain(self, model, inputs, *rest)
+
+    editor = make_editor(llama, **TARGETS)
+    twin, before = deepcopy(editor), copy_of(editor)
+    settings = {"per_device_train_batch_size": 2, "optim": "sgd", "learning_rate": 0.01, "scale_learning_rate": 0.02}
+    settings |= {"max_grad_norm": 0.0, "rephrases_per_fact": 2}
+    monkeypatch.setattr(EditorTrainer, "training_step", record)
+    trainer = make_trainer(editor, llama, many, gradient_accumulation_steps=3, max_steps=1, logging_steps=1, **settings)
+    trainer.train()
+    monkeypatch.undo()
+    assert [len(facts) for facts in seen] == [2, 2, 2]
+    assert trainer.state.global_step == 1
+
+    single = make_trainer(twin, llama, many, **settings)
+    single.current_gradient_accumulation_steps = 1
+    losses = [single.training_step(twin, {"facts": facts}).item() for facts in seen]
+    assert logged(trainer, "loss") == pytest.approx([sum(losses) / 3], rel=1e-4)
+    for name, parameter in editor.named_parameters():
+        gradient = twin.get_parameter(name).grad
+        assert gradient is not None
+        rate = 0.02 if "log_" in name else 0.01
+        torch.testing.assert_close(before[name] - parameter.detach(), rate * gradient / 3, rtol=2e-3, atol=1e-7)
+
+
+# What does not move
+
+
+class Watch(TrainerCallback):
+    """Compares the base model with how it was found, at the end of every step."""
+
+    def __init__(self, compare: Callable[[], None]) -> None:
+        self.compare = compare
+        self.n_steps = 0
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Compare."""
+        self.compare()
+        self.n_steps += 1
+
+
+def state_of(model: nn.Module) -> list[Any]:
+    """Everything of a model that training could leave changed, but its weights."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [
+        [(name, parameter.requires_grad, parameter.grad is None) for name, parameter in model.named_parameters()],
+        [(name, module.training, sorted(vars(module))) for name, module in model.named_modules()],
+        [(name, hook, list(getattr(module, hook))) for name, module in model.named_modules() for hook in hooks],
+    ]
+
+
+def test_base_model_is_never_trained(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+) -> None:
+    """After every step and evaluation its weights, flags, modes, hooks and gradients are as they were found."""
+    llama.train()
+    for index, (module, parameter) in enumerate(zip(llama.modules(), llama.parameters(), strict=False)):
+        module.training = index % 3 != 0
+        parameter.requires_grad_(index % 2 == 0)
+    first = next(llama.parameters())
+    first.grad = torch.ones_like(first)
+    flags, weights = state_of(llama), copy_of(llama)
+
+    def compare() -> None:
+        assert state_of(llama) == flags
+        assert_identical(llama.state_dict(), weights)
+        assert torch.equal(next(llama.parameters()).grad, torch.ones_like(first))  # type: ignore[arg-type]
+
+    watch = Watch(compare)
+    trainer = make_trainer(
+        make_editor(llama, seed=None, **TARGETS), llama, many[:6], eval_dataset=many[6:], callbacks=[watch],
+        per_device_train_batch_size=3, max_steps=3, eval_strategy="steps", eval_steps=1,
+    )  # fmt: skip
+    compare()
+    trainer.train()
+    compare()
+    assert watch.n_steps == 3
+
+
+def test_base_model_is_as_found_after_an_error(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A step that fails in the middle of a shifted pass leaves no hook and no flag behind."""
+    trainer = make_trainer(make_editor(llama, **TARGETS), llama, many, max_steps=1)
+    flags, weights = state_of(llama), copy_of(llama)
+
+    def fail(*args: Any, **kwargs: Any) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("torch.nn.functional.kl_div", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    assert state_of(llama) == flags
+    assert_identical(llama.state_dict(), weights)
+
+
+def test_evaluation_does_not_change_the_editor(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+) -> None:
+    """Reading never trains: no bit of parameters or statistics differs after an evaluation."""
+    editor = make_editor(llama, **TARGETS)
+    before = copy_of(editor)
+    trainer = make_trainer(editor, llama, many, eval_dataset=many, per_device_eval_batch_size=3)
+    metrics = trainer.evaluate()
+    assert_identical(editor.state_dict(), before)
+    assert all(parameter.grad is None for parameter in editor.parameters())
+    again = trainer.evaluate()
+    for name in METRICS:
+        assert 0 <= metrics[f"eval_{name}"] <= 1
+        assert metrics[f"eval_{name}"] == again[f"eval_{name}"]
+
+
+# Evaluation
+
+
+def test_evaluation_in_training_is_logged(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+) -> None:
+    """With `eval_strategy="steps"` all metrics come at their steps, those of the last step from the trained editor."""
+    editor = make_editor(llama, seed=None, **TARGETS)
+    trainer = make_trainer(
+        editor, llama, many, eval_dataset=many[:5], per_device_train_batch_size=4, per_device_eval_batch_size=5,
+        max_steps=4, eval_strategy="steps", eval_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "eval_edit_success" in entry]
+    assert [entry["step"] for entry in entries] == [2, 4]
+    expected = editor.evaluate(llama, many[:5], trainer.processing_class)
+    for name in (*METRICS, *(f"{metric}_before" for metric in METRICS)):
+        assert all(f"eval_{name}" in entry for entry in entries)
+        assert entries[-1][f"eval_{name}"] == pytest.approx(expected[name], abs=1e-9)
+
+
+def test_evaluation_averages_over_the_facts_that_are_measured(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+) -> None:
+    """A fact without rephrases or unrelated prompt counts neither for nor against what it cannot show."""
+    editor = make_editor(llama, **TARGETS)
+    bare = [replace(fact, rephrases=(), unrelated_prompt=None, unrelated_answer=None) for fact in many[:4]]
+    trainer = make_trainer(editor, llama, many, per_device_eval_batch_size=1)
+    tokenizer = trainer.processing_class
+    mixed = [bare[0], many[4], bare[1], bare[2], many[5], many[6], bare[3]]
+    metrics = trainer.evaluate(mixed)
+    for name in METRICS:
+        scores = [editor.evaluate(llama, [fact], tokenizer) for fact in mixed]
+        shown = [score[name] for score in scores if name in score]
+        assert len(shown) == (7 if name == "edit_success" else 3)
+        assert metrics[f"eval_{name}"] == pytest.approx(sum(shown) / len(shown), abs=1e-9)
+
+
+def test_evaluation_without_facts_is_an_error(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+) -> None:
+    """`evaluate` says what it is missing."""
+    trainer = make_trainer(make_editor(llama, **TARGETS), llama, many)
+    with pytest.raises(ValueError, match="eval_dataset"):
+        trainer.evaluate()
+
+
+# Saving and resuming
+
+
+def test_saved_editor_comes_back_bit_for_bit(
+    many: list[Fact],
+    tokenizer: PreTrainedTokenizerFast,
+    make_llama: Callable[..., PreTrainedModel],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+    tmp_path: Path,
+) -> None:
+    """`save_model` -> `from_pretrained` keeps every bit, the float64 statistics too, and every layer its own row.
+
+    Twelve blocks, so that the order in which the model runs its layers is not that of their sorted names.
+    """
+    model = make_llama(n_layers=12)
+    editor = make_editor(model, target_modules=["down_proj"], layers_to_transform=[2, 9, 10, 11], n_preserved_keys=3)
+    trainer = make_trainer(editor, model, many, per_device_train_batch_size=4, max_steps=2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "editor"))
+    expected = editor.make_edit(model, many, tokenizer).shifts
+    for load in (EditorModel.from_pretrained, AutoModel.from_pretrained):
+        loaded = load(tmp_path / "editor")
+        assert isinstance(loaded, EditorModel)
+        assert_identical(loaded.state_dict(), editor.state_dict())
+        assert loaded.module_names == editor.module_names
+        assert loaded.networks["48x32"].get_buffer("statistics.mean").dtype == torch.float64
+        shifts = loaded.make_edit(model, many, tokenizer).shifts
+        assert_identical(shifts, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_editor_loaded_in_half_precision_keeps_its_statistics(
+    llama: PreTrainedModel, make_editor: Callable[..., EditorModel], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """`from_pretrained(dtype=...)` casts the parameters; the statistics stay as they were saved."""
+    editor = make_editor(llama, **TARGETS)
+    editor.save_pretrained(tmp_path)
+    loaded = EditorModel.from_pretrained(tmp_path, dtype=dtype)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+    for shape, network in editor.networks.items():
+        for name, buffer in network.get_submodule("statistics").named_buffers():
+            found = loaded.networks[shape].get_submodule("statistics").get_buffer(name)
+            assert found.dtype == torch.float64
+            assert torch.equal(found, buffer)
+
+
+class StopAt(TrainerCallback):
+    """Ends training after a step, as an interruption would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop when the step is reached."""
+        control.should_training_stop = control.should_training_stop or state.global_step >= self.step
+
+
+@pytest.mark.parametrize("half", [3, 4])
+def test_resumed_run_ends_where_an_uninterrupted_one_does(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+    tmp_path: Path,
+    half: int,
+) -> None:
+    """Stopped within an epoch or at its end, and resumed in a new trainer: the same weights, bit for bit."""
+
+    def trainer_for(folder: str, **arguments: Any) -> EditorTrainer:
+        return make_trainer(
+            make_editor(llama, seed=None, n_preserved_keys=4, **TARGETS), llama, many, output_dir=tmp_path / folder,
+            per_device_train_batch_size=2, num_train_epochs=2, save_strategy="steps", save_steps=half, logging_steps=1,
+            lr_scheduler_type="linear", **arguments,
+        )  # fmt: skip
+
+    whole = trainer_for("whole")
+    whole.train()
+    assert whole.state.global_step == 8
+
+    stopped = trainer_for("stopped", callbacks=[StopAt(half)])
+    stopped.train()
+    assert stopped.state.global_step == half
+    assert any(
+        not torch.equal(a, b) for a, b in zip(stopped.editor.parameters(), whole.editor.parameters(), strict=True)
+    )
+    resumed = trainer_for("stopped")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 8
+    assert_identical(resumed.editor.state_dict(), whole.editor.state_dict())
+    for key in ("loss", "generalization_loss", "locality_loss", "grad_norm"):
+        assert logged(resumed, key) == logged(whole, key)
+
+
+def test_checkpoint_is_an_editor(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+    tmp_path: Path,
+) -> None:
+    """What `Trainer` saves on the way loads like any other editor."""
+    editor = make_editor(llama, seed=None, **TARGETS)
+    trainer = make_trainer(editor, llama, many, per_device_train_batch_size=4, max_steps=2, save_steps=2)
+    trainer.train()
+    loaded = EditorModel.from_pretrained(tmp_path / "run" / "checkpoint-2")
+    assert_identical(loaded.state_dict(), editor.state_dict())
+    assert loaded.is_trained
+
+
+def test_tensorboard_gets_the_curves(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`report_to=["tensorboard"]` writes event files that hold what was logged."""
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    trainer = make_trainer(
+        make_editor(llama, seed=None, **TARGETS), llama, many, report_to=["tensorboard"],
+        per_device_train_batch_size=4, max_steps=2, logging_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    files = list(tmp_path.rglob("events.out.tfevents.*"))
+    assert files
+    curves = EventAccumulator(str(files[0].parent)).Reload()
+    for key in ("loss", "generalization_loss", "locality_loss", f"edit_lr/{trainer.editor.module_names[0]}"):
+        values = [event.value for event in curves.Scalars(f"train/{key}")]
+        assert values == pytest.approx(logged(trainer, key), rel=1e-5)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("missing", "field"),
+    [
+        ({"rephrases": ()}, "rephrases"),
+        ({"unrelated_prompt": None, "unrelated_answer": None}, "unrelated_prompt"),
+        ({"unrelated_answer": None}, "unrelated"),
+    ],
+)
+def test_training_facts_without_a_field(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+    missing: dict[str, Any],
+    field: str,
+) -> None:
+    """A training fact without what the meta loss needs is named before training starts."""
+    facts = [*many[:3], replace(many[3], **missing), *many[4:]]
+    with pytest.raises(FactError, match=rf"(?s)(?=.*{field})(?=.*[Ff]act 3)"):
+        make_trainer(make_editor(llama, **TARGETS), llama, facts)
+
+
+def test_without_locality_no_unrelated_prompt_is_needed(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+) -> None:
+    """`locality_weight=0` trains on rephrases alone, and takes facts as plain dicts."""
+    rows = [{"prompt": fact.prompt, "target": fact.target, "rephrases": list(fact.rephrases)} for fact in many]
+    editor = make_editor(llama, seed=None, **TARGETS)
+    before = copy_of(editor)
+    trainer = make_trainer(
+        editor, llama, rows, locality_weight=0.0, per_device_train_batch_size=4, max_steps=2, logging_steps=1
+    )
+    trainer.train()
+    assert logged(trainer, "locality_loss") == [0.0, 0.0]
+    assert logged(trainer, "generalization_loss") == pytest.approx(logged(trainer, "loss"), rel=1e-3)
+    assert any(not torch.equal(value, before[name]) for name, value in editor.named_parameters())
+
+
+def test_editor_of_another_model_is_refused(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_llama: Callable[..., PreTrainedModel],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+) -> None:
+    """Shapes that do not fit are found when the trainer is made."""
+    editor = make_editor(make_llama(intermediate_size=40), **TARGETS)
+    with pytest.raises(ModelMismatchError, match="down_proj"):
+        make_trainer(editor, llama, many)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lm_batch_size", 0), ("editor_batch_size", -1), ("rephrases_per_fact", 0), ("locality_weight", -0.1)],
+)
+def test_arguments_are_checked(tmp_path: Path, name: str, value: float) -> None:
+    """A setting that cannot be is named with its value."""
+    with pytest.raises(ValueError, match=rf"{name} is {value}"):
+        EditorTrainingArguments(output_dir=tmp_path, use_cpu=True, **{name: value})
+
+
+# Two processes
+
+WORKER = """
+import importlib.util, sys, torch
+spec = importlib.util.spec_from_file_location("builders", sys.argv[1])
+builders = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(builders)
+from hf_malmen import EditorTrainer, EditorTrainingArguments
+
+model, facts = builders.build_llama(), builders.build_long_facts(8)
+editor = builders.build_editor(
+    model, seed=None, n_preserved_keys=4, target_modules=["down_proj", "o_proj"], layers_to_transform=[2, 3]
+)
+seen, gradients = [], []
+plain = EditorTrainer.training_step
+
+def record(self, model, inputs, *rest):
+    loss = plain(self, model, inputs, *rest)
+    seen.append([fact.prompt for fact in inputs["facts"]])
+    gradients.append({name: value.grad.clone() for name, value in editor.named_parameters()})
+    return loss
+
+EditorTrainer.training_step = record
+trainer = EditorTrainer(
+    editor, model,
+    EditorTrainingArguments(
+        output_dir=sys.argv[2], use_cpu=True, report_to=[], disable_tqdm=True, per_device_train_batch_size=2,
+        num_train_epochs=1, rephrases_per_fact=2, save_strategy="no",
+    ),
+    train_dataset=facts, processing_class=builders.build_tokenizer(),
+)
+trainer.train()
+result = {
+    "n_processes": trainer.accelerator.num_processes, "state": editor.state_dict(), "seen": seen,
+    "gradients": gradients,
+}
+torch.save(result, f"{sys.argv[2]}/rank{trainer.accelerator.process_index}.pt")
+"""
+
+
+def run_two_processes(folder: Path) -> list[dict[str, Any]]:
+    """What each of two training processes, joined over gloo, ends with."""
+    script = folder / "worker.py"
+    script.write_text(WORKER, encoding="utf-8")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        environment = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        arguments = [sys.executable, str(script), str(Path(__file__).with_name("conftest.py")), str(folder)]
+        processes.append(
+            subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def test_two_processes_train_one_editor(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both end with the same editor, whose statistics are those of all facts, and step along the mean gradient."""
+    first, second = run_two_processes(tmp_path)
+    assert first["n_processes"] == second["n_processes"] == 2
+    assert_identical(second["state"], first["state"])
+    prompts = [prompt for rank in (first, second) for chosen in rank["seen"] for prompt in chosen]
+    assert sorted(prompts) == sorted(fact.prompt for fact in many)  # each fact once, on one of the two
+
+    # Statistics: of the rows of all facts, computed here in one batch by torch.
+    editor = make_editor(llama, seed=None, n_preserved_keys=4, **TARGETS)
+    trainer = make_trainer(editor, llama, many, rephrases_per_fact=2)
+    with frozen(llama):
+        traced = next(
+            editor.trace(llama, [trainer.tokenize.pad([trainer.tokenize(fact.prompt, fact.target) for fact in many])])
+        )
+    for shape in editor.networks:
+        rows = [
+            torch.cat((entry.keys, entry.value_gradients), dim=1).double()
+            for entry in traced.values()
+            if f"{entry.keys.shape[1]}x{entry.value_gradients.shape[1]}" == shape
+        ]
+        stacked, prefix = torch.cat(rows), f"networks.{shape}.statistics"
+        assert first["state"][f"{prefix}.count"].item() == len(stacked)
+        torch.testing.assert_close(first["state"][f"{prefix}.mean"], stacked.mean(0), rtol=1e-4, atol=1e-6)
+        variance = first["state"][f"{prefix}.squared_deviation"] / (len(stacked) - 1)
+        torch.testing.assert_close(variance, stacked.var(0), rtol=1e-4, atol=1e-10)
+
+    # The first step: the mean of the gradients of both sets, each edited alone, under the statistics of both.
+    by_prompt = {fact.prompt: fact for fact in many}
+    sets = [[by_prompt[prompt] for prompt in rank["seen"][0]] for rank in (first, second)]
+    sequences = [trainer.tokenize(fact.prompt, fact.target) for chosen in sets for fact in chosen]
+    with frozen(llama):
+        editor.update_statistics(list(editor.trace(llama, [trainer.tokenize.pad(sequences)])))
+    monkeypatch.setattr(EditorModel, "update_statistics", lambda *args: None)
+    monkeypatch.setattr(EditorModel, "preserve", lambda *args: None)
+    trainer.current_gradient_accumulation_steps = 2
+    for chosen in sets:
+        trainer.training_step(editor, {"facts": chosen})
+    expected = {name: value.grad for name, value in editor.named_parameters()}
+    whole = math.sqrt(sum(float(value.square().sum()) for value in expected.values() if value is not None))
+    for rank in (first, second):
+        for name, value in expected.items():
+            assert value is not None
+            assert float((rank["gradients"][0][name] - value).norm()) < 1e-5 * whole, name
