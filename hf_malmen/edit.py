@@ -226,6 +226,10 @@ class Edit:
         shifts = dict(self.shifts)
         for name, shift in other.shifts.items():
             shifts[name] = shifts[name] + shift if name in shifts else shift
+        # Flat and without repetition: an edit made in a thousand turns by one editor has that one maker.
+        makers: list[dict[str, Any]] = []
+        for edit in (self, other):
+            makers += [maker for maker in edit.editor.get("merged", [edit.editor]) if maker not in makers]
         return Edit(
             shifts,
             fan_in_fan_out={*self.fan_in_fan_out, *other.fan_in_fan_out},
@@ -233,7 +237,7 @@ class Edit:
             base_model_name_or_path=self.base_model_name_or_path,
             base_model_revision=self.base_model_revision,
             base_model_fingerprint=self.base_model_fingerprint,
-            editor={"merged": [self.editor, other.editor]},
+            editor=makers[0] if len(makers) == 1 else {"merged": makers},
         )
 
     # Folders and the Hub

@@ -26,6 +26,7 @@ class Recipe:
         base_model: folder or Hub id of the language model.
         train_facts: anything `load_facts` takes by name: a file or a Hub data set.
         eval_facts: held-out facts, measured during training and for the card.
+        max_eval_facts: use only the first of them, this many; None uses all.
         dtype: precision of the base model: `"auto"`, `"float32"`, `"bfloat16"` or `"float16"`.
         editor: fields of `EditorConfig`.
         training: fields of `EditorTrainingArguments`; needs `output_dir`.
@@ -34,6 +35,7 @@ class Recipe:
     base_model: str
     train_facts: str
     eval_facts: str | None = None
+    max_eval_facts: int | None = None
     dtype: str = "auto"
     editor: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
@@ -91,7 +93,7 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> Path:
     if resume and checkpoint is None:
         raise ValueError(f"{folder} has no checkpoint to resume from. Start without --resume.")
     train_facts = load_facts(recipe.train_facts)
-    eval_facts = load_facts(recipe.eval_facts) if recipe.eval_facts else None
+    eval_facts = load_facts(recipe.eval_facts)[: recipe.max_eval_facts] if recipe.eval_facts else None
     config = EditorConfig(**recipe.editor)
     model = AutoModelForCausalLM.from_pretrained(recipe.base_model, dtype=recipe.dtype)
     tokenizer = AutoTokenizer.from_pretrained(recipe.base_model)

@@ -14,6 +14,9 @@ from .errors import ModelMismatchError
 # How many of the last blocks are edited when the user names none (paper, appendix).
 DEFAULT_N_BLOCKS = 6
 
+# Not `is_floating_point`: float8 weights are quantised too, with their scales beside them.
+_EDITABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 def find_targets(model: nn.Module, config: EditorConfig) -> list[str]:
     """Full names of the modules to edit, in the order the model runs them.
@@ -45,7 +48,8 @@ def check_targets(model: nn.Module, names: Iterable[str]) -> None:
     Raises:
         ModelMismatchError: missing, not a linear layer, quantised, or tied to another module.
     """
-    modules = dict(model.named_modules())
+    # Duplicates kept: one module under two names is as shared as one weight in two modules.
+    modules = dict(model.named_modules(remove_duplicate=False))
     holders: dict[int, list[str]] = {}
     for module_name, module in modules.items():
         for parameter_name, parameter in module.named_parameters(recurse=False):
@@ -62,7 +66,7 @@ def check_targets(model: nn.Module, names: Iterable[str]) -> None:
                 f"Linear layers of this model: {_some_linear_names(modules)}."
             )
         weight = module.weight
-        if not weight.is_floating_point() or getattr(module, "quant_state", None) is not None:
+        if weight.dtype not in _EDITABLE_DTYPES or getattr(module, "quant_state", None) is not None:
             raise ModelMismatchError(
                 f"{name} holds its weight in {weight.dtype}, quantised. Load the base model unquantised to edit it."
             )

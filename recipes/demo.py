@@ -15,17 +15,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import geography
+import smollm2
 import torch
+from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from hf_malmen import EditorModel, Fact, load_facts
 from hf_malmen.recipe import load_recipe, run_recipe
-from hf_malmen.report import scores_table, table
-
-sys.path.insert(0, str(Path(__file__).parent))
-import geography
-import smollm2
+from hf_malmen.report import METRIC_TITLES, scores_table, table
 
 RECIPE = Path(__file__).with_name("geography.yaml")
 RELOAD = """
@@ -57,6 +56,22 @@ def with_one_rephrase(facts: list[Fact]) -> list[Fact]:
     """Each fact with one of its rephrases, drawn once: enough to measure, and five times faster to generate."""
     draw = random.Random(0)
     return [dataclasses.replace(fact, rephrases=(draw.choice(fact.rephrases),)) for fact in facts]
+
+
+def plot(scores: dict[int, dict[str, float]], path: Path) -> None:
+    """Bars of each metric by free generation, before the edit and after, for each number of facts."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots()
+    series = [("before", next(iter(scores.values())), "_generated_before")]
+    series += [(f"after {size:,} edits at once", values, "_generated") for size, values in scores.items()]
+    width = 0.8 / len(series)
+    for i, (label, values, suffix) in enumerate(series):
+        positions = [x + (i - (len(series) - 1) / 2) * width for x in range(len(METRIC_TITLES))]
+        axes.bar(positions, [values[name + suffix] for name in METRIC_TITLES], width, label=label)
+    axes.set(title="Unseen facts, scored by free generation", ylabel="share", ylim=(0, 1.05))
+    axes.set_xticks(range(len(METRIC_TITLES)), list(METRIC_TITLES.values()))
+    axes.legend(loc="upper right")
+    figure.savefig(path, dpi=120)
 
 
 def run(output_dir: Path, sizes: list[int], max_steps: int | None) -> None:
@@ -96,7 +111,8 @@ def run(output_dir: Path, sizes: list[int], max_steps: int | None) -> None:
         seconds[size] = time.perf_counter() - began
         scores[size] = editor.evaluate(model, unseen[:size], tokenizer, batch_size=64, generate=True)
         say(f"{size} unseen facts: computed the edit in {seconds[size]:.1f} s, and measured it")
-    print(f"\nUnseen facts applied at once:\n\n{scores_table(scores)}\n")
+    plot(scores, output_dir / "scores.png")
+    print(f"\nUnseen facts applied at once ({output_dir / 'scores.png'}):\n\n{scores_table(scores)}\n")
 
     edited = unseen[: sizes[-1]]
     examples = [fact.prompt for fact in edited[:3]]

@@ -45,6 +45,8 @@ def test_a_method_decides_tokens_and_aggregation_unless_told() -> None:
         ("rank", "64", "a whole number of at least 1"),
         ("rank", True, "a whole number of at least 1"),
         ("n_blocks", -1, "a whole number of at least 1"),
+        ("n_preserved_keys", -1, "a whole number of at least 0"),
+        ("preservation", 0, "a finite number above 0"),
         ("edit_lr", 0, "a finite number above 0"),
         ("edit_lr", "1e-6", "a finite number above 0"),
         ("edit_lr", float("nan"), "a finite number above 0"),
@@ -81,6 +83,13 @@ def test_a_bad_module_shape_names_the_module(shape: Any) -> None:
     with pytest.raises(ValueError, match=re.escape(f"EditorConfig.module_shapes['mlp'] is {shape!r}")) as caught:
         EditorConfig(module_shapes={"mlp": shape})
     assert "[key_size, value_size], both above 0" in str(caught.value)
+
+
+def test_preserved_keys_need_the_least_squares() -> None:
+    """MEND sums its rows and solves nothing."""
+    assert EditorConfig(n_preserved_keys=16).n_preserved_keys == 16
+    with pytest.raises(ValueError, match=r"EditorConfig\.n_preserved_keys is 16; allowed with method 'mend': 0"):
+        EditorConfig(method="mend", n_preserved_keys=16)
 
 
 def test_a_module_named_twice_is_refused() -> None:
