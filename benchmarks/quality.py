@@ -1,8 +1,8 @@
 """python benchmarks/quality.py --model demo-output/base --facts FACTS.jsonl
 
 What a training run is worth: trains an editor on a file of facts, holds some out, and measures held-out facts edited
-64, 256 and 1,024 at once. Facts need rephrases and unrelated prompts. A prompt that comes twice is used once, and how many
-were left out is printed.
+64, 256 and 1,024 at once. Facts need rephrases and unrelated prompts. A prompt that comes twice is used once, and how
+many were left out is printed.
 """
 
 import argparse

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -135,7 +136,7 @@ def write_shifts(
                 f"{keys[name]} has the shape {entry.shape} in {source}, and the edit needs {expected}. "
                 "The edit was made for another model."
             )
-    target = source if in_place else _free_folder(Path(output_dir or ""))
+    target = source if in_place else _free_folder(Path(output_dir or ""), source)
     report = WriteReport(target, keys)
     affected = {tensors[key].file for key in keys.values()}
     with _staged_copy(source, target, affected, in_place) as copies:
@@ -156,23 +157,10 @@ def read_tensor_index(folder: Path) -> dict[str, TensorEntry]:
         CheckpointError: no safetensors weights, or a damaged index or header.
     """
     index_path, single = folder / INDEX_FILE, folder / SINGLE_FILE
-    if index_path.is_file():
-        index = _parse_json(index_path.read_bytes(), index_path)
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index_path} has no weight_map. Download the checkpoint again.")
-        tensors: dict[str, TensorEntry] = {}
-        for file_name in sorted(set(map(str, weight_map.values()))):
-            # The index is input: a shard name must stay a name, and never lead out of its folder.
-            if Path(file_name).name != file_name or not file_name.endswith(".safetensors"):
-                raise CheckpointError(f"{index_path} names the shard {file_name!r}; expected a file of its own folder.")
-            tensors |= read_header(folder / file_name)
-        missing = sorted(set(weight_map) - set(tensors))
-        if missing:
-            raise CheckpointError(f"{index_path} lists {missing[0]!r}, which no shard holds. Download it again.")
-        return tensors
-    if single.is_file():
+    if single.is_file():  # before shards, as transformers reads a folder that has both
         return read_header(single)
+    if index_path.is_file():
+        return _read_shards(index_path)
     if any(folder.glob("*.bin")):
         raise CheckpointError(
             f"{folder} has its weights in .bin files only, which are pickles and not read here. Convert them: "
@@ -211,6 +199,32 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     if position != size:
         raise CheckpointError(f"{path} is {size} bytes long, and its header describes {position}. It is damaged.")
     return entries
+
+
+def _read_shards(index_path: Path) -> dict[str, TensorEntry]:
+    weight_map = _parse_json(index_path.read_bytes(), index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index_path} has no weight_map. Download the checkpoint again.")
+    tensors: dict[str, TensorEntry] = {}
+    for file_name in sorted(set(map(str, weight_map.values()))):
+        # The index is input: a shard name must stay a name, and never lead out of its folder.
+        if Path(file_name).name != file_name or not file_name.endswith(".safetensors"):
+            raise CheckpointError(f"{index_path} names the shard {file_name!r}; expected a file of its own folder.")
+        for key, entry in read_header(index_path.parent / file_name).items():
+            if key in tensors:
+                raise CheckpointError(
+                    f"{index_path.parent} holds {key!r} twice, in {tensors[key].file.name} and {file_name}. "
+                    "Download the checkpoint again."
+                )
+            tensors[key] = entry
+    for key, file_name in weight_map.items():
+        if key not in tensors:
+            raise CheckpointError(f"{index_path} lists {key!r}, which no shard holds. Download it again.")
+        if tensors[key].file.name != file_name:
+            raise CheckpointError(
+                f"{index_path} lists {key!r} in {file_name}, and it is in {tensors[key].file.name}. Download it again."
+            )
+    return tensors
 
 
 def find_key(name: str, tensors: Mapping[str, Any]) -> str:
@@ -252,9 +266,11 @@ def _resolve(checkpoint: str | Path, in_place: bool) -> Path:
     return folder
 
 
-def _free_folder(folder: Path) -> Path:
+def _free_folder(folder: Path, source: Path) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not empty. Choose another output_dir, or remove it.")
+    if folder.resolve().is_relative_to(source.resolve()):
+        raise CheckpointError(f"{folder} lies inside of {source}, and its copy cannot. Choose another output_dir.")
     return folder
 
 
@@ -273,13 +289,13 @@ def _staged_copy(source: Path, target: Path, affected: Iterable[Path], in_place:
             shutil.copytree(source, stage, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".git", ".cache"))
             copies = {file: stage / file.name for file in affected}
         for copy in copies.values():
-            copy.chmod(0o644)  # a read-only source does not make a read-only copy
+            copy.chmod(copy.stat().st_mode | stat.S_IWUSR)  # a read-only source does not make a read-only copy
         yield copies
         if in_place:
             for file, copy in copies.items():
                 os.replace(copy, file)
         else:
-            stage.chmod(0o755)
+            stage.chmod(source.stat().st_mode | stat.S_IRWXU)
             if target.exists():
                 target.rmdir()
             os.replace(stage, target)
@@ -296,7 +312,9 @@ def _parse_json(data: bytes, path: Path) -> dict[str, Any]:
 
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number without end, or nested without end
         raise CheckpointError(f"{path} does not hold valid JSON ({error}). Download it again.") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; expected an object. Download it again.")

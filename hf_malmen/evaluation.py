@@ -63,6 +63,15 @@ def probes_of(facts: Sequence[Fact]) -> dict[str, Probes]:
     return {kind: probes for kind, probes in kinds.items() if probes.prompts}
 
 
+def n_measured(facts: Sequence[Fact], metric: str) -> int:
+    """How many of `facts` have what `metric`, with any suffix, measures: rephrases, or an unrelated prompt."""
+    if metric.startswith("generalization"):
+        return sum(bool(fact.rephrases) for fact in facts)
+    if metric.startswith(("locality", "unrelated_accuracy")):
+        return sum(fact.unrelated_prompt is not None for fact in facts)
+    return len(facts)
+
+
 def answer(
     model: PreTrainedModel,
     tokenize: Tokenizer,

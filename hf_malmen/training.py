@@ -10,10 +10,19 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import speed_metrics
 
 from .batches import TokenBatch, TokenSequence
+from .evaluation import n_measured
 from .facts import Fact, load_facts, require_fields
 from .modeling import DEFAULT_BATCH_SIZE, DEFAULT_EDITOR_BATCH_SIZE, EditorModel
 from .tracing import answer_logits, frozen, shifted
@@ -116,6 +125,7 @@ class EditorTrainer(Trainer):
         )
         nn.Module.to(base_model, args.device)
         self.trunk = Trunk(base_model, editor.module_names, int(args.trunk_cache_gib * 2**30))
+        self.add_callback(_ForgetTrunk(self.trunk))
         self._losses: list[tuple[float, float]] = []
 
     @property
@@ -172,7 +182,8 @@ class EditorTrainer(Trainer):
         """Edit held-out facts, `per_device_eval_batch_size` at once, and measure. The editor does not change.
 
         Returns:
-            The metrics of `EditorModel.evaluate`, averaged over the facts and prefixed with `metric_key_prefix`.
+            The metrics of `EditorModel.evaluate`, prefixed with `metric_key_prefix`, each averaged over the facts that
+            have what it measures.
         """
         if eval_dataset is None and self.eval_dataset is None:
             raise ValueError("Evaluation needs facts: pass eval_dataset to EditorTrainer or to evaluate().")
@@ -186,7 +197,8 @@ class EditorTrainer(Trainer):
                 self.base_model, chosen, self.tokenize.tokenizer, batch_size=self.args.lm_batch_size
             )
             for name, value in scores.items():
-                sums[name] = sums.get(name, 0.0) + value * len(chosen) / len(facts)
+                weight = n_measured(chosen, name) / n_measured(facts, name)
+                sums[name] = sums.get(name, 0.0) + weight * value
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in sums.items()}
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(facts))
         self.log(metrics)
@@ -253,6 +265,21 @@ class EditorTrainer(Trainer):
             for parameter in self.editor.parameters():
                 if parameter.grad is not None:
                     parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+
+
+class _ForgetTrunk(TrainerCallback):
+    """Empties the trunk's memory with every checkpoint.
+
+    In which batch a sequence first ran shows in the last bits of its output. A run that goes on after a checkpoint and
+    one that resumes from it end with the same bits only if both start with the same memory.
+    """
+
+    def __init__(self, trunk: Trunk) -> None:
+        self.trunk = trunk
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Empty it."""
+        self.trunk.clear()
 
 
 def _is_scale(name: str) -> bool:

@@ -40,6 +40,11 @@ class Trunk:
         """Whether there are blocks to save, and their output is a plain hidden state."""
         return bool(self.blocks)
 
+    def clear(self) -> None:
+        """Forget all outputs; `fill` computes them again."""
+        self._outputs.clear()
+        self._n_bytes = 0
+
     @torch.no_grad()
     def fill(self, sequences: Sequence[TokenSequence], tokenize: Tokenizer, batch_size: int) -> None:
         """Run the trunk over those sequences that it has no output for. `model` is inside `frozen`."""
