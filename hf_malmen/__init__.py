@@ -22,7 +22,9 @@ _MODULE_OF = {
     "NumericalError": "errors",
     "CheckpointError": "errors",
     "EditStateError": "errors",
+    "HfMalmenWarning": "errors",
     "FingerprintWarning": "errors",
+    "TruncationWarning": "errors",
     "UntrainedEditorWarning": "errors",
 }
 
@@ -36,8 +38,10 @@ if TYPE_CHECKING:
     from .errors import FactError as FactError
     from .errors import FingerprintWarning as FingerprintWarning
     from .errors import HfMalmenError as HfMalmenError
+    from .errors import HfMalmenWarning as HfMalmenWarning
     from .errors import ModelMismatchError as ModelMismatchError
     from .errors import NumericalError as NumericalError
+    from .errors import TruncationWarning as TruncationWarning
     from .errors import UntrainedEditorWarning as UntrainedEditorWarning
     from .facts import Fact as Fact
     from .facts import load_facts as load_facts

@@ -10,6 +10,8 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .errors import TruncationWarning
+
 # Extra directions of the randomised factorisation; they cost little and make its error that of the best one.
 _OVERSAMPLING = 16
 # A relative error that float32 factors have anyway.
@@ -60,6 +62,7 @@ def save_lora(
         warnings.warn(
             f"A LoRA of rank {rank} holds the edit with a relative error of up to {errors[worst]:.2g} ({worst}). "
             "Edit fewer facts at once or raise the rank for an exact one.",
+            TruncationWarning,
             stacklevel=3,
         )
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

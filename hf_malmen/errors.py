@@ -25,9 +25,17 @@ class EditStateError(HfMalmenError, RuntimeError):
     """An edit is asked for something its state does not allow, such as undoing what was never applied."""
 
 
-class FingerprintWarning(UserWarning):
+class HfMalmenWarning(UserWarning):
+    """Base class of this package's warnings."""
+
+
+class FingerprintWarning(HfMalmenWarning):
     """The base model's target weights are not those the editor, or the edit, was made for."""
 
 
-class UntrainedEditorWarning(UserWarning):
+class UntrainedEditorWarning(HfMalmenWarning):
     """The editor has seen no training data, so it neither standardises its inputs nor knows how to edit."""
+
+
+class TruncationWarning(HfMalmenWarning):
+    """A LoRA adapter of the wanted rank cannot hold the whole edit."""

@@ -155,12 +155,17 @@ def score(
 def _generate(model: PreTrainedModel, tokenize: Tokenizer, sequences: Sequence[TokenSequence]) -> list[str]:
     prompts = [TokenSequence(s.prompt_ids, s.prompt_ids) for s in sequences]
     batch: TokenBatch = tokenize.pad(prompts, side="left").to(model.device)
-    longest = max(len(s.target_ids) for s in sequences)
+    n_new = max(len(s.target_ids) for s in sequences) + _EXTRA_TOKENS
+    if tokenize.max_length is not None:
+        room = tokenize.max_length - batch.input_ids.shape[1] + 1  # the last token is generated, and not read
+        if room < n_new and len(sequences) > 1:  # the longest prompt must not cut the longest answer
+            return [text for s in sequences for text in _generate(model, tokenize, [s])]
+        n_new = min(n_new, room)
     generate: Any = model.generate  # typed for a mixin that PreTrainedModel does not name
     generated = generate(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
-        max_new_tokens=longest + _EXTRA_TOKENS,
+        max_new_tokens=n_new,
         do_sample=False,
         pad_token_id=tokenize.pad_token_id,
     )

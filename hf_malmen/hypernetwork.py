@@ -4,6 +4,8 @@ One `HyperNetwork` serves all target layers of one shape: the matrices are share
 shifts, step size η and ridge λ.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -102,11 +104,11 @@ class HyperBlock(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """B = 0 and b = 0: the block starts as the identity."""
-        self.down.normal_()
-        self.up.zero_()
-        self.bias.zero_()
-        self.scale.fill_(1.0)
-        self.shift.zero_()
+        # By `nn.init`, which transformers guards when it loads a checkpoint: what came with it is left as it is.
+        nn.init.normal_(self.down)
+        for parameter in (self.up, self.bias, self.shift):
+            nn.init.zeros_(parameter)
+        nn.init.ones_(self.scale)
 
     def forward(
         self,
@@ -166,8 +168,8 @@ class HyperNetwork(nn.Module):
     def reset_parameters(self) -> None:
         """η, λ and κ as configured, no preserved keys; the blocks reset themselves."""
         for name, value in self.initial.items():
-            self.get_parameter(name).fill_(value).log_()
-        self.preserved_keys.zero_()
+            nn.init.constant_(self.get_parameter(name), math.log(value))
+        nn.init.zeros_(self.preserved_keys)
 
     def forward(
         self,

@@ -1,7 +1,7 @@
 """Rows of all facts -> one weight shift per layer, and the adjoint of that solve (paper sections 4.1 and 4.3).
 
 Both aggregations answer to the same three calls: `add` rows as they stream in, `solve`, and on the result `adjoint`.
-With ∇ = ∂L/∂S they share one rule for the gradient of the rows: ∂L = ⟨P M, D⟩ differentiated through P and D, where
+With ∇ = ∂L/∂S they share one rule: the gradient of the rows is that of ⟨P M, D⟩ differentiated through P and D, where
 M = ∇ for the sum and M = (UᵀU + λI)⁻¹ ∇ for least squares (whose P, the keys, is constant).
 """
 
@@ -23,13 +23,45 @@ def solve_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
+@dataclass(frozen=True)
+class Adjoint:
+    """How ∂L/∂S reaches what S was made of.
+
+    Attributes:
+        ridge_gradient: ∂L/∂λ; None where there is no λ.
+        multiplier: M, (key_size, value_size); or
+        row_gradients: P M, (n_rows, value_size), for all rows in the order they were added.
+    """
+
+    ridge_gradient: Tensor | None
+    multiplier: Tensor | None = None
+    row_gradients: Tensor | None = None
+
+    def inner(
+        self,
+        left: Tensor,  # (n, key_size)
+        differences: Tensor,  # (n, value_size)
+        start: int,
+    ) -> Tensor:  # ()
+        """⟨P M, D⟩ over the rows added from the `start`-th on: what to differentiate for the gradient of these rows."""
+        if self.row_gradients is not None:
+            pulled = self.row_gradients[start : start + len(left)].to(differences)
+        else:
+            assert self.multiplier is not None  # for the type checker: one of the two is given
+            pulled = left @ self.multiplier.to(left)
+        return (pulled * differences).sum()
+
+
 class Solution(Protocol):
     """A weight shift that can be differentiated."""
 
     shift: Tensor  # (key_size, value_size)
 
-    def adjoint(self, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
-        """From ∇ = ∂L/∂S, (key_size, value_size): the matrix M above and ∂L/∂λ (None where there is no λ)."""
+    def adjoint(
+        self,
+        gradient: Tensor,  # (key_size, value_size), ∂L/∂S
+    ) -> Adjoint:
+        """What ∂L/∂S comes to for the rows and for λ."""
 
 
 @dataclass
@@ -38,8 +70,8 @@ class SumSolution:
 
     shift: Tensor  # (key_size, value_size)
 
-    def adjoint(self, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
-        return gradient.to(self.shift), None
+    def adjoint(self, gradient: Tensor) -> Adjoint:
+        return Adjoint(None, multiplier=gradient.to(self.shift))
 
 
 @dataclass
@@ -49,27 +81,24 @@ class PrimalSolution:
     shift: Tensor  # (key_size, value_size)
     factor: Tensor  # (key_size, key_size), lower Cholesky factor of UᵀU + λI
 
-    def adjoint(self, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+    def adjoint(self, gradient: Tensor) -> Adjoint:
         multiplier = torch.cholesky_solve(gradient.to(self.shift), self.factor)
-        return multiplier, -(multiplier * self.shift).sum()
+        return Adjoint(-(multiplier * self.shift).sum(), multiplier=multiplier)
 
 
 @dataclass
 class DualSolution:
-    """S = Uᵀ (UUᵀ + λI)⁻¹ D from its n × n factor: cheap for few rows, and of rank n at most."""
+    """S = Uᵀ C with C = (UUᵀ + λI)⁻¹ D, from its n × n factor: cheap for few rows, and of rank n at most."""
 
     keys: Tensor  # (n, key_size)
-    coefficients: Tensor  # (n, value_size): (UUᵀ + λI)⁻¹ D
+    coefficients: Tensor  # (n, value_size): C
     factor: Tensor  # (n, n), lower Cholesky factor of UUᵀ + λI
-    ridge: float
     shift: Tensor  # (key_size, value_size)
 
-    def adjoint(self, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
-        # Woodbury: (UᵀU + λI)⁻¹ ∇ = (∇ − Uᵀ (UUᵀ + λI)⁻¹ U ∇) / λ
-        gradient = gradient.to(self.shift)
-        inner = torch.cholesky_solve(self.keys @ gradient, self.factor)
-        multiplier = (gradient - self.keys.T @ inner) / self.ridge
-        return multiplier, -(multiplier * self.shift).sum()
+    def adjoint(self, gradient: Tensor) -> Adjoint:
+        # U (UᵀU + λI)⁻¹ = (UUᵀ + λI)⁻¹ U, so the rows U M need no k × k matrix, and ⟨M, S⟩ = ⟨U M, C⟩ neither.
+        row_gradients = torch.cholesky_solve(self.keys @ gradient.to(self.shift), self.factor)
+        return Adjoint(-(row_gradients * self.coefficients).sum(), row_gradients=row_gradients)
 
 
 class RowSum:
@@ -176,7 +205,7 @@ class RidgeLeastSquares:
         _require_finite(differences, self.name, "its value differences")
         factor = self._factor(keys @ keys.T, ridge)
         coefficients = torch.cholesky_solve(differences, factor)
-        return DualSolution(keys, coefficients, factor, ridge, keys.T @ coefficients)
+        return DualSolution(keys, coefficients, factor, keys.T @ coefficients)
 
     def _factor(self, gram: Tensor, ridge: float) -> Tensor:
         regularised = gram.clone()

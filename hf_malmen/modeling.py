@@ -87,7 +87,7 @@ class EditorModel(PreTrainedModel):
             module.reset_parameters()
         elif isinstance(module, RunningStatistics):
             for buffer in module.buffers():
-                buffer.zero_()
+                nn.init.zeros_(buffer)
 
     @classmethod
     def from_base(cls, model: nn.Module, config: EditorConfig | None = None) -> "EditorModel":
@@ -248,20 +248,23 @@ class EditorModel(PreTrainedModel):
             shift_gradients: {module name: ∂L/∂S of shape (key_size, value_size)}.
         """
         for name, gradient in shift_gradients.items():
-            multiplier, ridge_gradient = solutions[name].adjoint(gradient)
+            adjoint = solutions[name].adjoint(gradient)
             network, index = self.network(name)
-            if ridge_gradient is not None:
-                (network.log_ridge[index].exp() * ridge_gradient.to(network.log_ridge)).backward()
+            start = 0
+            if adjoint.ridge_gradient is not None:
+                (network.log_ridge[index].exp() * adjoint.ridge_gradient.to(network.log_ridge)).backward()
             if network.n_preserved_keys:
                 # κ stands before K₀ᵀK₀ / m as λ stands before I, so ∂L/∂κ = −⟨M, K₀ᵀK₀ S⟩ / m = −⟨K₀ M, K₀ S⟩ / m.
-                rows = network.preserved_rows(index)
-                slope = -((rows @ multiplier) * (rows @ solutions[name].shift)).sum()  # κ ∂L/∂κ = ∂L/∂log κ
+                still = network.preserved_rows(index)  # scaled by √(κ / m), so this is κ ∂L/∂κ = ∂L/∂log κ
+                slope = -adjoint.inner(still, still @ solutions[name].shift, start)
                 (network.log_preservation[index] * slope.to(network.log_preservation)).backward()
+                start += len(still)
             keys = torch.cat([traced[name].keys for traced in traces])
             gradients = torch.cat([traced[name].value_gradients for traced in traces])
             for part in _split(Trace(keys, gradients), editor_batch_size):
                 left, differences = self(*part, name)
-                ((left @ multiplier.to(left)) * differences).sum().backward()
+                adjoint.inner(left, differences, start).backward()
+                start += len(left)
 
     def ridge(self, name: str) -> float:
         """λ of the module `name`."""

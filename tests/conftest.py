@@ -1,10 +1,11 @@
 """Tiny models and a tokenizer, built here: no test needs the network."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import evaluate
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -234,3 +235,12 @@ def make_trainer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable
 def _quiet() -> None:
     """No progress bars in the captured output."""
     logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _caches_of_evaluate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """`evaluate` copies and caches metrics below the test run's own folder, not in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HF_METRICS_CACHE", "HF_MODULES_CACHE", "HF_EVALUATE_CACHE"):
+            patch.setattr(evaluate.config, name, tmp_path_factory.mktemp(name.lower()))
+        yield

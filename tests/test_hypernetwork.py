@@ -1,5 +1,6 @@
 """Running statistics against `torch.mean` and `torch.var`, and the hyper-network against its formula."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -296,3 +297,34 @@ def test_forward_does_not_learn() -> None:
         built(keys, gradients, 0)
         built.rows(keys, gradients, 1, "sum")
     assert all(torch.equal(value, before[name]) for name, value in built.state_dict().items())
+
+
+# Preserved keys
+
+
+def test_the_latest_keys_are_preserved() -> None:
+    """New keys of every layer replace the oldest, in batches of any size, also of more than are kept."""
+    built = HyperNetwork(
+        KEY_SIZE, VALUE_SIZE, N_MODULES, rank=4, n_blocks=1, edit_lr=0.05, ridge=0.5, n_preserved_keys=6
+    )
+    assert torch.equal(built.preserved_keys, torch.zeros(N_MODULES, 6, KEY_SIZE))
+    seen = built.preserved_keys.clone()
+    for seed, n in enumerate((2, 3, 9, 1, 6)):
+        keys = torch.randn(N_MODULES, n, KEY_SIZE, generator=torch.Generator().manual_seed(seed))
+        built.preserve(keys)
+        seen = torch.cat((seen, keys), dim=1)
+        assert torch.equal(built.preserved_keys, seen[:, -6:])
+
+
+def test_preserved_rows_weigh_what_they_should() -> None:
+    """Their product is κ / m · K₀ᵀK₀, what the least squares adds to UᵀU."""
+    built = HyperNetwork(
+        KEY_SIZE, VALUE_SIZE, N_MODULES, rank=4, n_blocks=1, edit_lr=0.05, ridge=0.5, n_preserved_keys=6,
+        preservation=3.0,
+    ).double()  # fmt: skip
+    built.preserve(torch.randn(N_MODULES, 6, KEY_SIZE, generator=torch.Generator().manual_seed(0)))
+    with torch.no_grad():
+        built.log_preservation[1] += 1
+    for index, weight in enumerate((3.0, 3.0 * math.e)):
+        keys, rows = built.preserved_keys[index], built.preserved_rows(index)
+        torch.testing.assert_close(rows.T @ rows, weight / 6 * keys.T @ keys, rtol=1e-6, atol=0)

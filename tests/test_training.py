@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from transformers import (
@@ -394,6 +395,26 @@ def test_editor_loaded_in_half_precision_keeps_its_statistics(
             found = loaded.networks[shape].get_submodule("statistics").get_buffer(name)
             assert found.dtype == torch.float64
             assert torch.equal(found, buffer)
+
+
+@pytest.mark.parametrize("lost", ["preserved_keys", "log_ridge", "statistics.mean", "blocks.0.bias"])
+def test_incomplete_checkpoint_resets_nothing_that_it_holds(
+    llama: PreTrainedModel, make_editor: Callable[..., EditorModel], tmp_path: Path, lost: str
+) -> None:
+    """A tensor that a checkpoint lacks, as one of an older release may, is initial; all others are as saved."""
+    editor = make_editor(llama, **TARGETS)
+    editor.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    save_file(
+        {key: value for key, value in load_file(path).items() if lost not in key}, path, metadata={"format": "pt"}
+    )
+    found = EditorModel.from_pretrained(tmp_path).state_dict()
+    kept = {name: value for name, value in editor.state_dict().items() if lost not in name}
+    assert len(kept) == len(found) - 2
+    assert_identical({name: found[name] for name in kept}, kept)
+    initial = make_editor(llama, seed=None, **TARGETS).state_dict()
+    for name in found.keys() - kept.keys():
+        torch.testing.assert_close(found[name], initial[name])
 
 
 class StopAt(TrainerCallback):

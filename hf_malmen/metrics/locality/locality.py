@@ -1,9 +1,9 @@
 """Locality: share of unrelated answer tokens predicted as before the edit. References: predictions before it."""
 
-from hf_malmen.metrics.base import AnswerMetric
+from hf_malmen.metrics import base  # the module: `evaluate.load` takes the first metric class it finds here
 
 
-class Locality(AnswerMetric):
+class Locality(base.AnswerMetric):
     """Locality: share of unrelated answer tokens predicted as before the edit. References: predictions before it."""
 
     result_name = "locality"
