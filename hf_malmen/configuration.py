@@ -61,7 +61,7 @@ class EditorConfig(PreTrainedConfig):
         edit_lr: initial η, the learned scale of a value difference.
         ridge: initial λ of the least squares (paper section 4.1); log λ is learned per layer.
         n_preserved_keys: keys of earlier training facts, a layer, that an edit is asked to leave where they are;
-            0, as in the paper, asks for none. Method `"malmen"` only. Each costs `key_size` floats a layer in the editor.
+            0, as in the paper, asks for none. Method `"malmen"` only. Each costs `key_size` floats a layer.
         preservation: initial κ, the weight of that request, learned per layer: the least squares minimises
             ‖U S − D‖² + λ ‖S‖² + (κ / n_preserved_keys) ‖K₀ S‖².
         token_selection: traced tokens, `"answer"` or `"all"`; `None` takes the method's own.

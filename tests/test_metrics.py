@@ -138,7 +138,7 @@ def fit(model: PreTrainedModel, pairs: list[tuple[str, str]], encode: Build, wei
         loss = torch.zeros(())
         for prompt, answer in pairs:
             ids, n = encode(prompt, answer)
-            logits = model(input_ids=torch.tensor([ids])).logits[0, n - 1 : -1]
+            logits = model(input_ids=torch.tensor([ids[:-1]])).logits[0, n - 1 :]
             loss = loss + torch.nn.functional.cross_entropy(logits, torch.tensor(ids[n:]))
         optimizer.zero_grad()
         loss.backward()
@@ -147,28 +147,30 @@ def fit(model: PreTrainedModel, pairs: list[tuple[str, str]], encode: Build, wei
 
 
 class Known:
-    """A tiny model that has learned some unrelated answers, and a real edit that writes some of the facts."""
+    """A tiny model with facts to measure it on, and what plain transformers makes of them."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, facts: list[Fact]) -> None:
         self.model, self.tokenizer, self.facts = model, tokenizer, facts
+        self.edit = Edit({})
+
+    def learn(self) -> "Known":
+        """Teach the model some of the unrelated answers, and make a real edit that writes some of the facts."""
+        facts, model = self.facts, self.model
         unrelated = [(fact.unrelated_prompt, fact.unrelated_answer or "") for fact in facts if fact.unrelated_prompt]
-        if not facts:
-            self.edit = Edit({})
-            return
         fit(model, unrelated[:4], self.encode, list(model.parameters()), steps=12)
-        self.names = [n for n, _ in model.named_modules() if n.endswith(("mlp.down_proj", "mlp.c_proj"))][-2:]
-        weights = [model.get_submodule(name).weight for name in self.names]
+        names = [n for n, _ in model.named_modules() if n.endswith(("mlp.down_proj", "mlp.c_proj"))][-2:]
+        weights = [model.get_submodule(name).weight for name in names]
         before = [weight.detach().clone() for weight in weights]
-        written = [(fact.prompt, fact.target) for fact in facts[:5]]
-        fit(model, written, self.encode, weights, steps=10)
-        after = [weight.detach().clone() for weight in weights]
-        self.flipped = [name for name in self.names if isinstance(model.get_submodule(name), Conv1D)]
+        fit(model, [(fact.prompt, fact.target) for fact in facts[:5]], self.encode, weights, steps=10)
+        shifts = {}
         with torch.no_grad():
-            for weight, old in zip(weights, before, strict=True):
+            for name, weight, old in zip(names, weights, before, strict=True):
+                moved = weight - old
+                shifts[name] = moved if isinstance(model.get_submodule(name), Conv1D) else moved.T
                 weight.copy_(old)
-        moves = [new - old for new, old in zip(after, before, strict=True)]
-        shifts = {name: move if self.flipped else move.T for name, move in zip(self.names, moves, strict=True)}
-        self.edit = Edit(shifts, fan_in_fan_out=self.flipped, facts=facts)
+        flipped = [name for name in names if isinstance(model.get_submodule(name), Conv1D)]
+        self.edit = Edit(shifts, fan_in_fan_out=flipped, facts=facts)
+        return self
 
     def encode(self, prompt: str, answer: str) -> tuple[list[int], int]:
         """Token ids of a completed prompt, and how many of them are the prompt's."""
@@ -181,7 +183,7 @@ class Known:
     def predicted(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
         """The most likely token at each answer position given the true ones before it, and the true ones."""
         ids, n = self.encode(prompt, answer)
-        return self.model(input_ids=torch.tensor([ids])).logits[0, n - 1 : -1].argmax(-1).tolist(), ids[n:]
+        return self.model(input_ids=torch.tensor([ids[:-1]])).logits[0, n - 1 :].argmax(-1).tolist(), ids[n:]
 
     @torch.no_grad()
     def generated(self, prompt: str, n_new: int) -> str:
@@ -214,7 +216,7 @@ def known(
     facts = make_long_facts(8)
     facts[1] = Fact(facts[1].prompt, facts[1].target, (), facts[1].unrelated_prompt, facts[1].unrelated_answer)
     facts[2] = Fact(facts[2].prompt, facts[2].target, facts[2].rephrases[:1])
-    return Known(model, make_tokenizer(padding_side="left"), facts)
+    return Known(model, make_tokenizer(padding_side="left"), facts).learn()
 
 
 def mean(values: list[float]) -> float:
@@ -322,9 +324,7 @@ def test_generation_at_the_models_limit(
     facts = [Fact("Lyon " * 20 + "is a city in", "France"), Fact("Lyon is in", "Italy and Japan and Ghana and Italy")]
     length = max(len(tokenizer(f"{fact.prompt} {fact.target}")["input_ids"]) for fact in facts) - 1
     model = type(base)(type(base.config)(**{**base.config.to_dict(), "n_positions": length})).eval()
-    known = Known(model, tokenizer, [])
-    weights = list(model.parameters())
-    fit(model, [(fact.prompt, fact.target) for fact in facts], known.encode, weights, steps=40)
-    known.facts = facts
+    known = Known(model, tokenizer, facts)
+    fit(model, [(fact.prompt, fact.target) for fact in facts], known.encode, list(model.parameters()), steps=40)
     found = evaluated(known, make_editor, monkeypatch, generate=True, batch_size=2)
     assert found["edit_success_before"] == found["edit_success_generated_before"] == 1
