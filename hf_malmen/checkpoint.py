@@ -123,8 +123,7 @@ def write_shifts(
         ModelMismatchError: a module has no tensor of its shape in the checkpoint.
         NumericalError: an edited weight would not be finite in its dtype.
     """
-    if (output_dir is None) == (not in_place):
-        raise ValueError("An edit on disk needs output_dir=... for a copy, or in_place=True; give exactly one.")
+    check_destination(checkpoint, output_dir, in_place)
     source = _resolve(checkpoint, in_place)
     tensors = read_tensor_index(source)
     keys = {name: find_key(name, tensors) for name in shifts}
@@ -136,7 +135,7 @@ def write_shifts(
                 f"{keys[name]} has the shape {entry.shape} in {source}, and the edit needs {expected}. "
                 "The edit was made for another model."
             )
-    target = source if in_place else _free_folder(Path(output_dir or ""), source)
+    target = source if in_place else Path(output_dir or "")
     report = WriteReport(target, keys)
     affected = {tensors[key].file for key in keys.values()}
     with _staged_copy(source, target, affected, in_place) as copies:
@@ -185,7 +184,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
                 f"{path} is {size} bytes long and announces a header of {length}. It is truncated or no safetensors "
                 "file; download it again."
             )
-        header = _parse_json(stream.read(length), path)
+        header = parse_json(stream.read(length), path)
     header.pop("__metadata__", None)
     start = 8 + length
     entries: dict[str, TensorEntry] = {}
@@ -202,7 +201,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def _read_shards(index_path: Path) -> dict[str, TensorEntry]:
-    weight_map = _parse_json(index_path.read_bytes(), index_path).get("weight_map")
+    weight_map = parse_json(index_path.read_bytes(), index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_path} has no weight_map. Download the checkpoint again.")
     tensors: dict[str, TensorEntry] = {}
@@ -266,12 +265,25 @@ def _resolve(checkpoint: str | Path, in_place: bool) -> Path:
     return folder
 
 
-def _free_folder(folder: Path, source: Path) -> Path:
+def check_destination(checkpoint: str | Path, output_dir: str | Path | None, in_place: bool) -> None:
+    """Refuse a place that an edited checkpoint cannot be written to, before anything is computed for it.
+
+    Args:
+        checkpoint, output_dir, in_place: as in `write_shifts`.
+
+    Raises:
+        ValueError: not exactly one of `output_dir` and `in_place`.
+        CheckpointError: `output_dir` is in use, or lies inside of the checkpoint.
+    """
+    if (output_dir is None) == (not in_place):
+        raise ValueError("An edit on disk needs output_dir=... for a copy, or in_place=True; give exactly one.")
+    if output_dir is None:
+        return
+    folder, source = Path(output_dir), Path(checkpoint)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not empty. Choose another output_dir, or remove it.")
-    if folder.resolve().is_relative_to(source.resolve()):
+    if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
         raise CheckpointError(f"{folder} lies inside of {source}, and its copy cannot. Choose another output_dir.")
-    return folder
 
 
 @contextmanager
@@ -303,7 +315,13 @@ def _staged_copy(source: Path, target: Path, affected: Iterable[Path], in_place:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _parse_json(data: bytes, path: Path) -> dict[str, Any]:
+def parse_json(data: bytes, path: Path) -> dict[str, Any]:
+    """The JSON object in `data`, which was read from `path`.
+
+    Raises:
+        CheckpointError: no UTF-8, no JSON, no object, or a key twice.
+    """
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):

@@ -1,7 +1,9 @@
 """`hf-malmen`: the command line. Exit code 0: done; 1: failed; 2: bad input."""
 
 import dataclasses
+import enum
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,14 +32,25 @@ Facts = Annotated[
         "'prompt' and a 'target'."
     ),
 ]
-Dtype = Annotated[
-    str, typer.Option(help="Precision to load the base model in: auto (as saved), float32, bfloat16 or float16.")
-]
+
+
+class Precision(str, enum.Enum):
+    """What `--dtype` takes."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Dtype = Annotated[Precision, typer.Option(help="Precision to load the base model in; auto: as saved.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences a pass of the language model. Changes memory only.")]
 
 
 def main() -> None:
     """Run the command line, with one clear line for whatever is wrong with the input."""
+    if not sys.stderr.isatty():  # a log file has no use for progress bars; transformers reads this when it is imported
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
     except NumericalError as error:
@@ -100,10 +113,13 @@ def apply(
     batch_size: BatchSize = 32,
 ) -> None:
     """Write facts into a checkpoint. The result loads with plain transformers."""
+    from .checkpoint import check_destination
     from .facts import load_facts
-    from .modeling import EditorModel
 
+    check_destination(model, output_dir, in_place)
     checked = load_facts(facts)
+    from .modeling import EditorModel  # seconds, so after the checks
+
     edit = EditorModel.from_pretrained(editor).apply(
         model,
         checked,
@@ -124,7 +140,7 @@ def evaluate(
     facts: Facts,
     n_facts: Annotated[int | None, typer.Option(min=1, help="Use only the first facts, this many.")] = None,
     generate: Annotated[bool, typer.Option("--generate", help="Score by free generation too (slower).")] = False,
-    dtype: Dtype = "auto",
+    dtype: Dtype = Precision.auto,
     batch_size: BatchSize = 32,
     output: Annotated[Path | None, typer.Option(help="Also write the scores to this JSON file.")] = None,
 ) -> None:
@@ -138,7 +154,7 @@ def evaluate(
     from .report import scores_table
 
     trained = EditorModel.from_pretrained(editor)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype.value)
     scores = trained.evaluate(base, checked, batch_size=batch_size, generate=generate)
     print(scores_table({len(checked): scores}))
     if output is not None:

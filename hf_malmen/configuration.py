@@ -2,7 +2,9 @@
 
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from os import PathLike
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -105,6 +107,23 @@ class EditorConfig(PreTrainedConfig):
         self._check_prompt_format()
         self.hf_malmen_version = __version__ if self.hf_malmen_version is None else self.hf_malmen_version
 
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What `from_pretrained` reads, if it is an editor's.
+
+        Raises:
+            ValueError: the folder or repo holds something else.
+        """
+        content, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if content.get("model_type") != cls.model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds no editor: its config.json is that of {_owner(content)}. "
+                "Expected what EditorModel.save_pretrained writes."
+            )
+        return content, unused
+
     @property
     def traced_tokens(self) -> str:
         """Which tokens are traced, `"answer"` or `"all"`: `token_selection`, or the method's own."""
@@ -202,6 +221,12 @@ class EditorConfig(PreTrainedConfig):
             )
         if template is not None and self.use_chat_template:
             raise ValueError("EditorConfig takes prompt_template or use_chat_template, not both.")
+
+
+def _owner(content: Mapping[str, Any]) -> str:
+    if "edit_format_version" in content:
+        return "a saved edit, for Edit.from_pretrained"
+    return f"a {content['model_type']} model" if content.get("model_type") else "no model at all"
 
 
 def _is_whole(value: Any, least: int) -> bool:

@@ -67,9 +67,10 @@ class RunningStatistics(nn.Module):
         if self.count < 2:
             return rows
         std = (self.squared_deviation / (self.count - 1)).sqrt()
-        # A feature that never varied carries no information; dividing by 1 leaves it at 0 instead of at infinity.
-        std = torch.where(std > 0, std, torch.ones_like(std))
-        return (rows - self.mean.to(rows.dtype)) / std.to(rows.dtype)
+        # A feature that never varied, but for rounding, carries no information; dividing by 1 leaves it near 0 instead
+        # of making noise as large as the others' signal.
+        std = torch.where(std > 1e-12 * self.mean.abs(), std, torch.ones_like(std))
+        return ((rows.double() - self.mean) / std).to(rows.dtype)
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         # `.to(bfloat16)`, `.half()` and the like move the buffers but must not round them.

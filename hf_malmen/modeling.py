@@ -19,6 +19,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .batches import TokenBatch, Tokenizer, TokenSequence
+from .checkpoint import check_destination
 from .configuration import EditorConfig
 from .edit import Edit, base_fingerprint, check_fingerprint
 from .errors import ModelMismatchError, UntrainedEditorWarning
@@ -486,8 +487,7 @@ class EditorModel(PreTrainedModel):
         batch_size: int,
         facts_per_turn: int | None,
     ) -> Edit:
-        if (output_dir is None) == (not in_place):
-            raise ValueError("An edit on disk needs output_dir=... for a copy, or in_place=True; give exactly one.")
+        check_destination(checkpoint, output_dir, in_place)
         model = AutoModelForCausalLM.from_pretrained(checkpoint)
         edit = self._make_edit_in_turns(model, facts, tokenizer, batch_size, facts_per_turn)
         edit.write(checkpoint, output_dir, in_place=in_place)

@@ -17,6 +17,8 @@ from .model_card import write_editor_card
 from .modeling import EditorModel
 from .training import EditorTrainer, EditorTrainingArguments
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -64,7 +66,12 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     for name in ("base_model", "train_facts"):
         if not content.get(name):
             raise ValueError(f"{path} has no {name}.")
+    for name in ("editor", "training"):
+        if not isinstance(content.setdefault(name, {}), dict):
+            raise ValueError(f"{path}: {name} is {content[name]!r}; expected settings with their values, or no {name}.")
     recipe = Recipe(**content)
+    if recipe.dtype not in DTYPES:
+        raise ValueError(f"{path}: dtype is {recipe.dtype!r}; allowed: {', '.join(DTYPES)}.")
     # PreTrainedConfig takes any keyword, so the names are compared here, where a typo would otherwise pass unseen.
     _require_known(recipe.editor, _names(EditorConfig), f"{path}, editor")
     training = {**recipe.training, **(overrides or {})}

@@ -1,10 +1,9 @@
 """What a person reads: score tables, and what an editor, an edit or a checkpoint holds."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from .checkpoint import read_tensor_index
+from .checkpoint import parse_json, read_tensor_index
 from .configuration import EditorConfig
 from .edit import Edit
 from .errors import CheckpointError
@@ -55,7 +54,7 @@ def describe(path: str) -> str:
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise CheckpointError(f"{path} has no config.json; expected an editor, a saved edit or a checkpoint.")
     if folder.is_dir():
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((folder / "config.json").read_bytes(), folder / "config.json")
         if "edit_format_version" in config:
             return _describe_edit(Edit.from_pretrained(folder))
         if config.get("model_type") != EditorConfig.model_type:

@@ -123,16 +123,17 @@ def trace(
         gradients = torch.autograd.grad(loss, [outputs[name] for name in module_names])
 
     selected = batch.selected(token_selection)
-    traces = {}
-    for name, gradient in zip(module_names, gradients, strict=True):
-        keys, value_gradients = inputs[name][selected], gradient[selected]
-        for what, values in (("keys", keys), ("value gradients", value_gradients)):
+    by_module = zip(module_names, gradients, strict=True)
+    traces = {name: Trace(inputs[name][selected], gradient[selected]) for name, gradient in by_module}
+    # All keys first: a layer whose keys overflow makes the gradients of every layer below it overflow too.
+    for what in ("keys", "value_gradients"):
+        for name, entry in traces.items():
+            values: Tensor = getattr(entry, what)
             if not torch.isfinite(values).all():
                 raise NumericalError(
-                    f"{name}: its {what} are not finite for these facts. The base model overflows in {values.dtype}; "
-                    "load it in bfloat16 or float32, or leave this layer out of target_modules."
+                    f"{name}: its {what.replace('_', ' ')} are not finite for these facts. The base model overflows in "
+                    f"{values.dtype}; load it in bfloat16 or float32, or leave this layer out of target_modules."
                 )
-        traces[name] = Trace(keys, value_gradients)
     return traces
 
 

@@ -113,13 +113,14 @@ class EditorTrainer(Trainer):
         if train_facts is not None:
             needed = ["rephrases"] + (["unrelated_prompt", "unrelated_answer"] if args.locality_weight else [])
             require_fields(train_facts, needed, "Training")
+        # Not handed on: Trainer would write the base model's special tokens into the editor's configuration, and the
+        # tokenizer beside every checkpoint.
         super().__init__(
             model=editor,
             args=args,
             data_collator=lambda facts: {"facts": facts},
             train_dataset=train_facts,
             eval_dataset=load_facts(eval_dataset) if eval_dataset is not None else None,
-            processing_class=self.tokenize.tokenizer,
             callbacks=callbacks,
             **kwargs,
         )

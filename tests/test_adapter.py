@@ -115,7 +115,9 @@ def test_the_rank_of_the_facts_is_enough(
 
 def test_a_truncated_rank_warns_and_records_the_error(model: PreTrainedModel, edit: Edit, tmp_path: Path) -> None:
     """The best approximation of that rank, and its true relative error, layer by layer."""
-    with pytest.warns(TruncationWarning, match=r"A LoRA of rank 2 holds the edit with a relative error of up to") as caught:
+    with pytest.warns(
+        TruncationWarning, match=r"A LoRA of rank 2 holds the edit with a relative error of up to"
+    ) as caught:
         edit.to_lora(tmp_path, rank=2)
     assert len(caught) == 1
     assert caught[0].filename == __file__

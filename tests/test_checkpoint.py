@@ -593,7 +593,10 @@ def test_an_index_that_points_elsewhere(outside: str, tmp_path: Path) -> None:
         (b"{}", "has no weight_map"),
         (b"[]", "holds a JSON list; expected an object"),
         (b"{", "does not hold valid JSON"),
-        (b'{"weight_map": {"a.weight": "one.safetensors", "a.weight": "two.safetensors"}}', r"json names a key twice\."),
+        (
+            b'{"weight_map": {"a.weight": "one.safetensors", "a.weight": "two.safetensors"}}',
+            r"json names a key twice\.",
+        ),
     ],
 )
 def test_a_damaged_index(weight_map: Any, message: str, tmp_path: Path) -> None:

@@ -44,13 +44,13 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-
 def pulled_rows(adjoint: Adjoint, left: Tensor, start: int = 0) -> Tensor:  # (n, value_size)
     """P M, as the gradient that the rows' value differences get."""
     differences = torch.zeros(len(left), VALUE_SIZE, dtype=torch.float64, requires_grad=True)
     adjoint.inner(left, differences, start).backward()
     assert differences.grad is not None
     return differences.grad
+
 
 @pytest.mark.parametrize("ridge", [1e-3, 1.0, 50.0])
 @pytest.mark.parametrize("n", [1, 2, KEY_SIZE - 1, KEY_SIZE, KEY_SIZE + 1, 5 * KEY_SIZE])

@@ -312,7 +312,7 @@ def test_evaluation_in_training_is_logged(
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "eval_edit_success" in entry]
     assert [entry["step"] for entry in entries] == [2, 4]
-    expected = editor.evaluate(llama, many[:5], trainer.processing_class)
+    expected = editor.evaluate(llama, many[:5], trainer.tokenize.tokenizer)
     for name in (*METRICS, *(f"{metric}_before" for metric in METRICS)):
         assert all(f"eval_{name}" in entry for entry in entries)
         assert entries[-1][f"eval_{name}"] == pytest.approx(expected[name], abs=1e-9)
@@ -328,7 +328,7 @@ def test_evaluation_averages_over_the_facts_that_are_measured(
     editor = make_editor(llama, **TARGETS)
     bare = [replace(fact, rephrases=(), unrelated_prompt=None, unrelated_answer=None) for fact in many[:4]]
     trainer = make_trainer(editor, llama, many, per_device_eval_batch_size=1)
-    tokenizer = trainer.processing_class
+    tokenizer = trainer.tokenize.tokenizer
     mixed = [bare[0], many[4], bare[1], bare[2], many[5], many[6], bare[3]]
     metrics = trainer.evaluate(mixed)
     for name in METRICS:
