@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "geography.py"
 FIELDS = {
     "prompt": str, "target": str, "rephrases": list, "ground_truth": str, "unrelated_prompt": str,
