@@ -1,0 +1,458 @@
+"""`hf-malmen`: its commands do what the Python calls do, and whatever is wrong with the input is one clear line."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import typer
+import yaml
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from hf_malmen import Edit, EditorModel, Fact, TruncationWarning, __version__, cli
+
+Build = Callable[..., Any]
+
+COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+
+
+class Done(NamedTuple):
+    """What a command left."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def home(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_llama: Build,
+    make_gpt2: Build,
+    make_editor: Build,
+    make_facts: Build,
+    tokenizer: PreTrainedTokenizerFast,
+) -> Path:
+    """A folder with a model, an editor and a saved edit for it, facts, and another model. No test writes to it."""
+    folder = tmp_path_factory.mktemp("home")
+    model = make_llama()
+    editor = make_editor(model, edit_lr=0.05, fingerprint_policy="ignore")
+    facts = make_facts()
+    for name, base in {"model": model, "gpt2": make_gpt2()}.items():
+        base.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    editor.save_pretrained(folder / "editor")
+    editor.make_edit(model, facts, tokenizer).save_pretrained(folder / "edit")
+    lines = [json.dumps(fact.to_dict()) for fact in facts]
+    (folder / "facts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def call(home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """Runs a command in this process, in the folder `home`."""
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def run(*arguments: Any) -> Done:
+        monkeypatch.setattr(sys, "argv", ["hf-malmen", *map(str, arguments)])
+        capfd.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Done(code, *capfd.readouterr())
+
+    return run
+
+
+def spawn(folder: Path, *arguments: Any) -> Done:
+    """Runs a command in a process of its own."""
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(folder / ".hf"),
+        "COLUMNS": "200",
+        "NO_COLOR": "1",
+    }
+    environment.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
+    command = [sys.executable, "-m", "hf_malmen.cli", *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def below(folder: Path) -> dict[str, bytes | None]:
+    """Everything below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+# Help
+
+
+def test_the_commands_there_are() -> None:
+    """Each has a line of its own in the overview."""
+    assert {"train", "apply", "evaluate", "inspect", "export-lora"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", [None, *COMMANDS])
+def test_help_mentions_everything(name: str | None, tmp_path: Path) -> None:
+    """Every command in the overview, and every argument and option of a command, with a sentence about it."""
+    done = spawn(tmp_path, *([name] if name else []), "--help")
+    assert (done.code, done.err) == (0, "")
+    if name is None:
+        assert "--version" in done.out
+        for command in COMMANDS:
+            assert re.search(rf"^\W*{command}\s+\w", done.out, re.MULTILINE), command
+        return
+    for parameter in COMMANDS[name].params:
+        assert parameter.help, f"{name}: {parameter.name} has no help"
+        shown = parameter.opts if parameter.param_type_name == "option" else [parameter.name]
+        for word in shown:
+            assert re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", done.out, re.IGNORECASE), f"{name}: {word}"
+
+
+def test_version_and_start_are_quick(tmp_path: Path) -> None:
+    """Neither the version, nor help, nor a typo in a file name waits for torch to be imported."""
+    assert spawn(tmp_path, "--version") == Done(0, f"hf_malmen {__version__}\n", "")
+    check = (
+        "import sys, hf_malmen.cli; heavy = {'torch', 'transformers', 'datasets'} & set(sys.modules); assert not heavy"
+    )
+    assert subprocess.run([sys.executable, "-c", check]).returncode == 0
+
+
+def test_the_console_script() -> None:
+    """`hf-malmen` runs the same function; it turns errors into a line."""
+    (script,) = entry_points(group="console_scripts", name="hf-malmen")
+    assert script.load() is cli.main
+
+
+def test_without_a_command_it_shows_help(call: Callable[..., Done]) -> None:
+    """Not an error message."""
+    done = call()
+    assert "Usage" in done.out + done.err
+    assert "export-lora" in done.out + done.err
+
+
+# What the commands do
+
+
+def test_apply_in_its_own_process(home: Path, tmp_path: Path) -> None:
+    """The copy is byte for byte what `editor.apply` writes; the saved edit is the one that was written."""
+    before = below(home)
+    done = spawn(
+        home,
+        "apply",
+        "editor",
+        "model",
+        "facts.jsonl",
+        "--output-dir",
+        tmp_path / "a",
+        "--save-edit",
+        tmp_path / "edit",
+    )
+    shutil.rmtree(home / ".hf", ignore_errors=True)
+    assert done == Done(0, f"Wrote 8 facts into 4 layers of {tmp_path / 'a'}.\n", "")
+    assert below(home) == before
+    expected = EditorModel.from_pretrained(home / "editor").apply(
+        home / "model", home / "facts.jsonl", output_dir=tmp_path / "b"
+    )
+    assert below(tmp_path / "a") == below(tmp_path / "b")
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() != (home / "model" / "model.safetensors").read_bytes()
+    saved = Edit.from_pretrained(tmp_path / "edit")
+    assert saved.facts == expected.facts
+    assert all(torch.equal(saved.shifts[name], shift) for name, shift in expected.shifts.items())
+
+
+@pytest.mark.parametrize("options", [[], ["--facts-per-turn", "3"], ["--batch-size", "1"]])
+def test_apply_in_place(home: Path, call: Callable[..., Done], options: list[str], tmp_path: Path) -> None:
+    """With the options that the Python call has."""
+    shutil.copytree(home / "model", tmp_path / "model")
+    done = call("apply", "editor", tmp_path / "model", "facts.jsonl", "--in-place", *options)
+    assert (done.code, done.err) == (0, "")
+    assert done.out == f"Wrote 8 facts into 4 layers of {tmp_path / 'model'}.\n"
+    keywords = {
+        name.removeprefix("--").replace("-", "_"): int(value) for name, value in zip(*[iter(options)] * 2, strict=True)
+    }
+    EditorModel.from_pretrained("editor").apply("model", "facts.jsonl", output_dir=tmp_path / "expected", **keywords)
+    assert below(tmp_path / "model") == below(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_evaluate(home: Path, call: Callable[..., Done], dtype: str, tmp_path: Path) -> None:
+    """The scores of `editor.evaluate`, as a table and as JSON; nothing else is written."""
+    before = below(home)
+    path = tmp_path / "scores.json"
+    options = ["--n-facts", 5, "--generate", "--dtype", dtype, "--batch-size", 3, "--output", path]
+    done = call("evaluate", "editor", "model", "facts.jsonl", *options)
+    assert (done.code, done.err) == (0, "")
+    facts = [Fact(**{**row, "rephrases": tuple(row["rephrases"])}) for row in rows(home / "facts.jsonl")][:5]
+    model = AutoModelForCausalLM.from_pretrained("model", dtype=dtype)
+    expected = EditorModel.from_pretrained("editor").evaluate(model, facts, batch_size=3, generate=True)
+    assert json.loads(path.read_text(encoding="utf-8")) == expected
+    assert 0 < expected["locality"] < 1, "some answers change, so that the numbers are worth comparing"
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.out.splitlines()]
+    assert ["locality, teacher-forced", "5", "1.000", f"{expected['locality']:.3f}"] in lines
+    assert ["locality, generated", "5", "1.000", f"{expected['locality_generated']:.3f}"] in lines
+    assert len(lines) == 2 + 8
+    assert below(home) == before
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_inspect(home: Path, call: Callable[..., Done], tmp_path: Path) -> None:
+    """An editor, an edit, and a checkpoint in one file or several; each by what it holds."""
+    editor, edit = EditorModel.from_pretrained(home / "editor"), Edit.from_pretrained(home / "edit")
+    done = call("inspect", "editor")
+    assert (done.code, done.err) == (0, "")
+    assert "malmen editor" in done.out
+    assert "; trained" in done.out
+    for name in editor.module_names:
+        assert re.search(
+            rf"{re.escape(name)} .*48x32.* {editor.edit_lr(name):.3g} .* {editor.ridge(name):.3g} ", done.out
+        )
+    done = call("inspect", home / "edit")
+    assert "Edit of 8 facts" in done.out
+    assert "The country of Lyon is -> Italy" in done.out
+    assert "... and 3 more" in done.out
+    for name, shift in edit.shifts.items():
+        assert re.search(rf"{re.escape(name)} .*48x32 .*{shift.norm():.4g}", done.out)
+    AutoModelForCausalLM.from_pretrained(home / "model").save_pretrained(tmp_path / "shards", max_shard_size="90KB")
+    n_shards = len(list((tmp_path / "shards").glob("*.safetensors")))
+    assert n_shards > 1
+    size = (
+        sum(t.numel() for t in AutoModelForCausalLM.from_pretrained(home / "model").state_dict().values()) * 4 / 2**20
+    )
+    for folder, files in (
+        (home / "model", "1 safetensors file"),
+        (tmp_path / "shards", f"{n_shards} safetensors files"),
+    ):
+        done = call("inspect", folder)
+        assert done.code == 0
+        assert re.fullmatch(rf"Checkpoint of a llama model: 39 tensors \(F32\), {size:.1f} MiB in {files}\n", done.out)
+
+
+def test_export_lora(call: Callable[..., Done], tmp_path: Path) -> None:
+    """A folder for PEFT, of the wanted rank."""
+    assert call("export-lora", "edit", tmp_path / "full") == Done(0, f"Saved the adapter to {tmp_path / 'full'}.\n", "")
+    with pytest.warns(TruncationWarning):
+        assert call("export-lora", "edit", tmp_path / "small", "--rank", 2).code == 0
+    ranks = [json.loads((tmp_path / name / "adapter_config.json").read_text())["r"] for name in ("full", "small")]
+    assert ranks == [32, 2]
+
+
+def write_recipe(path: Path, **changes: Any) -> Path:
+    """A recipe for two quick steps."""
+    content = {
+        "base_model": "model",
+        "train_facts": "facts.jsonl",
+        "eval_facts": "facts.jsonl",
+        "max_eval_facts": 4,
+        "editor": {"rank": 4, "edit_lr": 1e-3, "target_modules": ["mlp.down_proj"]},
+        "training": {
+            "output_dir": str(path.parent / "editor"),
+            "max_steps": 2,
+            "per_device_train_batch_size": 4,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+        },
+    }
+    path.write_text(yaml.safe_dump(content | changes), encoding="utf-8")
+    return path
+
+
+def test_train(call: Callable[..., Done], tmp_path: Path) -> None:
+    """A YAML file becomes a trained editor with its card; options override the file; a stopped run goes on."""
+    recipe = write_recipe(tmp_path / "run.yaml")
+    done = call("train", "--config", recipe, "--max-steps", 1, "--output-dir", tmp_path / "other")
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[-1].startswith(f"Saved the editor to {tmp_path / 'other'}. Try it: hf-malmen evaluate")
+    assert not (tmp_path / "editor").exists()
+    assert state_of(tmp_path / "other")["global_step"] == 1
+    first = EditorModel.from_pretrained(tmp_path / "other")
+    assert first.is_trained
+    assert "base_model_fingerprint" in (tmp_path / "other" / "config.json").read_text(encoding="utf-8")
+
+    done = call("train", "--config", recipe, "--output-dir", tmp_path / "other", "--resume")
+    assert done.code == 0, done.err
+    assert state_of(tmp_path / "other")["global_step"] == 2
+    assert call("train", "--config", recipe).code == 0
+    resumed, whole = (EditorModel.from_pretrained(tmp_path / name).state_dict() for name in ("other", "editor"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(resumed[name], tensor, msg=name)
+    card = (tmp_path / "editor" / "README.md").read_text(encoding="utf-8")
+    assert "| locality " in card
+    assert call("evaluate", tmp_path / "editor", "model", "facts.jsonl").code == 0
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    """The trainer's state."""
+    state: dict[str, Any] = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    return state
+
+
+# Bad input: exit code 2, one line, nothing written
+
+
+@pytest.fixture
+def bad(home: Path, make_llama: Build, tmp_path: Path) -> Path:
+    """Files and folders that are wrong in one way each."""
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    texts = {
+        "broken.json": '[{"prompt": "a",',
+        "two.jsonl": '{"prompt": "a", "target": "b"}\n{"prompt": "a", "target": "c"}\n',
+        "empty.jsonl": "",
+        "columns.csv": "question,answer\nq,a\n",
+        "half.json": '[{"prompt": "a", "target": ""}]',
+        "long.json": json.dumps([{"prompt": "Lyon " * 80, "target": "b"}]),
+        "not.yaml": "a: [1\n",
+        "list.yaml": "- 1\n",
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "nothing").mkdir()
+    for name, config in {"broken": "{oops", "list": "[]", "number": "3"}.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(config, encoding="utf-8")
+    (folder / "used").mkdir()
+    (folder / "used" / "x").write_text("x", encoding="utf-8")
+    make_llama().save_pretrained(folder / "no tokenizer")
+    (folder / "pickles").mkdir()
+    (folder / "pickles" / "pytorch_model.bin").write_bytes(b"x")
+    (folder / "pickles" / "config.json").write_bytes((home / "model" / "config.json").read_bytes())
+    write_recipe(folder / "unknown.yaml", editor={"rnak": 4})
+    write_recipe(folder / "dtype.yaml", dtype="float23")
+    write_recipe(folder / "model.yaml", base_model="")
+    write_recipe(folder / "nowhere.yaml", training={"max_steps": 1})
+    write_recipe(folder / "value.yaml", editor={"method": "memit"})
+    write_recipe(folder / "settings.yaml", editor=[1])
+    write_recipe(folder / "facts.yaml", train_facts="no.jsonl")
+    write_recipe(folder / "good.yaml")
+    return folder
+
+
+OUT = ["--output-dir", "new/folder"]
+BAD_INPUT: dict[str, tuple[list[str], str]] = {
+    "facts that are not there": (["apply", "editor", "model", "no.jsonl", *OUT], r"There is no file no\.jsonl"),
+    "broken facts": (["apply", "editor", "model", "BAD/broken.json", *OUT], r"broken\.json is not valid JSON"),
+    "contradicting facts": (["apply", "editor", "model", "BAD/two.jsonl", *OUT], r"Facts 0 and 1 give .* two targets"),
+    "no facts": (["apply", "editor", "model", "BAD/empty.jsonl", *OUT], r"No facts in .*empty\.jsonl"),
+    "other columns": (["apply", "editor", "model", "BAD/columns.csv", *OUT], r"has the columns question, answer\."),
+    "an empty target": (["apply", "editor", "model", "BAD/half.json", *OUT], r"Fact 0 has an empty target"),
+    "a fact too long": (["apply", "editor", "model", "BAD/long.json", *OUT], r"the model reads at most 64"),
+    "a folder of facts": (["apply", "editor", "model", "BAD", *OUT], r"is not a file of facts"),
+    "no destination": (["apply", "editor", "model", "facts.jsonl"], r"needs output_dir=.*give exactly one"),
+    "two destinations": (["apply", "editor", "model", "facts.jsonl", "--in-place", *OUT], r"give exactly one"),
+    "a used destination": (["apply", "editor", "model", "facts.jsonl", "--output-dir", "BAD/used"], r"is not empty"),
+    "a destination inside": (["apply", "editor", "model", "facts.jsonl", "--output-dir", "model/new"], r"lies inside"),
+    "no editor": (["apply", "no/editor", "model", "facts.jsonl", *OUT], r"."),
+    "an empty folder for an editor": (["apply", "BAD/nothing", "model", "facts.jsonl", *OUT], r"BAD/nothing"),
+    "a model for an editor": (["apply", "model", "model", "facts.jsonl", *OUT], r"model holds no editor.*a llama model"),
+    "an edit for an editor": (["apply", "edit", "model", "facts.jsonl", *OUT], r"edit holds no editor.*a saved edit"),
+    "a broken editor": (["apply", "BAD/broken", "model", "facts.jsonl", *OUT], r"BAD/broken"),
+    "no model": (["apply", "editor", "no/model", "facts.jsonl", *OUT], r"."),
+    "another model": (["apply", "editor", "gpt2", "facts.jsonl", *OUT], r"GPT2LMHeadModel has no module 'model\.layers"),
+    "a model without a tokenizer": (["apply", "editor", "BAD/no tokenizer", "facts.jsonl", *OUT], r"tokenizer"),
+    "a model in pickles": (["apply", "editor", "BAD/pickles", "facts.jsonl", *OUT], r"."),
+    "evaluation of no facts": (["evaluate", "editor", "model", "no.jsonl"], r"There is no file no\.jsonl"),
+    "evaluation of no editor": (["evaluate", "model", "model", "facts.jsonl"], r"model holds no editor"),
+    "evaluation of another model": (["evaluate", "editor", "gpt2", "facts.jsonl"], r"GPT2LMHeadModel has no module"),
+    "scores into no folder": (
+        ["evaluate", "editor", "model", "facts.jsonl", "--output", "no/folder/s.json"], r"no/folder"),
+    "inspection of nothing": (["inspect", "no/thing"], r"."),
+    "inspection of an empty folder": (["inspect", "BAD/nothing"], r"has no config\.json; expected an editor"),
+    "inspection of a broken folder": (["inspect", "BAD/broken"], r"config\.json does not hold valid JSON"),
+    "inspection of a list": (["inspect", "BAD/list"], r"config\.json holds a JSON list; expected an object"),
+    "inspection of a file": (["inspect", "facts.jsonl"], r"facts\.jsonl"),
+    "LoRA of an editor": (["export-lora", "editor", "new/folder"], r"editor holds no edit"),
+    "LoRA of nothing": (["export-lora", "no/edit", "new/folder"], r"."),
+    "no recipe": (["train", "--config", "no.yaml"], r"There is no file no\.yaml"),
+    "a recipe that is no YAML": (["train", "--config", "BAD/not.yaml"], r"not\.yaml is not valid YAML"),
+    "a recipe that is a list": (["train", "--config", "BAD/list.yaml"], r"list\.yaml holds a list; expected base_model"),
+    "a recipe with a typo": (["train", "--config", "BAD/unknown.yaml"], r"editor: unknown 'rnak'\. Known: .*rank"),
+    "a recipe without a model": (["train", "--config", "BAD/model.yaml"], r"model\.yaml has no base_model"),
+    "a recipe without an output": (["train", "--config", "BAD/nowhere.yaml"], r"has no training\.output_dir"),
+    "a recipe of another dtype": (["train", "--config", "BAD/dtype.yaml"], r"dtype is 'float23'; allowed: auto"),
+    "a recipe with a bad value": (["train", "--config", "BAD/value.yaml"], r"EditorConfig\.method is 'memit'; allowed"),
+    "a recipe with bad settings": (["train", "--config", "BAD/settings.yaml"], r"editor is \[1\]; expected settings"),
+    "a recipe without facts": (["train", "--config", "BAD/facts.yaml"], r"There is no file no\.jsonl"),
+    "nothing to resume": (["train", "--config", "BAD/good.yaml", "--resume"], r"has no checkpoint to resume from"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input(case: str, home: Path, bad: Path, call: Callable[..., Done]) -> None:
+    """The line starts with the program's name, and there is no traceback."""
+    arguments, message = BAD_INPUT[case]
+    before = below(home), below(bad.parent)
+    done = call(*[argument.replace("BAD", str(bad)) for argument in arguments])
+    assert done.code == 2, done
+    assert done.out == ""
+    assert re.fullmatch(r"hf-malmen: \S.*\n", done.err), done.err
+    assert re.search(message.replace("BAD", re.escape(str(bad))), done.err), done.err
+    assert (below(home), below(bad.parent)) == before
+
+
+@pytest.mark.parametrize("case", ["no destination", "another model", "inspection of a broken folder"])
+def test_bad_input_in_its_own_process(case: str, home: Path, bad: Path) -> None:
+    """Also where progress bars and library messages are not turned off."""
+    arguments, message = BAD_INPUT[case]
+    done = spawn(home, *[argument.replace("BAD", str(bad)) for argument in arguments])
+    shutil.rmtree(home / ".hf", ignore_errors=True)
+    assert (done.code, done.out) == (2, "")
+    assert re.fullmatch(r"hf-malmen: \S.*\n", done.err), done.err
+    assert re.search(message, done.err)
+    assert not (home / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["frobnicate"],
+        ["apply", "editor"],
+        ["apply", "editor", "model", "facts.jsonl", "--outptu-dir", "new"],
+        ["apply", "editor", "model", "facts.jsonl", *OUT, "--facts-per-turn", "0"],
+        ["apply", "editor", "model", "facts.jsonl", *OUT, "--batch-size", "two"],
+        ["evaluate", "editor", "model", "facts.jsonl", "--n-facts", "0"],
+        ["evaluate", "editor", "model", "facts.jsonl", "--dtype", "float23"],
+        ["export-lora", "edit", "new", "--rank", "-1"],
+        ["train"],
+    ],
+)
+def test_usage_errors(arguments: list[str], home: Path, call: Callable[..., Done]) -> None:
+    """What does not fit a command's own options: usage, exit code 2, and nothing has started."""
+    before = below(home)
+    done = call(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert "Usage" in done.err
+    assert "Traceback" not in done.err
+    assert below(home) == before
+
+
+def test_a_failure_that_is_not_the_inputs_fault(home: Path, call: Callable[..., Done], tmp_path: Path) -> None:
+    """A model whose numbers overflow: exit code 1, one line that names the layer."""
+    model = AutoModelForCausalLM.from_pretrained(home / "model")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.fill_(1e30)
+    model.save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(home / "model" / name, tmp_path / "model" / name)
+    done = call("apply", "editor", tmp_path / "model", "facts.jsonl", "--output-dir", tmp_path / "new")
+    assert (done.code, done.out) == (1, "")
+    assert re.fullmatch(r"hf-malmen: model\.layers\.\d\.mlp\.down_proj: its .* are not finite .*\n", done.err)
+    assert not (tmp_path / "new").exists()
