@@ -123,7 +123,7 @@ def write_shifts(
         ModelMismatchError: a module has no tensor of its shape in the checkpoint.
         NumericalError: an edited weight would not be finite in its dtype.
     """
-    check_destination(checkpoint, output_dir, in_place)
+    _check_destination(checkpoint, output_dir, in_place)
     source = _resolve(checkpoint, in_place)
     tensors = read_tensor_index(source)
     keys = {name: find_key(name, tensors) for name in shifts}
@@ -147,6 +147,22 @@ def write_shifts(
             copy.write(edited)
             report.rounding[name] = _rounding(weight, shift if name in flipped else shift.T, edited)
     return report
+
+
+def check_checkpoint(checkpoint: str | Path, output_dir: str | Path | None, in_place: bool) -> None:
+    """Refuse, before anything is computed, what `write_shifts` would refuse after it.
+
+    Nothing is downloaded: of a checkpoint on the Hub only the destination is checked.
+
+    Args:
+        checkpoint, output_dir, in_place: as in `write_shifts`.
+
+    Raises:
+        ValueError, CheckpointError: as `write_shifts`.
+    """
+    _check_destination(checkpoint, output_dir, in_place)
+    if in_place or Path(checkpoint).exists():
+        read_tensor_index(_resolve(checkpoint, in_place))
 
 
 def read_tensor_index(folder: Path) -> dict[str, TensorEntry]:
@@ -265,16 +281,7 @@ def _resolve(checkpoint: str | Path, in_place: bool) -> Path:
     return folder
 
 
-def check_destination(checkpoint: str | Path, output_dir: str | Path | None, in_place: bool) -> None:
-    """Refuse a place that an edited checkpoint cannot be written to, before anything is computed for it.
-
-    Args:
-        checkpoint, output_dir, in_place: as in `write_shifts`.
-
-    Raises:
-        ValueError: not exactly one of `output_dir` and `in_place`.
-        CheckpointError: `output_dir` is in use, or lies inside of the checkpoint.
-    """
+def _check_destination(checkpoint: str | Path, output_dir: str | Path | None, in_place: bool) -> None:
     if (output_dir is None) == (not in_place):
         raise ValueError("An edit on disk needs output_dir=... for a copy, or in_place=True; give exactly one.")
     if output_dir is None:

@@ -1,6 +1,5 @@
 """`hf-malmen`: the command line. Exit code 0: done; 1: failed; 2: bad input."""
 
-import dataclasses
 import enum
 import json
 import os
@@ -113,10 +112,10 @@ def apply(
     batch_size: BatchSize = 32,
 ) -> None:
     """Write facts into a checkpoint. The result loads with plain transformers."""
-    from .checkpoint import check_destination
+    from .checkpoint import check_checkpoint
     from .facts import load_facts
 
-    check_destination(model, output_dir, in_place)
+    check_checkpoint(model, output_dir, in_place)
     checked = load_facts(facts)
     from .modeling import EditorModel  # seconds, so after the checks
 
@@ -158,6 +157,7 @@ def evaluate(
     scores = trained.evaluate(base, checked, batch_size=batch_size, generate=generate)
     print(scores_table({len(checked): scores}))
     if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(scores, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -181,11 +181,6 @@ def export_lora(
     from .edit import Edit
 
     print(f"Saved the adapter to {Edit.from_pretrained(edit).to_lora(directory, rank)}.")
-
-
-def settings_of(dataclass: type) -> set[str]:
-    """Names of the fields of a dataclass."""
-    return {field.name for field in dataclasses.fields(dataclass)}
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .batches import TokenBatch, Tokenizer, TokenSequence
-from .checkpoint import check_destination
+from .checkpoint import check_checkpoint
 from .configuration import EditorConfig
 from .edit import Edit, base_fingerprint, check_fingerprint
 from .errors import ModelMismatchError, UntrainedEditorWarning
@@ -487,7 +487,7 @@ class EditorModel(PreTrainedModel):
         batch_size: int,
         facts_per_turn: int | None,
     ) -> Edit:
-        check_destination(checkpoint, output_dir, in_place)
+        check_checkpoint(checkpoint, output_dir, in_place)
         model = AutoModelForCausalLM.from_pretrained(checkpoint)
         edit = self._make_edit_in_turns(model, facts, tokenizer, batch_size, facts_per_turn)
         edit.write(checkpoint, output_dir, in_place=in_place)

@@ -61,7 +61,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; expected {', '.join(_names(Recipe))}.")
+        raise ValueError(f"{path} holds a {type(content).__name__}; expected {', '.join(sorted(_names(Recipe)))}.")
     _require_known(content, _names(Recipe), f"{path}")
     for name in ("base_model", "train_facts"):
         if not content.get(name):

@@ -44,7 +44,7 @@ def home(
     """A folder with a model, an editor and a saved edit for it, facts, and another model. No test writes to it."""
     folder = tmp_path_factory.mktemp("home")
     model = make_llama()
-    editor = make_editor(model, edit_lr=0.05, fingerprint_policy="ignore")
+    editor = make_editor(model, edit_lr=2e-3, fingerprint_policy="ignore")
     facts = make_facts()
     for name, base in {"model": model, "gpt2": make_gpt2()}.items():
         base.save_pretrained(folder / name)
@@ -80,7 +80,7 @@ def spawn(folder: Path, *arguments: Any) -> Done:
     """Runs a command in a process of its own."""
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(folder / ".hf"),
+        "HF_HOME": str(folder.parent / "hf-home"),
         "COLUMNS": "200",
         "NO_COLOR": "1",
     }
@@ -159,7 +159,6 @@ def test_apply_in_its_own_process(home: Path, tmp_path: Path) -> None:
         "--save-edit",
         tmp_path / "edit",
     )
-    shutil.rmtree(home / ".hf", ignore_errors=True)
     assert done == Done(0, f"Wrote 8 facts into 4 layers of {tmp_path / 'a'}.\n", "")
     assert below(home) == before
     expected = EditorModel.from_pretrained(home / "editor").apply(
@@ -190,7 +189,7 @@ def test_apply_in_place(home: Path, call: Callable[..., Done], options: list[str
 def test_evaluate(home: Path, call: Callable[..., Done], dtype: str, tmp_path: Path) -> None:
     """The scores of `editor.evaluate`, as a table and as JSON; nothing else is written."""
     before = below(home)
-    path = tmp_path / "scores.json"
+    path = tmp_path / "new" / "scores.json"
     options = ["--n-facts", 5, "--generate", "--dtype", dtype, "--batch-size", 3, "--output", path]
     done = call("evaluate", "editor", "model", "facts.jsonl", *options)
     assert (done.code, done.err) == (0, "")
@@ -362,18 +361,16 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
     "a destination inside": (["apply", "editor", "model", "facts.jsonl", "--output-dir", "model/new"], r"lies inside"),
     "no editor": (["apply", "no/editor", "model", "facts.jsonl", *OUT], r"."),
     "an empty folder for an editor": (["apply", "BAD/nothing", "model", "facts.jsonl", *OUT], r"BAD/nothing"),
-    "a model for an editor": (["apply", "model", "model", "facts.jsonl", *OUT], r"model holds no editor.*a llama model"),
+    "a model for an editor": (["apply", "model", "model", "facts.jsonl", *OUT], r"model holds no editor.*llama"),
     "an edit for an editor": (["apply", "edit", "model", "facts.jsonl", *OUT], r"edit holds no editor.*a saved edit"),
     "a broken editor": (["apply", "BAD/broken", "model", "facts.jsonl", *OUT], r"BAD/broken"),
     "no model": (["apply", "editor", "no/model", "facts.jsonl", *OUT], r"."),
-    "another model": (["apply", "editor", "gpt2", "facts.jsonl", *OUT], r"GPT2LMHeadModel has no module 'model\.layers"),
+    "another model": (["apply", "editor", "gpt2", "facts.jsonl", *OUT], r"GPT2LMHeadModel has no module"),
     "a model without a tokenizer": (["apply", "editor", "BAD/no tokenizer", "facts.jsonl", *OUT], r"tokenizer"),
-    "a model in pickles": (["apply", "editor", "BAD/pickles", "facts.jsonl", *OUT], r"."),
+    "a model in pickles": (["apply", "editor", "BAD/pickles", "facts.jsonl", *OUT], r"\.bin files only"),
     "evaluation of no facts": (["evaluate", "editor", "model", "no.jsonl"], r"There is no file no\.jsonl"),
     "evaluation of no editor": (["evaluate", "model", "model", "facts.jsonl"], r"model holds no editor"),
     "evaluation of another model": (["evaluate", "editor", "gpt2", "facts.jsonl"], r"GPT2LMHeadModel has no module"),
-    "scores into no folder": (
-        ["evaluate", "editor", "model", "facts.jsonl", "--output", "no/folder/s.json"], r"no/folder"),
     "inspection of nothing": (["inspect", "no/thing"], r"."),
     "inspection of an empty folder": (["inspect", "BAD/nothing"], r"has no config\.json; expected an editor"),
     "inspection of a broken folder": (["inspect", "BAD/broken"], r"config\.json does not hold valid JSON"),
@@ -383,7 +380,7 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
     "LoRA of nothing": (["export-lora", "no/edit", "new/folder"], r"."),
     "no recipe": (["train", "--config", "no.yaml"], r"There is no file no\.yaml"),
     "a recipe that is no YAML": (["train", "--config", "BAD/not.yaml"], r"not\.yaml is not valid YAML"),
-    "a recipe that is a list": (["train", "--config", "BAD/list.yaml"], r"list\.yaml holds a list; expected base_model"),
+    "a recipe that is a list": (["train", "--config", "BAD/list.yaml"], r"list\.yaml holds a list; expected base"),
     "a recipe with a typo": (["train", "--config", "BAD/unknown.yaml"], r"editor: unknown 'rnak'\. Known: .*rank"),
     "a recipe without a model": (["train", "--config", "BAD/model.yaml"], r"model\.yaml has no base_model"),
     "a recipe without an output": (["train", "--config", "BAD/nowhere.yaml"], r"has no training\.output_dir"),
@@ -392,7 +389,7 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
     "a recipe with bad settings": (["train", "--config", "BAD/settings.yaml"], r"editor is \[1\]; expected settings"),
     "a recipe without facts": (["train", "--config", "BAD/facts.yaml"], r"There is no file no\.jsonl"),
     "nothing to resume": (["train", "--config", "BAD/good.yaml", "--resume"], r"has no checkpoint to resume from"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
@@ -413,7 +410,6 @@ def test_bad_input_in_its_own_process(case: str, home: Path, bad: Path) -> None:
     """Also where progress bars and library messages are not turned off."""
     arguments, message = BAD_INPUT[case]
     done = spawn(home, *[argument.replace("BAD", str(bad)) for argument in arguments])
-    shutil.rmtree(home / ".hf", ignore_errors=True)
     assert (done.code, done.out) == (2, "")
     assert re.fullmatch(r"hf-malmen: \S.*\n", done.err), done.err
     assert re.search(message, done.err)
@@ -454,5 +450,5 @@ def test_a_failure_that_is_not_the_inputs_fault(home: Path, call: Callable[..., 
         shutil.copy(home / "model" / name, tmp_path / "model" / name)
     done = call("apply", "editor", tmp_path / "model", "facts.jsonl", "--output-dir", tmp_path / "new")
     assert (done.code, done.out) == (1, "")
-    assert re.fullmatch(r"hf-malmen: model\.layers\.\d\.mlp\.down_proj: its .* are not finite .*\n", done.err)
+    assert re.fullmatch(r"hf-malmen: model\.layers\.\d\.mlp\.down_proj: .* not finite.*\n", done.err)
     assert not (tmp_path / "new").exists()
