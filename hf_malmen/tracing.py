@@ -32,20 +32,29 @@ class Trace:
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """`model` in evaluation mode with no parameter requiring a gradient; afterwards everything as it was."""
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """`model` in evaluation mode; afterwards each module in the mode it was in."""
     training = [module for module in model.modules() if module.training]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         model.eval()
-        for parameter in trainable:
-            parameter.requires_grad_(False)
         yield
     finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
         for module in training:
             module.training = True  # not `.train()`, which would also switch the modules below it
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """`model` in evaluation mode with no parameter requiring a gradient; afterwards everything as it was."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with in_eval_mode(model):
+        try:
+            for parameter in trainable:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
 
 
 def lm_inputs(model: nn.Module, batch: TokenBatch) -> dict[str, Any]:
