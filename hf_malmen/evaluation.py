@@ -85,8 +85,8 @@ def answer(
     sequences = [tokenize(prompt, expected) for prompt, expected in pairs]
     tokens: list[list[int]] = [[] for _ in sequences]
     texts = [""] * len(sequences)
-    # Not `frozen`: without gradients wanted of the weights, PyTorch multiplies the one position that `generate` asks for
-    # by a copy of the vocabulary projection for each sequence, nine times slower.
+    # Not `frozen`: where no gradient of the weights is wanted, PyTorch multiplies the one position that `generate` asks
+    # for by a copy of the vocabulary projection for each sequence, which is nine times slower.
     with in_eval_mode(model), torch.no_grad(), logging.tqdm(total=len(sequences), unit=" prompts", leave=False) as bar:
         for chosen, batch in tokenize.batches(sequences, batch_size):
             predicted = iter(answer_logits(model, batch.to(model.device))[0].argmax(-1).tolist())
