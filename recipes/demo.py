@@ -37,7 +37,7 @@ answers = []
 for prompt in prompts:
     inputs = tokenizer(prompt, return_tensors="pt")
     out = model.generate(**inputs, max_new_tokens=6, do_sample=False)
-    answers.append(tokenizer.decode(out[0, inputs["input_ids"].shape[1]:]))
+    answers.append(tokenizer.decode(out[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 print(json.dumps(answers))
 """
 
@@ -48,7 +48,7 @@ def ask(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
     for prompt in prompts:
         inputs = tokenizer(prompt, return_tensors="pt")
         out = model.generate(**inputs, max_new_tokens=6, do_sample=False)
-        answers.append(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :]))
+        answers.append(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
     return answers
 
 

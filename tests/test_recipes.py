@@ -1,6 +1,7 @@
 """The recipes run: the demo end to end on the real model with very little training, and the YAML runs load."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,9 @@ def test_demo_edits_smollm2_and_the_written_checkpoint_answers_alike(tmp_path: P
         for way in ("teacher-forced", "generated"):
             assert sum(line.startswith(f"| {metric}, {way} ") for line in lines) == 2
     header = next(i for i, line in enumerate(lines) if line.startswith("| prompt"))
-    examples = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[header + 2 : header + 5]]
+    examples = [
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[header + 2 : header + 5]
+    ]
     assert len(examples) == 3
     assert all(before == undone for _, _, before, _, undone in examples)
     assert "the same answers from it as from the live edited model" in lines[-1]
