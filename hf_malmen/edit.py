@@ -13,21 +13,22 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .adapter import save_lora
 from .checkpoint import WriteReport, write_shifts
-from .configuration import FINGERPRINT_POLICIES
+from .configuration import FINGERPRINT_POLICIES, EditorConfig
 from .errors import EditStateError, FingerprintWarning, ModelMismatchError
 from .facts import Fact
+from .history import CARD_FILE, SHIFTS_FILE
+from .model_card import N_FACTS_SHOWN, EditSummary, describe_maker, hub_id, render_edit_card
+from .shards import parse_json
+from .shifts import Shift, add, add_rows, blocks, check_shape, dense, load_shifts, materialise, save_shifts
 from .targets import check_targets, fingerprint, is_fan_in_fan_out, weight_of
 from .version import __version__
-from .weights import add_shift
 
 # The layout of what `Edit.save_pretrained` writes.
 EDIT_FORMAT_VERSION = 1
-_SHIFTS_FILE = "edit.safetensors"
 _CONFIG_FILE = "config.json"
 
 
@@ -43,21 +44,38 @@ class _Application:
 _in_force: "weakref.WeakKeyDictionary[nn.Module, list[_Application]]" = weakref.WeakKeyDictionary()
 
 
+class _Shifts(Mapping[str, Tensor]):
+    """{module name: S of shape (key_size, value_size)}; S is multiplied out when it is asked for."""
+
+    def __init__(self, layers: Mapping[str, Shift], fan_in_fan_out: Iterable[str]) -> None:
+        self._layers, self._flipped = layers, set(fan_in_fan_out)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return materialise(self._layers[name], name in self._flipped)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+
 class Edit:
     """Weight shifts that write a set of facts into a base model, and where they came from.
 
     Attributes:
-        shifts: {module name: S of shape (key_size, value_size), float32 on the CPU}.
+        layers: {module name: its shift, float32 on the CPU: dense, or as the factors of a solve from few tokens}.
         fan_in_fan_out: the modules that store their weight as (key_size, value_size).
         facts: the facts written.
         base_model_name_or_path, base_model_revision, base_model_fingerprint: the model they are for.
-        editor: what made the shifts: method, name, version, and the learned λ and η of each layer.
+        editor: what made the shifts: method, name, revision, version, and the learned λ and η of each layer.
         created_at: ISO 8601, UTC.
+        measured: {metric: score after the edit}, where it was measured.
     """
 
     def __init__(
         self,
-        shifts: Mapping[str, Tensor],
+        shifts: Mapping[str, Tensor | Shift],
         *,
         fan_in_fan_out: Iterable[str] = (),
         facts: Iterable[Fact] = (),
@@ -66,8 +84,11 @@ class Edit:
         base_model_fingerprint: str | None = None,
         editor: Mapping[str, Any] | None = None,
         created_at: str | None = None,
+        measured: Mapping[str, float] | None = None,
     ) -> None:
-        self.shifts = {name: shift.detach().to("cpu", torch.float32).contiguous() for name, shift in shifts.items()}
+        self.layers: dict[str, Shift] = {
+            name: dense(shift) if isinstance(shift, Tensor) else shift for name, shift in shifts.items()
+        }
         self.fan_in_fan_out = sorted(fan_in_fan_out)
         self.facts = list(facts)
         self.base_model_name_or_path = base_model_name_or_path
@@ -75,10 +96,16 @@ class Edit:
         self.base_model_fingerprint = base_model_fingerprint
         self.editor = dict(editor or {})
         self.created_at = created_at or datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self.measured = dict(measured or {})
         self._model: weakref.ref[nn.Module] | None = None
 
+    @property
+    def shifts(self) -> Mapping[str, Tensor]:
+        """{module name: S of shape (key_size, value_size), float32 on the CPU}."""
+        return _Shifts(self.layers, self.fan_in_fan_out)
+
     def __repr__(self) -> str:
-        return f"Edit({len(self.facts)} facts, {len(self.shifts)} layers of {self.base_model_name_or_path})"
+        return f"Edit({len(self.facts)} facts, {len(self.layers)} layers of {self.base_model_name_or_path})"
 
     # Live models
 
@@ -109,7 +136,8 @@ class Edit:
         if self.in_force:
             raise EditStateError("This edit is in force already. Call undo() first, or load the edit a second time.")
         self._check_fits(model)
-        check_fingerprint(model, self.base_model_fingerprint, self.shifts, on_fingerprint_mismatch, "The edit")
+        wanted = self.base_model_fingerprint
+        check_fingerprint(model, wanted, self.layers, on_fingerprint_mismatch, "The edit", self._base())
         self._write(model)
         self._model = weakref.ref(model)
         return self
@@ -147,11 +175,11 @@ class Edit:
     def _write(self, model: nn.Module) -> None:
         application = _Application(self)
         try:
-            for name, shift in self.shifts.items():
+            for name, shift in self.layers.items():
                 weight = weight_of(model, name)
-                edited = add_shift(weight, shift, fan_in_fan_out=name in self.fan_in_fan_out, name=name)
                 application.originals[name] = weight.detach().clone()
-                weight.copy_(edited)
+                for start, stop, rows in blocks(shift.to(weight.device), name in self.fan_in_fan_out):
+                    weight[start:stop] = add_rows(weight[start:stop], rows, name)
         except BaseException:  # Ctrl-C too must leave the model as it was
             _restore(model, application)
             raise
@@ -163,9 +191,11 @@ class Edit:
         return next((application for application in stack if application.edit is self), None)
 
     def _check_fits(self, model: nn.Module) -> None:
-        check_targets(model, self.shifts)
-        for name in self.shifts:
-            if is_fan_in_fan_out(model.get_submodule(name)) != (name in self.fan_in_fan_out):
+        check_targets(model, self.layers)
+        for name, shift in self.layers.items():
+            flipped = name in self.fan_in_fan_out
+            check_shape(shift, flipped, tuple(weight_of(model, name).shape), name)
+            if is_fan_in_fan_out(model.get_submodule(name)) != flipped:
                 raise ModelMismatchError(
                     f"{name} is a {type(model.get_submodule(name)).__name__}, stored the other way round than in the "
                     "model the edit was made for. Load the edit's own base model."
@@ -174,24 +204,66 @@ class Edit:
     # Checkpoints and adapters
 
     def write(
-        self, checkpoint: str | Path, output_dir: str | Path | None = None, *, in_place: bool = False
+        self,
+        checkpoint: str | Path,
+        output_dir: str | Path | None = None,
+        *,
+        in_place: bool = False,
+        on_fingerprint_mismatch: str = "warn",
+        revision: str | None = None,
+        token: str | bool | None = None,
     ) -> WriteReport:
         """Write the shifts into a safetensors checkpoint without loading the model.
 
+        The checkpoint keeps a record of the edit in its `edits` folder, with the bytes that were replaced, and its card
+        lists it; `hf-malmen undo` takes it back.
+
         Args:
-            checkpoint: a folder with one `.safetensors` file, or shards and their index; or a Hub id.
-            output_dir: folder for the edited checkpoint; must not exist, or be empty.
-            in_place: overwrite `checkpoint` itself instead.
+            checkpoint: a folder with one `.safetensors` file, or shards and their index; such a file; or a Hub id.
+            output_dir: folder for the edited checkpoint; must not exist, or be empty. Weight files without edited
+                tensors share their bytes with the source where the file system allows.
+            in_place: overwrite `checkpoint` itself instead, crash-safe: see `recover_checkpoint`.
+            on_fingerprint_mismatch: `"warn"`, `"error"` or `"ignore"` when the target weights, as they are or as they
+                were before the checkpoint's edits in force, are not those the edit was made for.
+            revision, token: for a checkpoint on the Hub.
 
         Returns:
-            What was written: folder, files, and for each module the largest rounding error of the addition.
+            What was written: folder, the edit's number, keys, and each module's rounding error.
 
         Raises:
             CheckpointError, ModelMismatchError, NumericalError: see `checkpoint.write_shifts`. Nothing was changed.
         """
         return write_shifts(
-            checkpoint, self.shifts, fan_in_fan_out=self.fan_in_fan_out, output_dir=output_dir, in_place=in_place
+            checkpoint,
+            self.layers,
+            save_edit=self._save,
+            summarise=self.summary,
+            fan_in_fan_out=self.fan_in_fan_out,
+            output_dir=output_dir,
+            in_place=in_place,
+            fingerprint=self.base_model_fingerprint,
+            on_fingerprint_mismatch=on_fingerprint_mismatch,
+            revision=revision,
+            token=token,
         )
+
+    def summary(self, edit_id: str) -> EditSummary:
+        """What cards and histories say about this edit."""
+        return EditSummary(
+            id=edit_id,
+            created_at=self.created_at,
+            n_facts=len(self.facts),
+            facts=[(fact.prompt, fact.target) for fact in self.facts[:N_FACTS_SHOWN]],
+            editor=describe_maker(self.editor),
+            base_model=hub_id(self.base_model_name_or_path),
+            base_model_fingerprint=self.base_model_fingerprint,
+            hf_malmen_version=__version__,
+            measured=self.measured,
+        )
+
+    def _base(self) -> str:
+        """The base model and revision, for messages."""
+        return f"{self.base_model_name_or_path or 'its base model'} at revision {self.base_model_revision or 'unknown'}"
 
     def to_lora(self, save_directory: str | Path, rank: int | None = None) -> Path:
         """Save the edit as a PEFT LoRA adapter folder.
@@ -206,7 +278,7 @@ class Edit:
         """
         return save_lora(
             save_directory,
-            self.shifts,
+            self.layers,
             fan_in_fan_out=self.fan_in_fan_out,
             base_model_name_or_path=self.base_model_name_or_path,
             rank=rank,
@@ -223,9 +295,9 @@ class Edit:
                 "The two edits are for base models with different weights "
                 f"({self.base_model_name_or_path}, {other.base_model_name_or_path}); they cannot be merged."
             )
-        shifts = dict(self.shifts)
-        for name, shift in other.shifts.items():
-            shifts[name] = shifts[name] + shift if name in shifts else shift
+        shifts: dict[str, Tensor | Shift] = {**self.layers}
+        for name, shift in other.layers.items():
+            shifts[name] = add(self.layers[name], shift) if name in self.layers else shift
         # Flat and without repetition: an edit made in a thousand turns by one editor has that one maker.
         makers: list[dict[str, Any]] = []
         for edit in (self, other):
@@ -243,10 +315,15 @@ class Edit:
     # Folders and the Hub
 
     def save_pretrained(self, save_directory: str | Path) -> Path:
-        """Write `edit.safetensors` (shifts) and `config.json` (provenance, sorted) into a folder."""
+        """Write `edit.safetensors` (shifts), `config.json` (provenance, sorted) and a card into a folder."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.shifts, folder / _SHIFTS_FILE, metadata={"format": "pt"})
+        self._save(folder)
+        (folder / CARD_FILE).write_bytes(render_edit_card(self).encode())
+        return folder
+
+    def _save(self, folder: Path) -> None:
+        save_shifts(self.layers, folder / SHIFTS_FILE)
         config = {
             "base_model_fingerprint": self.base_model_fingerprint,
             "base_model_name_or_path": self.base_model_name_or_path,
@@ -257,33 +334,49 @@ class Edit:
             "facts": [fact.to_dict() for fact in self.facts],
             "fan_in_fan_out": self.fan_in_fan_out,
             "hf_malmen_version": __version__,
+            "measured": self.measured,
         }
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         (folder / _CONFIG_FILE).write_text(text, encoding="utf-8")
-        return folder
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, **kwargs: Any) -> "Edit":
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> "Edit":
         """Load an edit from a folder or the Hub.
 
         Args:
-            name_or_path: folder, or Hub id.
-            **kwargs: `revision`, `token`, `cache_dir`, `local_files_only` … for `huggingface_hub.snapshot_download`.
+            name_or_path: folder, such as `edits/0001` of an edited checkpoint; or Hub id.
+            revision, token, cache_dir, local_files_only: as for `huggingface_hub.snapshot_download`.
 
         Raises:
             ModelMismatchError: the folder holds no edit, or one of a newer format.
         """
         folder = Path(name_or_path)
         if not folder.is_dir():
-            patterns = [_SHIFTS_FILE, _CONFIG_FILE]
-            folder = Path(snapshot_download(str(name_or_path), allow_patterns=patterns, **kwargs))
-        config_file, shifts_file = folder / _CONFIG_FILE, folder / _SHIFTS_FILE
-        if not config_file.is_file() or not shifts_file.is_file():
-            raise ModelMismatchError(
-                f"{name_or_path} holds no edit: expected {_CONFIG_FILE} and {_SHIFTS_FILE}, as `Edit.save_pretrained` "
-                "writes them. Use EditorModel.from_pretrained for an editor."
+            folder = Path(
+                snapshot_download(
+                    str(name_or_path),
+                    allow_patterns=[SHIFTS_FILE, _CONFIG_FILE],
+                    revision=revision,
+                    token=token,
+                    cache_dir=cache_dir,
+                    local_files_only=local_files_only,
+                )
             )
-        config = json.loads(config_file.read_text(encoding="utf-8"))
+        config_file, shifts_file = folder / _CONFIG_FILE, folder / SHIFTS_FILE
+        config = parse_json(config_file.read_bytes(), config_file) if config_file.is_file() else {}
+        if "edit_format_version" not in config or not shifts_file.is_file():
+            what = "an editor; use EditorModel.from_pretrained"
+            if config.get("model_type") != EditorConfig.model_type:
+                what = f"no edit: expected {_CONFIG_FILE} and {SHIFTS_FILE}, as Edit.save_pretrained writes them"
+            raise ModelMismatchError(f"{name_or_path} holds {what}.")
         version = config.pop("edit_format_version", None)
         if version != EDIT_FORMAT_VERSION:
             raise ModelMismatchError(
@@ -292,32 +385,48 @@ class Edit:
             )
         config.pop("hf_malmen_version", None)
         facts = [Fact(**{**fact, "rephrases": tuple(fact.get("rephrases", ()))}) for fact in config.pop("facts")]
-        return cls(load_file(shifts_file), facts=facts, **config)
+        return cls(load_shifts(shifts_file), facts=facts, **config)
 
     def push_to_hub(
         self,
         repo_id: str,
         *,
         private: bool | None = None,
-        token: str | None = None,
+        token: str | bool | None = None,
         commit_message: str = "Upload edit",
         create_pr: bool = False,
+        revision: str | None = None,
     ) -> str:
         """Upload the edit's folder to a Hub repo, made if it does not exist.
 
+        Args:
+            repo_id: `owner/name`.
+            private: whether a new repo is private; None takes the owner's default.
+            token: access token; None takes the one that is logged in.
+            commit_message: of the commit.
+            create_pr: open a pull request instead of committing.
+            revision: branch to commit to.
+
         Returns:
-            The URL of the commit.
+            The URL of the commit, or of the pull request.
         """
         api = HfApi(token=token, library_name="hf_malmen", library_version=__version__)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message=commit_message, create_pr=create_pr
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                create_pr=create_pr,
+                revision=revision,
             )
+        return commit.pr_url or commit.commit_url if create_pr else commit.commit_url
 
 
-def check_fingerprint(model: nn.Module, expected: str | None, names: Iterable[str], policy: str, subject: str) -> None:
+def check_fingerprint(
+    model: nn.Module, expected: str | None, names: Iterable[str], policy: str, subject: str, base: str
+) -> None:
     """Compare the model's target weights with those `subject` was made for.
 
     Edits in force on the model do not count: the weights they replaced are compared.
@@ -328,6 +437,7 @@ def check_fingerprint(model: nn.Module, expected: str | None, names: Iterable[st
         names: the target modules.
         policy: `"warn"`, `"error"` or `"ignore"`.
         subject: who asks, for the message.
+        base: the base model and revision that it wants, for the message.
 
     Raises:
         ModelMismatchError: they differ and the policy is `"error"`.
@@ -338,7 +448,7 @@ def check_fingerprint(model: nn.Module, expected: str | None, names: Iterable[st
         return
     message = (
         f"{subject} was made for a base model whose target weights differ from this one's (fingerprint "
-        f"{expected[:12]}...). Its facts may not be written well. Load the base model and revision named in its config."
+        f"{expected[:12]}...). Its facts may not be written well. Load {base}."
     )
     if policy == "error":
         raise ModelMismatchError(message)

@@ -21,6 +21,10 @@ class CheckpointError(HfMalmenError, ValueError):
     """A safetensors checkpoint cannot be read or written safely."""
 
 
+class CheckpointWriteError(CheckpointError, OSError):
+    """Writing to a checkpoint failed, or another process is writing to it. The checkpoint is as it was."""
+
+
 class EditStateError(HfMalmenError, RuntimeError):
     """An edit is asked for something its state does not allow, such as undoing what was never applied."""
 

@@ -6,12 +6,14 @@ M = ∇ for the sum and M = (UᵀU + λI)⁻¹ ∇ for least squares (whose P, t
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .errors import NumericalError
+from .shifts import Shift, dense, factored
 
 # Keys have outliers, so UᵀU is ill-conditioned: float32 is off by up to 0.7 % in the last layer of a 135M model, and
 # the gradient of λ by a factor of two. Float64 costs little next to the language model's passes.
@@ -55,7 +57,12 @@ class Adjoint:
 class Solution(Protocol):
     """A weight shift that can be differentiated."""
 
-    shift: Tensor  # (key_size, value_size)
+    @property
+    def shift(self) -> Tensor:  # (key_size, value_size)
+        """S."""
+
+    def to_shift(self) -> Shift:
+        """S as an edit keeps it: float32 on the CPU, as factors where these are small."""
 
     def adjoint(
         self,
@@ -66,12 +73,23 @@ class Solution(Protocol):
 
 @dataclass
 class SumSolution:
-    """S = Pᵀ D."""
+    """S = Pᵀ D, from its rows while there are few, or their product."""
 
-    shift: Tensor  # (key_size, value_size)
+    rows: tuple[Tensor, Tensor] | None  # P (n, key_size), D (n, value_size)
+    product: Tensor | None  # (key_size, value_size)
+
+    @cached_property
+    def shift(self) -> Tensor:  # (key_size, value_size)
+        if self.rows is None:
+            assert self.product is not None  # for the type checker: one of the two is given
+            return self.product
+        return self.rows[0].T @ self.rows[1]
 
     def adjoint(self, gradient: Tensor) -> Adjoint:
         return Adjoint(None, multiplier=gradient.to(self.shift))
+
+    def to_shift(self) -> Shift:
+        return dense(self.shift) if self.rows is None else factored(*self.rows)
 
 
 @dataclass
@@ -85,24 +103,48 @@ class PrimalSolution:
         multiplier = torch.cholesky_solve(gradient.to(self.shift), self.factor)
         return Adjoint(-(multiplier * self.shift).sum(), multiplier=multiplier)
 
+    def to_shift(self) -> Shift:
+        return dense(self.shift)
+
 
 @dataclass
 class DualSolution:
     """S = Uᵀ C with C = (UUᵀ + λI)⁻¹ D, from its n × n factor: cheap for few rows, and of rank n at most."""
 
     keys: Tensor  # (n, key_size)
-    coefficients: Tensor  # (n, value_size): C
+    differences: Tensor  # (n, value_size)
     factor: Tensor  # (n, n), lower Cholesky factor of UUᵀ + λI
-    shift: Tensor  # (key_size, value_size)
+
+    @cached_property
+    def coefficients(self) -> Tensor:  # (n, value_size)
+        """C."""
+        return torch.cholesky_solve(self.differences, self.factor)
+
+    @cached_property
+    def shift(self) -> Tensor:  # (key_size, value_size)
+        return self.keys.T @ self.coefficients
 
     def adjoint(self, gradient: Tensor) -> Adjoint:
         # U (UᵀU + λI)⁻¹ = (UUᵀ + λI)⁻¹ U, so the rows U M need no k × k matrix, and ⟨M, S⟩ = ⟨U M, C⟩ neither.
-        row_gradients = torch.cholesky_solve(self.keys @ gradient.to(self.shift), self.factor)
+        row_gradients = torch.cholesky_solve(self.keys @ gradient.to(self.keys), self.factor)
         return Adjoint(-(row_gradients * self.coefficients).sum(), row_gradients=row_gradients)
+
+    def to_shift(self) -> Shift:
+        """S = Pᵀ D over the rows whose D is not zero (preserved keys have none), with P = (UUᵀ + λI)⁻¹ U.
+
+        Unlike the pair U, C this one is safe to round: no entry of P is larger than 1 / (2√λ), so nothing cancels.
+        """
+        moved = self.differences.any(dim=1)
+        if not moved.all():
+            selection = torch.eye(len(self.keys), dtype=self.keys.dtype, device=self.keys.device)[:, moved]
+            left = torch.cholesky_solve(selection, self.factor).T @ self.keys
+        else:
+            left = torch.cholesky_solve(self.keys, self.factor)
+        return factored(left, self.differences[moved])
 
 
 class RowSum:
-    """Aggregation `"sum"`: S = Σ p_j d_jᵀ (MEND).
+    """Aggregation `"sum"`: S = Σ p_j d_jᵀ (MEND). Up to k rows are kept; beyond that, only their product.
 
     Args:
         name: the layer, for error messages.
@@ -110,17 +152,24 @@ class RowSum:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.shift: Tensor | None = None
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._n_kept = 0
+        self._product: Tensor | None = None  # (key_size, value_size)
 
     def add(
         self,
         left: Tensor,  # (n, key_size)
         value_differences: Tensor,  # (n, value_size)
     ) -> None:
-        """Take in rows; nothing of them is kept but their contribution."""
+        """Take in rows, in any order and grouping."""
         device = solve_device(left.device)
-        product = left.to(device, SOLVE_DTYPE).T @ value_differences.to(device, SOLVE_DTYPE)
-        self.shift = product if self.shift is None else self.shift + product
+        self._kept.append((left.to(device, SOLVE_DTYPE), value_differences.to(device, SOLVE_DTYPE)))
+        self._n_kept += len(left)
+        if self._product is not None or self._n_kept > left.shape[1]:
+            rows, differences = _stacked(self._kept)
+            product = rows.T @ differences
+            self._product = product if self._product is None else self._product.add_(product)
+            self._kept = []
 
     def solve(self, ridge: float) -> SumSolution:
         """The shift so far. `ridge` has no part in a sum.
@@ -128,10 +177,11 @@ class RowSum:
         Raises:
             NumericalError: the shift is not finite.
         """
-        if self.shift is None:
+        if not self._n_kept:
             raise NumericalError(f"{self.name}: no rows to aggregate.")
-        _require_finite(self.shift, self.name, "the sum of updates")
-        return SumSolution(self.shift)
+        solution = SumSolution(_stacked(self._kept) if self._product is None else None, self._product)
+        _require_finite(solution.shift, self.name, "the sum of updates")
+        return solution
 
 
 class RidgeLeastSquares:
@@ -181,15 +231,11 @@ class RidgeLeastSquares:
         return self._solve_dual(ridge)
 
     def _fold(self) -> None:
-        keys, differences = self._kept_rows()
+        keys, differences = _stacked(self._kept)
         gram, moment = keys.T @ keys, keys.T @ differences
         self._gram = gram if self._gram is None else self._gram.add_(gram)
         self._moment = moment if self._moment is None else self._moment.add_(moment)
         self._kept, self._n_kept = [], 0
-
-    def _kept_rows(self) -> tuple[Tensor, Tensor]:
-        keys, differences = zip(*self._kept, strict=True)
-        return torch.cat(keys), torch.cat(differences)
 
     def _solve_primal(self, ridge: float) -> PrimalSolution:
         assert self._gram is not None  # for the type checker: both are set in _fold
@@ -200,12 +246,10 @@ class RidgeLeastSquares:
         return PrimalSolution(torch.cholesky_solve(self._moment, factor), factor)
 
     def _solve_dual(self, ridge: float) -> DualSolution:
-        keys, differences = self._kept_rows()
+        keys, differences = _stacked(self._kept)
         _require_finite(keys, self.name, "its keys")
         _require_finite(differences, self.name, "its value differences")
-        factor = self._factor(keys @ keys.T, ridge)
-        coefficients = torch.cholesky_solve(differences, factor)
-        return DualSolution(keys, coefficients, factor, keys.T @ coefficients)
+        return DualSolution(keys, differences, self._factor(keys @ keys.T, ridge))
 
     def _factor(self, gram: Tensor, ridge: float) -> Tensor:
         regularised = gram.clone()
@@ -223,6 +267,11 @@ class RidgeLeastSquares:
 def aggregator(aggregation: str, name: str) -> RowSum | RidgeLeastSquares:
     """The aggregation of that name for the layer `name`."""
     return RowSum(name) if aggregation == "sum" else RidgeLeastSquares(name)
+
+
+def _stacked(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    left, right = zip(*rows, strict=True)
+    return torch.cat(left), torch.cat(right)
 
 
 def _require_finite(tensor: Tensor, name: str, what: str) -> None:

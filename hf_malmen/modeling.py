@@ -33,6 +33,8 @@ from .tracing import Trace, frozen, trace
 DEFAULT_BATCH_SIZE = 32
 DEFAULT_EDITOR_BATCH_SIZE = 1024
 
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
 
 class EditorModel(PreTrainedModel):
     """A trained editor: hyper-networks that turn facts into weight shifts for one base model.
@@ -111,6 +113,35 @@ class EditorModel(PreTrainedModel):
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
         return cls(config)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load an editor from a folder or the Hub; arguments as in `PreTrainedModel.from_pretrained`.
+
+        Weights are read from safetensors, never from a pickle.
+
+        Raises:
+            ModelMismatchError: the folder or repo holds something else, an editor of a newer format, or one whose
+                weights are not complete.
+            OSError: there is no such repo or revision, the token may not read it, or `local_files_only` finds it in no
+                cache.
+        """
+        if kwargs.get("config") is None:
+            # Looked at first: transformers would follow an adapter's folder to its base model.
+            hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+            EditorConfig.get_config_dict(pretrained_model_name_or_path, **hub)
+        with_info = kwargs.pop("output_loading_info", False)
+        kwargs |= {"output_loading_info": True, "use_safetensors": True}
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        editor, info = loaded
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise ModelMismatchError(
+                f"The weights of the editor {pretrained_model_name_or_path} are not complete: {len(missing)} of "
+                f"{len(editor.state_dict())} tensors are missing, such as {missing[0]}. Save it again with "
+                "EditorModel.save_pretrained, or load another revision."
+            )
+        return loaded if with_info else editor
 
     @property
     def module_names(self) -> list[str]:
@@ -321,7 +352,7 @@ class EditorModel(PreTrainedModel):
             batches = _with_progress(tokenize, sequences, batch_size, model.device)
             solutions = self.solve(self.trace(model, batches), editor_batch_size)
         return Edit(
-            {name: solution.shift for name, solution in solutions.items()},
+            {name: solution.to_shift() for name, solution in solutions.items()},
             fan_in_fan_out=self.config.fan_in_fan_out or (),
             facts=facts,
             base_model_name_or_path=self.config.base_model_name_or_path,
@@ -442,7 +473,9 @@ class EditorModel(PreTrainedModel):
             self.config.base_model_fingerprint,
             self.module_names,
             self.config.fingerprint_policy,
-            f"This editor (base model {self.config.base_model_name_or_path})",
+            "This editor",
+            f"{self.config.base_model_name_or_path or 'its base model'} at revision "
+            f"{self.config.base_model_revision or 'unknown'}",
         )
 
     def tokenizer_for(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Tokenizer:

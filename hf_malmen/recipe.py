@@ -2,19 +2,28 @@
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from .configuration import EditorConfig
-from .facts import load_facts
-from .model_card import write_editor_card
-from .modeling import EditorModel
+from .evaluation import n_measured
+from .facts import Fact, load_facts
+from .model_card import EditorRun, Measurement, write_editor_card
+from .modeling import DEFAULT_BATCH_SIZE, EditorModel
+from .tables import METRIC_TITLES
 from .training import EditorTrainer, EditorTrainingArguments
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -29,7 +38,10 @@ class Recipe:
         train_facts: anything `load_facts` takes by name: a file or a Hub data set.
         eval_facts: held-out facts, measured during training and for the card.
         max_eval_facts: use only the first of them, this many; None uses all.
+        eval_sizes: numbers of held-out facts to edit at once for the card, each at most as many as there are. None
+            takes `per_device_eval_batch_size`, or all held-out facts if they are fewer.
         dtype: precision of the base model: `"auto"`, `"float32"`, `"bfloat16"` or `"float16"`.
+        license: licence of the editor for its card, as the Hub names it, such as `"apache-2.0"`; None names none.
         editor: fields of `EditorConfig`.
         training: fields of `EditorTrainingArguments`; needs `output_dir`.
     """
@@ -38,7 +50,9 @@ class Recipe:
     train_facts: str
     eval_facts: str | None = None
     max_eval_facts: int | None = None
+    eval_sizes: list[int] | None = None
     dtype: str = "auto"
+    license: str | None = None
     editor: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -72,6 +86,12 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     recipe = Recipe(**content)
     if recipe.dtype not in DTYPES:
         raise ValueError(f"{path}: dtype is {recipe.dtype!r}; allowed: {', '.join(DTYPES)}.")
+    if recipe.eval_sizes is not None:
+        _check_sizes(recipe.eval_sizes, f"{path}")
+        if not recipe.eval_facts:
+            raise ValueError(
+                f"{path} has eval_sizes and no eval_facts to measure them on. Add some, or remove eval_sizes."
+            )
     # PreTrainedConfig takes any keyword, so the names are compared here, where a typo would otherwise pass unseen.
     _require_known(recipe.editor, _names(EditorConfig), f"{path}, editor")
     training = {**recipe.training, **(overrides or {})}
@@ -100,27 +120,89 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> Path:
     if resume and checkpoint is None:
         raise ValueError(f"{folder} has no checkpoint to resume from. Start without --resume.")
     train_facts = load_facts(recipe.train_facts)
-    eval_facts = load_facts(recipe.eval_facts)[: recipe.max_eval_facts] if recipe.eval_facts else None
+    eval_facts = load_facts(recipe.eval_facts)[: recipe.max_eval_facts] if recipe.eval_facts else []
+    sizes = recipe.eval_sizes or [min(args.per_device_eval_batch_size, len(eval_facts))]
+    if recipe.eval_sizes and max(sizes) > len(eval_facts):
+        raise ValueError(
+            f"eval_sizes asks for {max(sizes)} held-out facts at once, and there are {len(eval_facts)}. Give more "
+            "eval_facts, raise max_eval_facts, or lower the size."
+        )
     config = EditorConfig(**recipe.editor)
     model = AutoModelForCausalLM.from_pretrained(recipe.base_model, dtype=recipe.dtype)
     tokenizer = AutoTokenizer.from_pretrained(recipe.base_model)
     set_seed(args.seed)
     editor = EditorModel.from_base(model, config)
-    trainer = EditorTrainer(editor, model, args, train_facts, eval_facts, tokenizer)
+    trainer = EditorTrainer(editor, model, args, train_facts, eval_facts or None, tokenizer)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
-    metrics = trainer.evaluate() if eval_facts is not None else {}
-    write_editor_card(
-        folder,
-        editor,
-        metrics={name.removeprefix("eval_"): value for name, value in metrics.items()},
-        training={name: value for name, value in recipe.training.items() if name != "output_dir"},
+    if not trainer.is_world_process_zero():
+        return folder
+    measurements = []
+    if eval_facts:
+        measurements = measure(editor, model, eval_facts, sizes, tokenizer, batch_size=args.lm_batch_size)
+        for measurement in measurements:  # for the trackers
+            n = measurement.n_at_once
+            trainer.log({f"eval_{name}_at_{n}": measurement.scores[name] for name in measurement.n_facts})
+    settings = {name: value for name, value in recipe.training.items() if name != "output_dir"}
+    run = EditorRun(
         train_facts=recipe.train_facts,
         n_train_facts=len(train_facts),
-        n_facts_at_once=args.per_device_eval_batch_size,
+        settings={"dtype": recipe.dtype, **recipe.editor, **settings},
+        eval_facts=recipe.eval_facts,
+        measurements=measurements,
+        measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        license=recipe.license,
     )
+    write_editor_card(folder, editor, run)
     return folder
+
+
+def measure(
+    editor: EditorModel,
+    model: PreTrainedModel,
+    facts: Sequence[Fact],
+    sizes: Iterable[int],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+) -> list[Measurement]:
+    """Edit held-out facts, several numbers at once, and measure each with `EditorModel.evaluate`.
+
+    A size takes as many full sets as the facts give, so that the sizes share facts and every edit is of that size; the
+    facts left over are not measured, and the counts of the measurement say so.
+
+    Args:
+        editor: the editor, as before afterwards.
+        model: the live base model, as before afterwards.
+        facts: the held-out facts.
+        sizes: numbers of facts, each at most `len(facts)`.
+        tokenizer: the base model's; loaded from beside the model if None.
+        batch_size: sequences a pass of the language model.
+
+    Returns:
+        One measurement a size, in the order of `sizes`; scores are means over facts.
+    """
+    measurements = []
+    for size in sizes:
+        sums: dict[str, float] = {}
+        used = facts[: len(facts) // size * size]
+        for begin in range(0, len(used), size):
+            chosen = used[begin : begin + size]
+            for name, score in editor.evaluate(model, chosen, tokenizer, batch_size=batch_size).items():
+                sums[name] = sums.get(name, 0.0) + n_measured(chosen, name) * score
+        scores = {name: total / n_measured(used, name) for name, total in sums.items()}
+        counts = {name: n_measured(used, name) for name in METRIC_TITLES if name in scores}
+        measurements.append(Measurement(size, scores, counts))
+    return measurements
+
+
+def _check_sizes(sizes: Any, where: str) -> None:
+    valid = isinstance(sizes, list) and sizes and all(type(size) is int and size >= 1 for size in sizes)
+    if not valid or len(set(sizes)) < len(sizes):
+        raise ValueError(
+            f"{where}: eval_sizes is {sizes!r}; expected different whole numbers of at least 1, such as [16, 64, 256]."
+        )
 
 
 def _names(dataclass_type: type) -> set[str]:

@@ -1,47 +1,15 @@
-"""What a person reads: score tables, and what an editor, an edit or a checkpoint holds."""
+"""What a person reads on the command line: score tables, and what an editor, an edit or a checkpoint holds."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from .checkpoint import parse_json, read_tensor_index
 from .configuration import EditorConfig
 from .edit import Edit
 from .errors import CheckpointError
+from .tables import METRIC_TITLES, scores_table, table
 
-METRIC_TITLES = {
-    "edit_success": "edit success",
-    "generalization": "generalization",
-    "locality": "locality",
-    "unrelated_accuracy": "unrelated accuracy",
-}
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, padded so that it also reads well in a terminal. Columns after the first align right."""
-    lines = [[cell.replace("|", "\\|") for cell in line] for line in (header, *rows)]
-    widths = [max(2, *(len(line[i]) for line in lines)) for i in range(len(header))]
-    aligned = [
-        [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]
-        for line in lines
-    ]
-    rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [aligned[0], rule, *aligned[1:]])
-
-
-def scores_table(scores_by_size: Mapping[int, Mapping[str, float]]) -> str:
-    """Scores of `EditorModel.evaluate` for several numbers of facts, before and after the edit.
-
-    Args:
-        scores_by_size: {number of facts edited at once: scores}.
-    """
-    rows = []
-    for size, scores in scores_by_size.items():
-        for name, title in METRIC_TITLES.items():
-            for suffix, way in (("", "teacher-forced"), ("_generated", "generated")):
-                key = name + suffix
-                if key in scores:
-                    rows.append([f"{title}, {way}", str(size), f"{scores[key + '_before']:.3f}", f"{scores[key]:.3f}"])
-    return table(["metric", "facts", "before", "after"], rows)
+__all__ = ["METRIC_TITLES", "describe", "scores_table", "table"]
 
 
 def describe(path: str) -> str:

@@ -4,6 +4,7 @@ import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import speed_metrics
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import HubStrategy, speed_metrics
+from transformers.utils.hub import PushInProgress
 
 from .batches import TokenBatch, TokenSequence
 from .evaluation import n_measured
@@ -27,6 +30,8 @@ from .facts import Fact, load_facts, require_fields
 from .modeling import DEFAULT_BATCH_SIZE, DEFAULT_EDITOR_BATCH_SIZE, EditorModel
 from .tracing import answer_logits, frozen, shifted
 from .trunk import Trunk
+
+_HUB_STRATEGIES = (HubStrategy.END, HubStrategy.EVERY_SAVE)
 
 
 @dataclass
@@ -68,6 +73,12 @@ class EditorTrainingArguments(TrainingArguments):
                 raise ValueError(f"EditorTrainingArguments.{name} is {getattr(self, name)}; expected at least 1.")
         if self.locality_weight < 0:
             raise ValueError(f"EditorTrainingArguments.locality_weight is {self.locality_weight}; expected 0 or more.")
+        if (strategy := HubStrategy(self.hub_strategy)) not in _HUB_STRATEGIES:
+            raise ValueError(
+                f"EditorTrainingArguments.hub_strategy is {strategy.value!r}; allowed: "
+                f"{', '.join(repr(allowed.value) for allowed in _HUB_STRATEGIES)}. The others push the state of the "
+                "optimizer, which is a pickle; an editor's repo holds safetensors only."
+            )
 
 
 class EditorTrainer(Trainer):
@@ -94,6 +105,7 @@ class EditorTrainer(Trainer):
     """
 
     args: EditorTrainingArguments
+    push_in_progress: Any
 
     def __init__(
         self,
@@ -217,6 +229,22 @@ class EditorTrainer(Trainer):
                     f"{kind}/{name}": s for kind, s in zip(("edit_lr", "ridge", "preservation"), scales, strict=True)
                 }
         super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = output_dir or self.args.output_dir
+        if folder and self.args.should_save:  # a pickle, in the folder that is pushed
+            (Path(folder) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # `Trainer`'s own pushes `training_args.bin` too, whatever `_save` does.
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if self.push_in_progress is not None and not self.push_in_progress.is_done() and not self.args.hub_always_push:
+            return
+        self._finish_current_push()  # it reads the files that are about to be written
+        jobs: Any = [self.push_to_hub(f"Training in progress, step {self.state.global_step}", blocking=False)]
+        self.push_in_progress = PushInProgress(jobs)
 
     def _draw(self, facts: Sequence[Fact]) -> tuple[list[TokenSequence], list[TokenSequence]]:
         """This step's rephrases and unrelated prompts.

@@ -90,11 +90,15 @@ def run(output_dir: Path, sizes: list[int], max_steps: int | None) -> None:
     overrides: dict[str, Any] = {"output_dir": str(output_dir / "editor")}
     if max_steps is not None:
         overrides["max_steps"] = max_steps
+    recipe = load_recipe(RECIPE, overrides)
     recipe = dataclasses.replace(
-        load_recipe(RECIPE, overrides),
+        recipe,
         base_model=str(base),
         train_facts=str(facts_dir / "train.jsonl"),
         eval_facts=str(facts_dir / "validation.jsonl"),
+        # No more for the editor's card than for the table below.
+        max_eval_facts=min(recipe.max_eval_facts or max(sizes), max(sizes)),
+        eval_sizes=[size for size in recipe.eval_sizes or () if size <= max(sizes)] or None,
     )
     began = time.perf_counter()
     folder = run_recipe(recipe)

@@ -16,7 +16,8 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTr
 
 import hf_malmen.checkpoint
 from hf_malmen import CheckpointError, Edit, Fact, ModelMismatchError, NumericalError
-from hf_malmen.checkpoint import find_key, read_header, read_tensor_index
+from hf_malmen.mapping import find_key
+from hf_malmen.shards import read_header, read_tensor_index
 
 Build = Callable[..., Any]
 Header = dict[str, Any]

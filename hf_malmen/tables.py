@@ -1,0 +1,38 @@
+"""Values -> Markdown tables. Imports nothing heavy: the cards and the command line are made of these."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+METRIC_TITLES = {
+    "edit_success": "edit success",
+    "generalization": "generalization",
+    "locality": "locality",
+    "unrelated_accuracy": "unrelated accuracy",
+}
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, padded so that it also reads well in a terminal. Columns after the first align right."""
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in (header, *rows)]
+    widths = [max(2, *(len(line[i]) for line in lines)) for i in range(len(header))]
+    aligned = [
+        [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]
+        for line in lines
+    ]
+    rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [aligned[0], rule, *aligned[1:]])
+
+
+def scores_table(scores_by_size: Mapping[int, Mapping[str, float]]) -> str:
+    """Scores of `EditorModel.evaluate` for several numbers of facts, before and after the edit.
+
+    Args:
+        scores_by_size: {number of facts edited at once: scores}.
+    """
+    rows = []
+    for size, scores in scores_by_size.items():
+        for name, title in METRIC_TITLES.items():
+            for suffix, way in (("", "teacher-forced"), ("_generated", "generated")):
+                key = name + suffix
+                if key in scores:
+                    rows.append([f"{title}, {way}", str(size), f"{scores[key + '_before']:.3f}", f"{scores[key]:.3f}"])
+    return table(["metric", "facts", "before", "after"], rows)
