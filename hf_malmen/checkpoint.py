@@ -20,12 +20,12 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from .configuration import FINGERPRINT_POLICIES
-from .errors import CheckpointError, FingerprintWarning, ModelMismatchError
+from .errors import CheckpointError, CheckpointWriteError, FingerprintWarning, ModelMismatchError
 from .history import add_in_place, locked, read_history, recorded, recover_locked, require_settled
 from .mapping import TensorShift, map_shifts
 from .model_card import EditSummary
-from .shards import INDEX_FILE, SINGLE_FILE, TensorEntry, parse_json, raw, read_header, read_tensor_index
-from .shifts import Shift
+from .shards import DTYPES, INDEX_FILE, SINGLE_FILE, TensorEntry, parse_json, raw, read_header, read_tensor_index
+from .shifts import FactoredShift, Shift
 
 try:
     import fcntl
@@ -184,6 +184,32 @@ def base_tensors(folder: Path, tensors: Mapping[str, TensorEntry]) -> dict[str, 
     return found
 
 
+def fingerprint_before_edits(
+    folder: Path, shapes: Mapping[str, tuple[int, int]], fan_in_fan_out: Iterable[str]
+) -> str | None:
+    """The fingerprint of target weights on disk as they were before the checkpoint's edits in force.
+
+    Args:
+        folder: the checkpoint's.
+        shapes: {module name: (key_size, value_size)}.
+        fan_in_fan_out: modules stored as (key_size, value_size).
+
+    Returns:
+        None if no edits are in force.
+
+    Raises:
+        CheckpointError, ModelMismatchError: see `write_shifts`.
+    """
+    if not read_history(folder):
+        return None
+    # Nothing is added; the shifts only say which tensors are meant.
+    nothing: dict[str, Shift] = {
+        name: FactoredShift(*(torch.empty(0, size) for size in shape)) for name, shape in shapes.items()
+    }
+    tensors = read_tensor_index(folder)
+    return stored_fingerprint(map_shifts(folder, nothing, fan_in_fan_out, tensors), base_tensors(folder, tensors))
+
+
 def stored_fingerprint(plan: Mapping[str, TensorShift], tensors: Mapping[str, TensorEntry]) -> str:
     """The fingerprint of target weights on disk: what `targets.fingerprint` gives for the loaded model."""
     digest = hashlib.sha256()
@@ -201,11 +227,12 @@ def _weight_rows(
     keys: list[str], plan: Mapping[str, TensorShift], tensors: Mapping[str, TensorEntry]
 ) -> Iterator[Tensor]:
     if plan[keys[0]].places is not None:
-        values = [(plan[key].places, tensors[key].read()) for key in keys]
-        whole = torch.empty(sum(value.numel() for _, value in values), dtype=values[0][1].dtype)
-        for places, value in values:
+        shape = plan[keys[0]].shift.shape
+        whole = torch.empty(shape[0] * shape[1], dtype=DTYPES[tensors[keys[0]].dtype])
+        for key in keys:
+            places = plan[key].places
             assert places is not None  # for the type checker: all pieces of a weight have places, or none
-            whole[places.flatten()] = value.flatten()
+            whole[places[places >= 0]] = tensors[key].read()[places >= 0].to(whole.dtype)
         yield whole
         return
     entry = tensors[keys[0]]
@@ -297,14 +324,15 @@ def _unchanged(place: Source, stamps: Mapping[Path, tuple[int, int]]) -> Callabl
 @contextmanager
 def _staged_copy(source: Source, target: Path, edited: set[Path]) -> Iterator[Path]:
     """A copy of a checkpoint to write into; it takes its place when the context ends without an error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, so that taking its place is a rename within one file system.
-    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
 
     def copy(file: str, place: str) -> str:
         return _copy(Path(file), Path(place), may_link=Path(file) not in edited)
 
+    stage = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the target, so that taking its place is a rename within one file system.
+        stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         if source.file is not None:
             copy(str(source.file), str(stage / source.file.name))
         else:
@@ -318,12 +346,18 @@ def _staged_copy(source: Source, target: Path, edited: set[Path]) -> Iterator[Pa
         if target.exists():
             target.rmdir()
         os.replace(stage, target)
+    except OSError as error:
+        reason = error.__cause__ if isinstance(error, CheckpointError) else error  # not one about the hidden folder
+        raise CheckpointWriteError(f"Could not write {target}: {reason or error}. Nothing is left of it.") from error
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        if stage is not None:
+            shutil.rmtree(stage, ignore_errors=True)
 
 
 def _copy(file: Path, place: Path, *, may_link: bool) -> str:
     """A copy that shares its bytes until one of the two is written; or a hard link, of weights that stay; or bytes."""
+    if not file.is_file():  # to open a pipe would wait for ever
+        raise CheckpointError(f"{file} is no file, or a link to none, and cannot be copied. Remove it first.")
     if _reflink(file, place):
         shutil.copystat(file, place)
     elif may_link and file.suffix == ".safetensors" and not file.is_symlink() and _link(file, place):

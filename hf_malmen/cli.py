@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import HfMalmenError, NumericalError
+from .errors import CheckpointWriteError, HfMalmenError, NumericalError
 from .version import __version__
 
 app = typer.Typer(
@@ -42,6 +42,10 @@ class Precision(str, enum.Enum):
     float16 = "float16"
 
 
+OutputDir = Annotated[Path | None, typer.Option(help="Folder for the edited copy of the checkpoint.")]
+InPlace = Annotated[bool, typer.Option("--in-place", help="Edit the checkpoint folder itself, crash-safe.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a checkpoint on the Hub.")]
+Checkpoint = Annotated[Path, typer.Argument(help="Folder of an edited checkpoint.")]
 Dtype = Annotated[Precision, typer.Option(help="Precision to load the base model in; auto: as saved.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences a pass of the language model. Changes memory only.")]
 
@@ -52,7 +56,7 @@ def main() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
-    except NumericalError as error:
+    except (NumericalError, CheckpointWriteError) as error:
         _fail(error, 1)
     except (HfMalmenError, ValueError, OSError) as error:
         _fail(error, 2)
@@ -103,19 +107,24 @@ def apply(
     editor: Editor,
     model: Model,
     facts: Facts,
-    output_dir: Annotated[Path | None, typer.Option(help="Folder for the edited copy of the checkpoint.")] = None,
-    in_place: Annotated[bool, typer.Option("--in-place", help="Edit the checkpoint folder itself.")] = False,
+    output_dir: OutputDir = None,
+    in_place: InPlace = False,
     facts_per_turn: Annotated[
         int | None, typer.Option(min=1, help="Edit sequentially, this many facts a turn; default: all at once.")
     ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure the edit first, and keep the scores in the checkpoint's history.")
+    ] = False,
     save_edit: Annotated[Path | None, typer.Option(help="Also save the edit alone (shifts and facts) here.")] = None,
+    revision: Revision = None,
     batch_size: BatchSize = 32,
 ) -> None:
-    """Write facts into a checkpoint. The result loads with plain transformers."""
+    """Write facts into a checkpoint. The result loads with plain transformers, and can be undone."""
     from .checkpoint import check_checkpoint
     from .facts import load_facts
 
     check_checkpoint(model, output_dir, in_place)
+    _require_unused(save_edit)
     checked = load_facts(facts)
     from .modeling import EditorModel  # seconds, so after the checks
 
@@ -126,10 +135,84 @@ def apply(
         in_place=in_place,
         batch_size=batch_size,
         facts_per_turn=facts_per_turn,
+        measure=measure,
+        revision=revision,
     )
     if save_edit is not None:
         edit.save_pretrained(save_edit)
-    print(f"Wrote {len(checked)} facts into {len(edit.shifts)} layers of {model if in_place else output_dir}.")
+    folder = model if in_place else output_dir
+    print(f"Wrote {len(checked)} facts into {len(edit.layers)} layers of {folder}. Undo: hf-malmen undo {folder}")
+
+
+@app.command()
+def write(
+    edit: Annotated[str, typer.Argument(help="Folder or Hub id of a saved edit.")],
+    model: Model,
+    output_dir: OutputDir = None,
+    in_place: InPlace = False,
+    revision: Revision = None,
+) -> None:
+    """Write a saved edit into a checkpoint, without loading the model."""
+    from .checkpoint import check_checkpoint
+
+    check_checkpoint(model, output_dir, in_place)
+    from .edit import Edit
+
+    loaded = Edit.from_pretrained(edit)
+    report = loaded.write(model, output_dir, in_place=in_place, revision=revision)
+    worst = max(report.rounding.values(), default=0.0)
+    print(
+        f"Wrote edit {report.edit_id} ({len(loaded.facts)} facts, {len(report.keys)} layers) into {report.output_dir}; "
+        f"rounding cost up to {worst:.2g} of a layer's shift. Undo: hf-malmen undo {report.output_dir}"
+    )
+
+
+@app.command()
+def log(
+    checkpoint: Checkpoint,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show the edits in force on a checkpoint, oldest first. For one edit's facts: hf-malmen inspect DIR/edits/0001."""
+    from dataclasses import asdict
+
+    from .history import read_history, recover_checkpoint
+    from .report import describe_history
+
+    if recover_checkpoint(checkpoint):
+        print("A change that had not ended was taken back first.", file=sys.stderr)
+    if as_json:
+        summaries = [asdict(record.summary) for record in read_history(checkpoint)]
+        print(json.dumps(summaries, indent=2, ensure_ascii=False))
+    else:
+        print(describe_history(checkpoint))
+
+
+@app.command()
+def undo(
+    checkpoint: Checkpoint,
+    edit: Annotated[str | None, typer.Option(help="Number of the edit, as the log shows it; default: the last.")] = None,
+) -> None:
+    """Take an edit back from a checkpoint. The last one's bytes are restored; an earlier one is computed out."""
+    from .history import undo_edit
+
+    report = undo_edit(checkpoint, edit)
+    how = (
+        "every byte is as before it"
+        if report.exact
+        else "layers that it shares with later edits were added up anew, exact to the rounding of one addition an edit"
+    )
+    left = ", ".join(report.remaining) or "none"
+    print(f"Undid edit {report.summary.id} ({report.summary.n_facts} facts): {how}. Edits in force: {left}.")
+
+
+@app.command()
+def recover(checkpoint: Checkpoint) -> None:
+    """Bring a checkpoint back to the state before or after a change during which the process died."""
+    from .history import read_history, recover_checkpoint
+
+    done = recover_checkpoint(checkpoint)
+    ids = ", ".join(record.id for record in read_history(checkpoint)) or "none"
+    print(f"{'Recovered' if done else 'Nothing to recover'}: {checkpoint}. Edits in force: {ids}.")
 
 
 @app.command()
@@ -145,12 +228,14 @@ def evaluate(
 ) -> None:
     """Apply facts at once, measure, and undo: edit success, generalization, locality, unrelated accuracy."""
     from .facts import load_facts
+    from .history import require_settled
 
+    require_settled(Path(model))
     checked = load_facts(facts)[:n_facts]
     from transformers import AutoModelForCausalLM
 
     from .modeling import EditorModel
-    from .report import scores_table
+    from .tables import scores_table
 
     trained = EditorModel.from_pretrained(editor)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype.value)
@@ -174,13 +259,38 @@ def inspect(
 @app.command("export-lora")
 def export_lora(
     edit: Annotated[str, typer.Argument(help="Folder or Hub id of a saved edit.")],
-    directory: Annotated[Path, typer.Argument(help="Folder for the LoRA adapter.")],
-    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the adapter; default: up to 512.")] = None,
+    directory: Annotated[Path, typer.Argument(help="Folder for the LoRA adapter; must not exist, or be empty.")],
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="At most this rank. Default: the smallest of 8 ... 512 that is exact, as servers such as vLLM take."
+        ),
+    ] = None,
 ) -> None:
     """Turn a saved edit into a PEFT LoRA adapter."""
+    _require_unused(directory)
     from .edit import Edit
 
     print(f"Saved the adapter to {Edit.from_pretrained(edit).to_lora(directory, rank)}.")
+
+
+@app.command()
+def push(
+    path: Annotated[Path, typer.Argument(help="Folder of an editor, a saved edit, an adapter or an edited checkpoint.")],
+    repo_id: Annotated[str, typer.Argument(help="Hub repo, owner/name; made if it does not exist.")],
+    private: Annotated[bool | None, typer.Option("--private/--public", help="Whether a new repo is private.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
+    message: Annotated[str, typer.Option(help="Commit message.")] = "Upload with hf_malmen",
+) -> None:
+    """Upload a folder to the Hub, with its card and history."""
+    from .hub import push_folder
+
+    print(push_folder(path, repo_id, private=private, create_pr=create_pr, commit_message=message))
+
+
+def _require_unused(folder: Path | None) -> None:
+    if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty. Choose another folder, or remove it.")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from .adapter import save_lora
@@ -21,6 +21,7 @@ from .configuration import FINGERPRINT_POLICIES, EditorConfig
 from .errors import EditStateError, FingerprintWarning, ModelMismatchError
 from .facts import Fact
 from .history import CARD_FILE, SHIFTS_FILE
+from .hub import push_folder
 from .model_card import N_FACTS_SHOWN, EditSummary, describe_maker, hub_id, render_edit_card
 from .shards import parse_json
 from .shifts import Shift, add, add_rows, blocks, check_shape, dense, load_shifts, materialise, save_shifts
@@ -179,7 +180,7 @@ class Edit:
                 weight = weight_of(model, name)
                 application.originals[name] = weight.detach().clone()
                 for start, stop, rows in blocks(shift.to(weight.device), name in self.fan_in_fan_out):
-                    weight[start:stop] = add_rows(weight[start:stop], rows, name)
+                    weight[start:stop], _ = add_rows(weight[start:stop], rows, name)
         except BaseException:  # Ctrl-C too must leave the model as it was
             _restore(model, application)
             raise
@@ -194,12 +195,12 @@ class Edit:
         check_targets(model, self.layers)
         for name, shift in self.layers.items():
             flipped = name in self.fan_in_fan_out
-            check_shape(shift, flipped, tuple(weight_of(model, name).shape), name)
             if is_fan_in_fan_out(model.get_submodule(name)) != flipped:
                 raise ModelMismatchError(
                     f"{name} is a {type(model.get_submodule(name)).__name__}, stored the other way round than in the "
                     "model the edit was made for. Load the edit's own base model."
                 )
+            check_shape(shift, flipped, tuple(weight_of(model, name).shape), name)
 
     # Checkpoints and adapters
 
@@ -266,21 +267,32 @@ class Edit:
         return f"{self.base_model_name_or_path or 'its base model'} at revision {self.base_model_revision or 'unknown'}"
 
     def to_lora(self, save_directory: str | Path, rank: int | None = None) -> Path:
-        """Save the edit as a PEFT LoRA adapter folder.
+        """Save the edit as a PEFT LoRA adapter folder, also for 4- and 8-bit models, which cannot be edited in place.
+
+        The adapter is exact wherever a layer was solved from no more than `rank` traced tokens; see `save_lora`. Edits
+        load side by side and switch with `set_adapter`, and swap with PEFT's `hotswap_adapter`, whatever their ranks.
+        There, two adapters must agree on the layers that have a rank of their own (`alpha_pattern`), and for a compiled
+        model `prepare_model_for_compiled_hotswap` comes first. transformers' `load_adapter(..., hotswap=True)` takes
+        adapters of the same layers and ranks.
 
         Args:
             save_directory: where to.
-            rank: at most this rank; None keeps each layer's own. A layer of a higher rank is truncated, and its
-                relative error stored in the adapter's metadata and warned about.
+            rank: at most this rank; None takes 512, the largest that vLLM serves. Either way a layer gets the smallest
+                served rank that is exact. A layer that needs more is truncated: see `TruncationWarning` and
+                `lora_errors.json` in the folder, which has the relative error of every layer.
 
         Returns:
             The folder, for `PeftModel.from_pretrained` or `model.load_adapter`.
+
+        Raises:
+            ValueError: a rank below 1.
         """
         return save_lora(
             save_directory,
             self.layers,
             fan_in_fan_out=self.fan_in_fan_out,
             base_model_name_or_path=self.base_model_name_or_path,
+            revision=self.base_model_revision,
             rank=rank,
         )
 
@@ -410,22 +422,26 @@ class Edit:
         Returns:
             The URL of the commit, or of the pull request.
         """
-        api = HfApi(token=token, library_name="hf_malmen", library_version=__version__)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
+            return push_folder(
+                self.save_pretrained(folder),
+                repo_id,
+                private=private,
+                token=token,
                 commit_message=commit_message,
                 create_pr=create_pr,
                 revision=revision,
             )
-        return commit.pr_url or commit.commit_url if create_pr else commit.commit_url
 
 
 def check_fingerprint(
-    model: nn.Module, expected: str | None, names: Iterable[str], policy: str, subject: str, base: str
+    model: nn.Module,
+    expected: str | None,
+    names: Iterable[str],
+    policy: str,
+    subject: str,
+    base: str,
+    found: str | None = None,
 ) -> None:
     """Compare the model's target weights with those `subject` was made for.
 
@@ -438,13 +454,14 @@ def check_fingerprint(
         policy: `"warn"`, `"error"` or `"ignore"`.
         subject: who asks, for the message.
         base: the base model and revision that it wants, for the message.
+        found: the model's fingerprint, where it is known.
 
     Raises:
         ModelMismatchError: they differ and the policy is `"error"`.
     """
     if policy not in FINGERPRINT_POLICIES:
         raise ValueError(f"The fingerprint policy is {policy!r}; allowed: {', '.join(FINGERPRINT_POLICIES)}.")
-    if expected is None or policy == "ignore" or base_fingerprint(model, names) == expected:
+    if expected is None or policy == "ignore" or (found or base_fingerprint(model, names)) == expected:
         return
     message = (
         f"{subject} was made for a base model whose target weights differ from this one's (fingerprint "

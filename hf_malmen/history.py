@@ -9,10 +9,11 @@ edits/0001/                one record an edit in force, oldest first
 edits/.journal/            a change that has begun and not ended
 ```
 
-A record is a journal that was closed. To write an edit, its record is prepared aside, synced, and renamed to `.journal`;
-then the weights are overwritten; and a second rename, to `0001`, closes it. To undo the last edit is to open its journal
-again and take it back. So whenever a process dies, there is no journal, and the checkpoint is in its old or its new
-state; or there is one, and `recover` takes it back (or finishes the removal of an earlier edit) before anything else.
+A record is a journal that was closed. To write an edit, its record is prepared aside, synced, and renamed to
+`.journal`; then the weights are overwritten; and a second rename, to `0001`, closes it. To undo the last edit is to
+open its journal again and take it back. So whenever a process dies, there is no journal, and the checkpoint is in its
+old or its new state; or there is one, and `recover` takes it back (or finishes the removal of an earlier edit) before
+anything else.
 """
 
 import hashlib
@@ -184,7 +185,8 @@ def recover_checkpoint(checkpoint: str | Path) -> bool:
         Whether there was anything to do.
 
     Raises:
-        CheckpointError: no such folder, another process is writing to it, or a damaged journal.
+        CheckpointError: no such folder, another process is writing to it, a damaged journal, or a folder of the Hub's
+            shared cache.
     """
     folder = _require_folder(checkpoint)
     if not _leftovers(folder):
@@ -197,16 +199,10 @@ def require_settled(folder: Path) -> None:
     """Recover a checkpoint before it is read, if a process died while it wrote to it.
 
     Raises:
-        CheckpointError: see `recover_checkpoint`; or the folder is one of the Hub's shared cache.
+        CheckpointError: see `recover_checkpoint`.
     """
-    if not _inside(folder, _JOURNAL).exists():
-        return
-    if any(in_hub_cache(path) for path in _inside(folder, _JOURNAL).iterdir()):
-        raise CheckpointError(
-            f"{folder} was uploaded in the middle of an edit, and the Hub's shared cache is never written. Download it to "
-            "a folder of its own (hf download --local-dir) and run hf-malmen recover on it."
-        )
-    recover_checkpoint(folder)
+    if _inside(folder, _JOURNAL).exists():
+        recover_checkpoint(folder)
 
 
 # What the writer uses
@@ -237,6 +233,11 @@ def locked(folder: Path) -> Iterator[None]:
 def recover_locked(folder: Path) -> bool:
     """`recover_checkpoint` by who holds the lock."""
     found = _leftovers(folder)
+    if found and any(in_hub_cache(path) for path in (folder / EDITS_FOLDER).rglob("*")):
+        raise CheckpointError(
+            f"{folder} was uploaded in the middle of an edit, and the Hub's shared cache is never written. Download it "
+            "to a folder of its own (hf download --local-dir) and run hf-malmen recover on it."
+        )
     if _inside(folder, _JOURNAL).is_dir():
         _replay(folder)
     _sweep(folder)
@@ -268,14 +269,16 @@ def add_in_place(entry: TensorEntry, shift: TensorShift) -> Change:
     with open(entry.file, "r+b", buffering=0) as stream:
         for start, stop, rows in shift.blocks():
             weight = entry.rows(stream, start, stop)
-            edited = add_rows(weight, rows, shift.module)
+            edited, total = add_rows(weight, rows, shift.module)
             data = raw(edited)
             entry.write_rows(stream, start, data)
             checksum = zlib.crc32(data, checksum)
-            # Next to the rounding of two bytes that of float32 is nothing; next to its own it is everything.
-            wide = torch.float32 if weight.element_size() < 4 else torch.float64
-            error += edited.to(wide).sub_(weight.to(wide)).sub_(rows).square_().sum().item()
-            norm += rows.to(wide).square().sum().item()
+            if weight.element_size() < 4:
+                rest = total.sub_(edited.to(total.dtype))
+            else:  # the sum itself was rounded
+                rest = edited.double().sub_(weight.double()).sub_(rows.double())
+            error += torch.linalg.vector_norm(rest).item() ** 2
+            norm += torch.linalg.vector_norm(rows).item() ** 2
     return Change(checksum, error, norm)
 
 
@@ -468,8 +471,8 @@ def _check_untouched(records: Sequence[Record], record: Record) -> None:
         last = [other for other in records if key in other.tensors][-1]
         if checksum(entry) != last.checksums.get(key):
             raise CheckpointError(
-                f"{key} in {entry.file} is not what edit {last.id} wrote: something else changed it since. Undoing would "
-                "lose that change. Restore the file from a copy, or remove the folder's edits/ to keep it as it is."
+                f"{key} in {entry.file} is not what edit {last.id} wrote: something else changed it since. Undoing "
+                "would lose that change. Restore the file from a copy, or remove the folder edits/ to keep it as it is."
             )
 
 
@@ -489,8 +492,8 @@ def _make_writable(folder: Path, tensors: Mapping[str, TensorEntry]) -> None:
         status = file.lstat()
         if file.is_symlink():
             raise CheckpointError(
-                f"{file} is a symbolic link to {os.readlink(file)}, as in the Hub's shared cache; editing in place would "
-                "change what other models read. Use output_dir."
+                f"{file} is a symbolic link to {os.readlink(file)}, as in the Hub's shared cache; editing in place "
+                "would change what other models read. Use output_dir."
             )
         if not status.st_mode & 0o222 or not os.access(file, os.W_OK):
             raise CheckpointError(f"{file} is read-only. Use output_dir, or allow writing: chmod u+w {file}.")
@@ -541,7 +544,9 @@ def _sweep(folder: Path) -> None:
 
 
 def _leftovers(folder: Path) -> bool:
-    return any(_inside(folder, name).exists() for name in (_JOURNAL, _PREPARING, _CLOSED, _DROPPED))
+    edits = folder / EDITS_FOLDER
+    names = (_JOURNAL, _PREPARING, _CLOSED, _DROPPED)
+    return edits.is_dir() and (not any(edits.iterdir()) or any((edits / name).exists() for name in names))
 
 
 # Files that outlive a crash

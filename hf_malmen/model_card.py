@@ -231,13 +231,13 @@ def plot_results(measurements: Sequence[Measurement], path: str | Path) -> None:
     axes.set_title("Held-out facts, teacher-forced, with 95 % intervals", fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend(loc="best")
-    figure.savefig(path, dpi=150, format="png", metadata={"Software": None})
+    figure.savefig(path, dpi=150, format="png")
 
 
 def interval(mean: float, n: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a mean of `n` independent scores in [0, 1].
 
-    Exact scores of 0 or 1 vary the most that such scores can, m (1 − m), so for others it is wider than it needs to be.
+    It takes their variance to be m (1 − m), which is the most that it can be: that of scores that are all 0 or 1.
     """
     centre = (mean + _Z95**2 / (2 * n)) / (1 + _Z95**2 / n)
     half = _Z95 / (1 + _Z95**2 / n) * math.sqrt(mean * (1 - mean) / n + _Z95**2 / (4 * n**2))
@@ -282,24 +282,20 @@ def render_edit_card(edit: "Edit", *, license: str | None = None) -> str:
         fingerprint=_short(edit.base_model_fingerprint),
         facts=_facts_table([(fact.prompt, fact.target) for fact in edit.facts]),
         n_more=max(0, len(edit.facts) - N_FACTS_SHOWN),
+        measured=_measured(edit.measured),
         layers=table(
             ["layer", "keys x values"],
-            [[escape(name), "x".join(map(str, shift.shape))] for name, shift in edit.shifts.items()],
+            [[escape(name), "x".join(map(str, shift.shape))] for name, shift in edit.layers.items()],
         ),
     )
 
 
 def describe_maker(editor: Mapping[str, Any]) -> str:
     """What made an edit, from `Edit.editor`: the method, and the editor's name where it has one."""
-    makers = [
-        " ".join(
-            [
-                str(maker.get("method", "an unknown method")),
-                *([f"({name})"] if (name := maker.get("name_or_path")) else []),
-            ]
-        )
-        for maker in editor.get("merged", [editor])
-    ]
+    makers = []
+    for maker in editor.get("merged", [editor]):
+        name = maker.get("name_or_path")
+        makers.append(maker.get("method", "an unknown method") + (f" ({name})" if name else ""))
     return ", ".join(dict.fromkeys(makers))
 
 
@@ -334,8 +330,7 @@ def render_checkpoint_card(original: str | None, records: Sequence[EditSummary])
             escape(record.editor),
             escape(_short(record.base_model_fingerprint)),
             escape(record.hf_malmen_version),
-            ", ".join(f"{escape(METRIC_TITLES.get(name, name))} {value:.3f}" for name, value in record.measured.items())
-            or "not measured",
+            _measured(record.measured) or "not measured",
         ]
         for record in records
     ]
@@ -452,6 +447,10 @@ def _is_hidden(character: str) -> bool:
 
 def _short(fingerprint: str | None) -> str:
     return fingerprint[:16] if fingerprint else "none"
+
+
+def _measured(scores: Mapping[str, float]) -> str:
+    return ", ".join(f"{escape(METRIC_TITLES.get(name, name))} {score:.3f}" for name, score in scores.items())
 
 
 def _facts_table(facts: Sequence[tuple[str, str]]) -> str:

@@ -3,10 +3,11 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -19,7 +20,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .batches import TokenBatch, Tokenizer, TokenSequence
-from .checkpoint import check_checkpoint
+from .checkpoint import check_checkpoint, fingerprint_before_edits
 from .configuration import EditorConfig
 from .edit import Edit, base_fingerprint, check_fingerprint
 from .errors import ModelMismatchError, UntrainedEditorWarning
@@ -33,7 +34,7 @@ from .tracing import Trace, frozen, trace
 DEFAULT_BATCH_SIZE = 32
 DEFAULT_EDITOR_BATCH_SIZE = 1024
 
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 
 
 class EditorModel(PreTrainedModel):
@@ -112,36 +113,35 @@ class EditorModel(PreTrainedModel):
         config.base_model_fingerprint = base_fingerprint(model, names)
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+            config.base_model_revision = config.base_model_revision or _revision(model)
         return cls(config)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "EditorModel":
         """Load an editor from a folder or the Hub; arguments as in `PreTrainedModel.from_pretrained`.
 
         Weights are read from safetensors, never from a pickle.
 
         Raises:
-            ModelMismatchError: the folder or repo holds something else, an editor of a newer format, or one whose
-                weights are not complete.
+            ModelMismatchError: the folder or repo holds something else, or an editor of a newer format.
             OSError: there is no such repo or revision, the token may not read it, or `local_files_only` finds it in no
                 cache.
         """
-        if kwargs.get("config") is None:
-            # Looked at first: transformers would follow an adapter's folder to its base model.
-            hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-            EditorConfig.get_config_dict(pretrained_model_name_or_path, **hub)
-        with_info = kwargs.pop("output_loading_info", False)
-        kwargs |= {"output_loading_info": True, "use_safetensors": True}
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        editor, info = loaded
-        missing = sorted(info["missing_keys"])
-        if missing:
-            raise ModelMismatchError(
-                f"The weights of the editor {pretrained_model_name_or_path} are not complete: {len(missing)} of "
-                f"{len(editor.state_dict())} tensors are missing, such as {missing[0]}. Save it again with "
-                "EditorModel.save_pretrained, or load another revision."
-            )
-        return loaded if with_info else editor
+        name = folder = str(pretrained_model_name_or_path)
+        hub = {argument: kwargs.pop(argument) for argument in _HUB_ARGUMENTS if argument in kwargs}
+        subfolder = kwargs.get("subfolder") or ""
+        # Looked at before anything else is read: a language model's weights are large, and transformers would follow
+        # an adapter to its base model.
+        EditorConfig.get_config_dict(name, subfolder=subfolder, **hub)
+        if not Path(name).is_dir():
+            patterns = [str(PurePosixPath(subfolder, pattern)) for pattern in ("config.json", "model*.safetensors*")]
+            folder = snapshot_download(name, allow_patterns=patterns, **hub)
+        editor: Any = super().from_pretrained(folder, *args, **kwargs | {"use_safetensors": True})
+        loaded = editor[0] if kwargs.get("output_loading_info") else editor
+        if folder != name:  # edits name the repo and the commit, not the folder in the cache
+            loaded.name_or_path = loaded.config.name_or_path = name
+            loaded.config._commit_hash = Path(folder).name
+        return editor
 
     @property
     def module_names(self) -> list[str]:
@@ -327,6 +327,7 @@ class EditorModel(PreTrainedModel):
         *,
         batch_size: int = DEFAULT_BATCH_SIZE,
         editor_batch_size: int = DEFAULT_EDITOR_BATCH_SIZE,
+        fingerprint: str | None = None,
     ) -> Edit:
         """Compute the edit that writes `facts` into `model`, without applying it.
 
@@ -336,6 +337,7 @@ class EditorModel(PreTrainedModel):
             tokenizer: the base model's; loaded from `model.name_or_path` if None.
             batch_size: facts a forward and backward pass of the language model. Does not change the result.
             editor_batch_size: tokens a pass of the hyper-network. Does not change the result.
+            fingerprint: as in `check_base`.
 
         Raises:
             FactError: a fact is bad, or too long for the model.
@@ -343,7 +345,7 @@ class EditorModel(PreTrainedModel):
             NumericalError: a key, a gradient or a solve is not finite; names the module.
         """
         facts = load_facts(facts)
-        self.check_base(model)
+        self.check_base(model, fingerprint)
         if not self.is_trained:
             _warn_untrained()
         tokenize = self.tokenizer_for(model, tokenizer)
@@ -356,11 +358,12 @@ class EditorModel(PreTrainedModel):
             fan_in_fan_out=self.config.fan_in_fan_out or (),
             facts=facts,
             base_model_name_or_path=self.config.base_model_name_or_path,
-            base_model_revision=self.config.base_model_revision,
+            base_model_revision=_revision(model) or self.config.base_model_revision,
             base_model_fingerprint=base_fingerprint(model, self.module_names),
             editor={
                 "method": self.config.method,
                 "name_or_path": self.name_or_path or None,
+                "revision": _revision(self),
                 "hf_malmen_version": self.config.hf_malmen_version,
                 "edit_lr": {name: self.edit_lr(name) for name in self.module_names},
                 "ridge": {name: self.ridge(name) for name in self.module_names},
@@ -377,11 +380,15 @@ class EditorModel(PreTrainedModel):
         in_place: bool = False,
         batch_size: int = DEFAULT_BATCH_SIZE,
         facts_per_turn: int | None = None,
+        measure: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
     ) -> Edit:
         """Write `facts` into a model.
 
         Args:
-            model: a live model, edited in place; or the folder or Hub id of a checkpoint, edited on disk.
+            model: a live model, edited in place; or the folder or Hub id of a checkpoint, edited on disk (see
+                `Edit.write`: crash-safe, recorded in the checkpoint's history, and undone by `hf-malmen undo`).
             facts: anything `load_facts` takes.
             tokenizer: the base model's; loaded from beside the model if None.
             output_dir: for a checkpoint: folder for the edited copy.
@@ -389,6 +396,9 @@ class EditorModel(PreTrainedModel):
             batch_size: facts a pass of the language model. Does not change the result.
             facts_per_turn: edit sequentially, this many facts at a time, each turn on the model as edited so far;
                 None edits all at once.
+            measure: measure the edit before it is written, and keep the scores in `edit.measured` and, on disk, in the
+                checkpoint's history and card.
+            revision, token: for a checkpoint on the Hub.
 
         Returns:
             The edit, in force on a live model (`edit.undo()` lifts it).
@@ -403,16 +413,24 @@ class EditorModel(PreTrainedModel):
         if facts_per_turn is not None and facts_per_turn < 1:
             raise ValueError(f"facts_per_turn is {facts_per_turn}; expected a whole number of at least 1, or None.")
         if isinstance(model, str | Path):
-            return self._apply_to_checkpoint(model, facts, tokenizer, output_dir, in_place, batch_size, facts_per_turn)
+            check_checkpoint(model, output_dir, in_place)
+            hub = {"revision": revision or "main", "token": token}
+            base = AutoModelForCausalLM.from_pretrained(model, **hub)
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, **hub)
+            known = self._fingerprint_before_edits(Path(model)) if Path(model).is_dir() else None
+            edit = self._make_edit_in_turns(base, facts, tokenizer, batch_size, facts_per_turn, measure, known)
+            # The weights that the edit was made from are the ones to be overwritten, or somebody changed them since.
+            edit.write(
+                model, output_dir, in_place=in_place, on_fingerprint_mismatch="error", revision=revision, token=token
+            )
+            return edit
         if output_dir is not None or in_place:
             raise ValueError(
                 "output_dir and in_place are for a checkpoint; a live model is edited in memory. "
                 "Pass the checkpoint's folder or Hub id, or call edit.write(checkpoint, output_dir) afterwards."
             )
-        return self._make_edit_in_turns(model, facts, tokenizer, batch_size, facts_per_turn).apply_to(
-            model,
-            on_fingerprint_mismatch="ignore",  # checked when the edit was made
-        )
+        edit = self._make_edit_in_turns(model, facts, tokenizer, batch_size, facts_per_turn, measure)
+        return edit.apply_to(model, on_fingerprint_mismatch="ignore")  # checked when the edit was made
 
     @contextmanager
     def applied(self, model: PreTrainedModel, facts: Any, **kwargs: Any) -> Iterator[Edit]:
@@ -450,8 +468,13 @@ class EditorModel(PreTrainedModel):
         edit = self.make_edit(model, facts, tokenizer, batch_size=batch_size)
         return evaluate_edit(model, edit, facts, tokenize, batch_size=batch_size, generate=generate)
 
-    def check_base(self, model: nn.Module) -> None:
+    def check_base(self, model: nn.Module, fingerprint: str | None = None) -> None:
         """Check that this editor fits `model`.
+
+        Args:
+            model: the base model.
+            fingerprint: of its target weights before any edit, where that is known; None takes the model's, without
+                the edits in force on it.
 
         Raises:
             ModelMismatchError: a target is missing, cannot be edited, or has another shape or orientation; or its
@@ -476,6 +499,7 @@ class EditorModel(PreTrainedModel):
             "This editor",
             f"{self.config.base_model_name_or_path or 'its base model'} at revision "
             f"{self.config.base_model_revision or 'unknown'}",
+            found=fingerprint,
         )
 
     def tokenizer_for(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Tokenizer:
@@ -494,12 +518,20 @@ class EditorModel(PreTrainedModel):
         tokenizer: PreTrainedTokenizerBase | None,
         batch_size: int,
         facts_per_turn: int | None,
+        measure: bool,
+        fingerprint: str | None = None,
     ) -> Edit:
         size = facts_per_turn or len(facts)
         edit: Edit | None = None
         try:
             for start in range(0, len(facts), size):
-                turn = self.make_edit(model, facts[start : start + size], tokenizer, batch_size=batch_size)
+                turn = self.make_edit(
+                    model,
+                    facts[start : start + size],
+                    tokenizer,
+                    batch_size=batch_size,
+                    fingerprint=fingerprint,
+                )
                 if edit is not None:  # one merged edit in force, so that memory does not grow with the turns
                     edit.undo()
                     turn = edit.merge(turn)
@@ -508,23 +540,16 @@ class EditorModel(PreTrainedModel):
             if edit is not None and edit.in_force:
                 edit.undo()
         assert edit is not None  # for the type checker: load_facts refuses an empty list
+        if measure:
+            tokenize = self.tokenizer_for(model, tokenizer)
+            scores = evaluate_edit(model, edit, facts, tokenize, batch_size=batch_size, generate=False)
+            edit.measured = {name: score for name, score in scores.items() if not name.endswith("_before")}
         return edit
 
-    def _apply_to_checkpoint(
-        self,
-        checkpoint: str | Path,
-        facts: Sequence[Any],
-        tokenizer: PreTrainedTokenizerBase | None,
-        output_dir: str | Path | None,
-        in_place: bool,
-        batch_size: int,
-        facts_per_turn: int | None,
-    ) -> Edit:
-        check_checkpoint(checkpoint, output_dir, in_place)
-        model = AutoModelForCausalLM.from_pretrained(checkpoint)
-        edit = self._make_edit_in_turns(model, facts, tokenizer, batch_size, facts_per_turn)
-        edit.write(checkpoint, output_dir, in_place=in_place)
-        return edit
+    def _fingerprint_before_edits(self, folder: Path) -> str | None:
+        """Of a checkpoint's target weights before its edits in force; None if it has none."""
+        shapes = {name: self.config.shape_of(name) for name in self.module_names}
+        return fingerprint_before_edits(folder, shapes, self.config.fan_in_fan_out or ())
 
 
 def _split(entry: Trace, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -538,6 +563,11 @@ def _with_progress(
         for chosen, batch in tokenize.batches(sequences, batch_size):
             yield batch.to(device)
             bar.update(len(chosen))
+
+
+def _revision(model: PreTrainedModel | nn.Module) -> str | None:
+    """The commit of the Hub repo that a model was loaded from; None for a folder."""
+    return getattr(getattr(model, "config", None), "_commit_hash", None)
 
 
 def _warn_untrained() -> None:

@@ -3,13 +3,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from .checkpoint import parse_json, read_tensor_index
 from .configuration import EditorConfig
 from .edit import Edit
 from .errors import CheckpointError
-from .tables import METRIC_TITLES, scores_table, table
-
-__all__ = ["METRIC_TITLES", "describe", "scores_table", "table"]
+from .history import read_history, require_settled
+from .shards import parse_json, read_tensor_index
+from .tables import METRIC_TITLES, table
 
 
 def describe(path: str) -> str:
@@ -69,12 +68,41 @@ def _describe_editor(path: str) -> str:
     )
 
 
+def describe_history(folder: str | Path) -> str:
+    """A table of the edits in force on a checkpoint, oldest first; or a line that there are none.
+
+    Raises:
+        CheckpointError: no such folder, or a damaged record.
+    """
+    records = read_history(folder)
+    if not records:
+        return f"{folder} has no edits in force."
+    rows = []
+    for record in records:
+        summary = record.summary
+        scores = [f"{METRIC_TITLES.get(name, name)} {score:.3f}" for name, score in summary.measured.items()]
+        rows.append(
+            [
+                summary.id,
+                summary.created_at,
+                str(summary.n_facts),
+                summary.editor,
+                str(len(record.modules)),
+                f"{max(record.rounding.values(), default=0.0):.2g}",
+                ", ".join(scores) or "not measured",
+            ]
+        )
+    return table(["edit", "made", "facts", "editor", "layers", "rounding", "after the edit"], rows)
+
+
 def _describe_checkpoint(folder: Path, config: Mapping[str, object]) -> str:
+    require_settled(folder)
     tensors = read_tensor_index(folder)
     size = sum(entry.end - entry.begin for entry in tensors.values())
     files = len({entry.file for entry in tensors.values()})
     dtypes = ", ".join(sorted({entry.dtype for entry in tensors.values()}))
-    return (
+    text = (
         f"Checkpoint of a {config.get('model_type', 'unknown')} model: {len(tensors)} tensors ({dtypes}), "
         f"{size / 2**20:,.1f} MiB in {files} safetensors file{'s' if files > 1 else ''}"
     )
+    return f"{text}\n\n{describe_history(folder)}" if read_history(folder) else text

@@ -25,17 +25,21 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }
 # Bits a value of each dtype that a safetensors header can name.
 _ITEM_BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
-    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 8),
+    **dict.fromkeys(("F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "F8_E8M0", "I8", "U8", "BOOL"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+_MAX_DIMENSIONS = 64  # the limit of torch
 _CHUNK_BYTES = 2**24
 
 
@@ -85,7 +89,8 @@ class TensorEntry:
 
 def raw(tensor: Tensor) -> memoryview:
     """The bytes of a tensor."""
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    values: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()  # a buffer, if not by its stubs
+    return memoryview(values)
 
 
 def check_editable(key: str, entry: TensorEntry, tensors: Mapping[str, Any]) -> None:
@@ -95,7 +100,9 @@ def check_editable(key: str, entry: TensorEntry, tensors: Mapping[str, Any]) -> 
         CheckpointError: it is quantised: of another dtype, or with scales beside it.
     """
     stem = key.removesuffix(".weight")
-    scales = [other for other in tensors if other.startswith(stem) and "scale" in other[len(stem) :]]
+    scales = [
+        other for other in tensors if other.startswith((f"{stem}.", f"{stem}_")) and "scale" in other[len(stem) :]
+    ]
     if entry.dtype not in DTYPES or len(entry.shape) != 2 or scales:
         raise CheckpointError(
             f"{entry.file.name} holds {key} in {entry.dtype} of shape {entry.shape}"
@@ -176,13 +183,13 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     Raises:
         CheckpointError: no such file, or a header that does not describe exactly what the file holds.
     """
-    if not path.is_file():
-        raise CheckpointError(f"There is no file {path}. Download the checkpoint again.")
     if path.is_symlink() and not in_hub_cache(path):
         raise CheckpointError(
-            f"{path} is a symbolic link to {os.readlink(path)}; a checkpoint's files lie in its own folder. Copy it with "
-            "its contents first: cp -rL."
+            f"{path} is a symbolic link to {os.readlink(path)}; a checkpoint's files lie in its own folder. Copy it "
+            "with its contents first: cp -rL."
         )
+    if not os.path.isfile(path):  # unlike Path.is_file, no error for a name that is too long
+        raise CheckpointError(f"There is no file {path}. Download the checkpoint again.")
     size = path.stat().st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -208,12 +215,10 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def in_hub_cache(path: Path) -> bool:
-    """Whether a file is one of the Hub's shared cache: `snapshots/REVISION/NAME`, a link to a file in `blobs`."""
-    snapshots = path.absolute().parent.parent
-    return (
-        path.is_symlink()
-        and snapshots.name == "snapshots"
-        and path.resolve().is_relative_to((snapshots.parent / "blobs").resolve())
+    """Whether a file is one of the Hub's shared cache: below `snapshots/REVISION`, a link to a file in `blobs`."""
+    return path.is_symlink() and any(
+        folder.name == "snapshots" and path.resolve().is_relative_to((folder.parent / "blobs").resolve())
+        for folder in path.absolute().parents
     )
 
 
@@ -269,16 +274,17 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
 
 def _parse_entry(path: Path, key: str, value: Any, start: int) -> TensorEntry:
     try:
-        dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        numbers = [*shape, begin, end]
-        if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
-            raise TypeError("negative or not whole")
+        dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
+        if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS:
+            raise TypeError(f"its shape is no list of up to {_MAX_DIMENSIONS} sizes")
+        if any(type(n) is not int or not 0 <= n < 2**63 for n in (*shape, begin, end)):
+            raise TypeError("negative, too large or not whole")
         bits = math.prod(shape) * _ITEM_BITS[dtype]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: the header entry of {key!r} is damaged ({error!r}).") from None
     if (end - begin) * 8 != bits:
         raise CheckpointError(f"{path}: {key!r} takes {end - begin} bytes, expected {bits // 8}. It is damaged.")
-    return TensorEntry(path, dtype, shape, start + begin, start + end)
+    return TensorEntry(path, dtype, tuple(shape), start + begin, start + end)
 
 
 def _read_into(stream: FileIO, data: memoryview, position: int) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import ModelMismatchError, NumericalError
+from .shards import read_header
 
 # Values a block of rows holds. A block is the unit of every product and addition, in memory as on disk, so that both
 # give the same bits, and that neither needs a second copy of a whole weight.
@@ -124,24 +125,28 @@ def add_rows(
     weight: Tensor,
     shift: Tensor,
     name: str,
-) -> Tensor:
-    """W + S as a new tensor, added in float32 (or the weight's wider dtype) and rounded once to the weight's dtype.
+) -> tuple[Tensor, Tensor]:
+    """W + S, added in float32 (or the weight's wider dtype) and rounded once to the weight's dtype.
 
     Args:
         weight: rows of a weight, left as they are.
         shift: the same rows of the shift, of the same shape.
         name: the module, for error messages.
 
+    Returns:
+        The rounded sum, a new tensor, and the sum before it was rounded.
+
     Raises:
         NumericalError: the sum is not finite in the weight's dtype.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
-    edited = (weight.detach().to(wide) + shift.to(weight.device, wide)).to(weight.dtype)
-    # A sum of finite values is finite unless it overflows, so one number tells; float8 has no sums of its own.
-    total = edited.float().sum() if edited.element_size() == 1 else edited.sum(dtype=wide)
-    if not torch.isfinite(total) and not torch.isfinite(edited.to(wide)).all():
+    total = weight.detach().to(wide) + shift.to(weight.device, wide)
+    edited = total.to(weight.dtype)
+    # One number tells: a sum of finite values is finite, unless it overflows. Float8 has no sums of its own.
+    one = edited.to(wide).sum() if edited.element_size() == 1 else edited.sum(dtype=wide)
+    if not torch.isfinite(one) and not torch.isfinite(edited.to(wide)).all():
         raise NumericalError(f"{name}: the edited weight is not finite in {weight.dtype}. The weights are as before.")
-    return edited
+    return edited, total
 
 
 def check_shape(shift: Shift, fan_in_fan_out: bool, found: tuple[int, ...], name: str) -> None:
@@ -169,20 +174,28 @@ def load_shifts(path: Path) -> dict[str, Shift]:
 
     Raises:
         ModelMismatchError: the file holds something else.
+        CheckpointError: it is missing, or no sound safetensors file.
     """
+    read_header(path)  # names the file and what is wrong with it, as the library would not
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_file(path).items():
         name, _, role = key.rpartition(".")
         parts.setdefault(name, {})[role] = tensor
     shifts: dict[str, Shift] = {}
     for name, roles in sorted(parts.items()):
-        if set(roles) == {"shift"}:
+        matrices = all(tensor.dim() == 2 and tensor.dtype == torch.float32 for tensor in roles.values())
+        if matrices and set(roles) == {"shift"}:
             shifts[name] = DenseShift(roles["shift"])
-        elif set(roles) == {"left", "right"}:
+        elif matrices and set(roles) == {"left", "right"} and len(roles["left"]) == len(roles["right"]):
             shifts[name] = FactoredShift(roles["left"], roles["right"])
         else:
+            found = ", ".join(
+                f"{role} {tuple(tensor.shape)} in {tensor.dtype}" for role, tensor in sorted(roles.items())
+            )
             raise ModelMismatchError(
-                f"{path} holds {', '.join(sorted(roles))} for {name}; expected a shift, or its left and right factors. "
+                f"{path} holds {found} for {name}; expected a shift, or its left and right factors, in float32. "
                 "It is no saved edit."
             )
+    if not shifts:
+        raise ModelMismatchError(f"{path} holds no shifts. It is no saved edit.")
     return shifts

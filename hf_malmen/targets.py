@@ -60,16 +60,19 @@ def check_targets(model: nn.Module, names: Iterable[str]) -> None:
             raise ModelMismatchError(
                 f"{type(model).__name__} has no module {name!r}. Linear layers it has: {_some_linear_names(modules)}."
             )
+        quantised = _quantised_form(model, module)
+        if quantised is not None:
+            raise ModelMismatchError(
+                f"{name} holds its weight in {quantised}, quantised, and cannot be edited in place. Make the edit with "
+                "the unquantised model, and load it into this one as an adapter: edit.to_lora(folder), then "
+                "model.load_adapter(folder)."
+            )
         if not isinstance(module, nn.Linear | Conv1D):
             raise ModelMismatchError(
                 f"{name} is a {type(module).__name__}; only nn.Linear and transformers' Conv1D can be edited. "
                 f"Linear layers of this model: {_some_linear_names(modules)}."
             )
         weight = module.weight
-        if weight.dtype not in _EDITABLE_DTYPES or getattr(module, "quant_state", None) is not None:
-            raise ModelMismatchError(
-                f"{name} holds its weight in {weight.dtype}, quantised. Load the base model unquantised to edit it."
-            )
         shared = [other for other in holders[id(weight)] if other != f"{name}.weight"]
         if shared:
             raise ModelMismatchError(
@@ -153,11 +156,26 @@ def _default_targets(model: nn.Module) -> list[str]:
             name = [name for name, module in narrowing if module_shape(module)[0] == widest][-1]
             names.append(f"{prefix}.{index}.{name}")
     if not names:
+        # Packed weights have other shapes, so that no layer seems to narrow anything: say what they are.
+        check_targets(model, [name for name, module in model.named_modules() if _quantised_form(model, module)][-1:])
         raise ModelMismatchError(
             f"Found no feed-forward layer in the blocks of {type(model).__name__}. Name the layers to edit with "
             "target_modules, such as ['mlp.down_proj']."
         )
     return names
+
+
+def _quantised_form(model: nn.Module, module: nn.Module) -> str | None:
+    """What a quantised linear layer keeps its weight in; None for any other module."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.Linear | Conv1D) and isinstance(weight, Tensor):
+        if weight.dtype not in _EDITABLE_DTYPES:
+            return str(weight.dtype)
+        # Some keep or claim a floating dtype, and tell by their type.
+        return None if type(weight) in (nn.Parameter, Tensor) else type(weight).__name__
+    # Others replace nn.Linear by a module of their own.
+    is_linear = isinstance(module, nn.Linear) or hasattr(module, "in_features")
+    return type(module).__name__ if is_linear and getattr(model, "hf_quantizer", None) is not None else None
 
 
 def _block_index(name: str) -> int | None:

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from hf_malmen import EditorModel, Fact, load_facts
 from hf_malmen.recipe import load_recipe, run_recipe
-from hf_malmen.report import METRIC_TITLES, scores_table, table
+from hf_malmen.tables import METRIC_TITLES, scores_table, table
 
 RECIPE = Path(__file__).with_name("geography.yaml")
 RELOAD = """

@@ -23,7 +23,6 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack")
 GIT_ATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()
-COMMIT_HEADER = "X-Repo-Commit"
 
 
 @dataclass
@@ -62,7 +61,7 @@ class Refused(Exception):
     def __init__(self, status: int, message: str, code: str = "", **headers: str) -> None:
         super().__init__(message)
         named = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
-        self.answer = Answer({"error": message}, status, named | {k.replace("_", "-"): v for k, v in headers.items()})
+        self.answer = Answer({"error": message}, status, named | headers)
 
 
 @dataclass
@@ -140,7 +139,8 @@ class HubServer:
         self._repos: dict[str, Repo] = {}
         self._lock = threading.Lock()
         (root / "lfs").mkdir(parents=True)
-        self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), self._handler()) for _ in range(2)]
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]
         self.endpoint, self.storage = (f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers)
 
     def start(self) -> "HubServer":
@@ -183,6 +183,10 @@ class HubServer:
         """{path: content}."""
         repo = self._repos[repo_id]
         return repo.files(repo.commit(revision))
+
+    def commits(self, repo_id: str) -> set[str]:
+        """Every commit of the repo, on whatever branch."""
+        return {snapshot.name for snapshot in self._repos[repo_id].folder.iterdir()}
 
     def is_private(self, repo_id: str) -> bool:
         """Whether only its owner sees the repo."""
@@ -271,18 +275,16 @@ class HubServer:
 
     def _tree(self, request: Request, repo_id: str, revision: str, folder: str | None = None) -> Answer:
         repo = self._repo(request, repo_id)
-        prefix = f"{folder}/" if folder else ""
+        prefix, recursive = f"{folder}/" if folder else "", request.query.get("recursive") == ["true"]
         listing, folders = [], set()
         for path, content in repo.files(repo.commit(revision)).items():
             if path.startswith(prefix):
-                inner = [prefix + str(parent) for parent in Path(path.removeprefix(prefix)).parents if parent.name]
-                folders.update(inner)
-                if "True" in request.query.get("recursive", []) or not inner:
+                inner = [f"{prefix}{parent}" for parent in Path(path.removeprefix(prefix)).parents if parent.name]
+                folders.update(inner if recursive else inner[-1:])
+                if recursive or not inner:
                     listing.append(_file_entry(path, content))
         if folder and not listing and not folders:
             raise Refused(404, f"{folder} does not exist", "EntryNotFound")
-        if "True" not in request.query.get("recursive", []):
-            folders = {path for path in folders if "/" not in path.removeprefix(prefix)}
         return Answer(listing + [{"type": "directory", "path": path, "oid": ""} for path in sorted(folders)])
 
     # Uploads: which way, the large files, the commit
@@ -376,9 +378,9 @@ class HubServer:
         sha = repo.commit(revision)
         content = repo.files(sha).get(path)
         if content is None:
-            raise Refused(404, "Entry not found", "EntryNotFound", X_Repo_Commit=sha)
+            raise Refused(404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": sha})
         etag = _etag(path, content)
-        headers = {COMMIT_HEADER: sha, "ETag": f'"{etag}"'}
+        headers = {"X-Repo-Commit": sha, "ETag": f'"{etag}"'}
         if not _is_lfs(path):
             return _ranged(request, content, headers)
         linked = {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(content))}
@@ -407,74 +409,76 @@ class HubServer:
         ("GET", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", _resolve),
     )
 
-    def _answer(self, request: Request) -> Answer:
+    def answer(self, request: Request) -> Answer:
+        """What the protocol says, one request at a time."""
         method = "GET" if request.method == "HEAD" else request.method
         for verb, pattern, respond in self.ROUTES:
             found = re.fullmatch(pattern, request.path)
             if found and verb == method:
                 try:
-                    return respond(self, request, *(group and unquote(group) for group in found.groups()))
+                    with self._lock:
+                        return respond(self, request, *(group and unquote(group) for group in found.groups()))
                 except Refused as refused:
                     return refused.answer
         return Answer({"error": f"No route for {request.method} {request.path}"}, 404)
 
-    def _fault(self, method: str, path: str) -> Fault | None:
-        for fault in self._faults:
-            if fault.times and fault.method == method and re.search(fault.path, path):
-                fault.times -= 1
-                return fault
+    def next_fault(self, method: str, path: str) -> Fault | None:
+        """What shall go wrong with this request."""
+        with self._lock:
+            for fault in self._faults:
+                if fault.times and fault.method == method and re.search(fault.path, path):
+                    fault.times -= 1
+                    return fault
         return None
 
-    def _handler(hub) -> type[BaseHTTPRequestHandler]:  # noqa: N805 # `self` is the handler's
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
 
-            def serve(self) -> None:
-                url = urlsplit(self.path)
-                with hub._lock:
-                    fault = hub._fault(self.command, url.path) or Fault("", "", 0)
-                uploads = self.command in ("POST", "PUT")
-                body = self.read_body(fault.after if uploads else None)
-                headers = {name.lower(): value for name, value in self.headers.items()}
-                request = Request(self.command, url.path, parse_qs(url.query), headers, body)
-                with hub._lock:
-                    hub.requests.append(request)
-                    if fault.status is not None:
-                        answer = Answer({"error": "Something went wrong on our side"}, fault.status)
-                    elif fault.after is None or not uploads:
-                        answer = hub._answer(request)
-                if fault.after is None or not uploads:
-                    self.send(answer, fault.after)
-                self.close_connection = True
+class _Handler(BaseHTTPRequestHandler):
+    """Reads a request, and sends the hub's answer or what a fault leaves of it. One request a connection."""
 
-            def read_body(self, limit: int | None) -> bytes:
-                if self.headers.get("Transfer-Encoding") != "chunked":
-                    length = int(self.headers.get("Content-Length", 0))
-                    return self.rfile.read(length if limit is None else min(length, limit))
-                body = b""
-                while limit is None or len(body) < limit:
-                    size = int(self.rfile.readline(), 16)
-                    body += self.rfile.read(size)
-                    self.rfile.readline()
-                    if not size:
-                        break
-                return body
+    protocol_version = "HTTP/1.1"
+    hub: HubServer
 
-            def send(self, answer: Answer, limit: int | None) -> None:
-                self.send_response(answer.status)
-                length = {"Content-Length": str(len(answer.content)), "Connection": "close"}
-                for name, value in (length | answer.headers).items():
-                    self.send_header(name, value)
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(answer.content[:limit])
+    def serve(self) -> None:
+        self.close_connection = True
+        url = urlsplit(self.path)
+        fault = self.hub.next_fault(self.command, url.path)
+        cut = fault.after if fault else None
+        uploads = self.command in ("POST", "PUT")
+        body = self.read_body(cut if uploads else None)
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        request = Request(self.command, url.path, parse_qs(url.query), headers, body)
+        self.hub.requests.append(request)
+        if fault and fault.status is not None:
+            self.send(Answer({"error": "Something went wrong on our side"}, fault.status))
+        elif cut is None or not uploads:
+            self.send(self.hub.answer(request), cut)
 
-            def log_message(self, *_: object) -> None:
-                pass
+    def read_body(self, limit: int | None) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            length = int(self.headers.get("Content-Length", 0))
+            return self.rfile.read(length if limit is None else min(length, limit))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+            if limit is not None and len(body) >= limit:
+                return body[:limit]
+        self.rfile.readline()
+        return body
 
-            do_GET = do_HEAD = do_POST = do_PUT = serve  # noqa: N815 # the names are the base class's
+    def send(self, answer: Answer, limit: int | None = None) -> None:
+        self.send_response(answer.status)
+        length = {"Content-Length": str(len(answer.content)), "Connection": "close"}
+        for name, value in (length | answer.headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(answer.content[:limit])
 
-        return Handler
+    def log_message(self, *_: object) -> None:
+        pass
+
+    do_GET = do_HEAD = do_POST = do_PUT = serve  # noqa: N815 # the base class looks for these names
 
 
 def _is_lfs(path: str) -> bool:

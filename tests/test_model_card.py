@@ -225,19 +225,25 @@ Written by hf_malmen {__version__}.
     )
 
 
-def test_editor_card_names_the_hub_only_for_what_is_there(tmp_path: Path) -> None:
-    """Files and folders give no `base_model` and no `datasets`, and no entries for the Hub."""
-    facts = tmp_path / "facts.jsonl"
-    facts.touch()
-    run = EditorRun(str(facts), 5, eval_facts=str(facts), measurements=MEASUREMENTS)
-    write_editor_card(tmp_path, editor_of(base_model_name_or_path=str(tmp_path)), run)
+@pytest.mark.parametrize("relative", [False, True])
+def test_editor_card_names_the_hub_only_for_what_is_there(
+    relative: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files and folders, also those that read like a Hub id, give no `base_model`, no `datasets` and no Hub entries."""
+    monkeypatch.chdir(tmp_path)
+    root = Path() if relative else tmp_path
+    base, facts = str(root / "out" / "base"), str(root / "out" / "facts.jsonl")
+    Path(base).mkdir(parents=True)
+    Path(facts).touch()
+    run = EditorRun(facts, 5, eval_facts=facts, measurements=MEASUREMENTS)
+    write_editor_card(tmp_path, editor_of(base_model_name_or_path=base), run)
     data = ModelCard.load(tmp_path / "README.md").data.to_dict()
     assert data == {
         "library_name": "hf_malmen",
         "pipeline_tag": "text-generation",
         "tags": ["model-editing", "knowledge-editing", "malmen"],
     }
-    assert not (tmp_path / ".eval_results").exists() or not list((tmp_path / ".eval_results").iterdir())
+    assert not (tmp_path / ".eval_results").exists()
 
 
 def test_nothing_measured_nothing_shown(tmp_path: Path) -> None:
@@ -321,8 +327,9 @@ def test_interval_is_wilsons(mean: float, n: int) -> None:
 def test_edit_card_whole() -> None:
     """The whole card of an edit of seven facts."""
     facts = [Fact(f"The country of city {i} is", "Ghana") for i in range(7)]
+    edit = edit_of(facts, measured={"edit_success": 0.98765, "locality": 1.0})
     assert (
-        render_edit_card(edit_of(facts), license="mit")
+        render_edit_card(edit, license="mit")
         == f"""---
 base_model: org/base
 library_name: hf_malmen
@@ -363,7 +370,7 @@ edit.write("org/base", "edited")  # or into a copy of its checkpoint
 | The country of city 3 is |      Ghana |
 | The country of city 4 is |      Ghana |
 
-And 2 more, in `config.json`.
+And 2 more, in `edit.facts`.
 
 ## Edited layers
 
@@ -374,13 +381,22 @@ And 2 more, in `config.json`.
 
 ## Limits and misuse
 
-The shifts fit this base model only: the fingerprint tells. What they do to these facts, to their rephrases and to other
-prompts is not measured here; `EditorModel.evaluate` does. A language model with edited facts can be used to deceive. The
-card of every checkpoint that hf_malmen edits says so and lists the edits; keep it wherever you share the checkpoint.
+The shifts fit this base model only: the fingerprint tells. An edit changes more than its facts. Measured after the edit:
+edit success 0.988, locality 1.000.
+
+A language model with edited facts can be used to deceive. The card of every checkpoint that hf_malmen edits says so and
+lists the edits; keep it wherever you share the checkpoint.
 
 Written by hf_malmen {__version__}.
 """
     )
+
+
+def test_edit_that_was_not_measured_says_so() -> None:
+    """No score appears that was not measured."""
+    card = render_edit_card(edit_of([Fact("p", "q")]))
+    assert "other prompts was not measured;" in card
+    assert "edit success" not in card and "more, in" not in card
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -459,9 +475,8 @@ base_model_relation: finetune
 <!-- hf_malmen:edits:begin -->
 ## Edited facts
 
-**The facts of this model were edited.** 4 facts were written into its weights with hf_malmen, in 2 edits, \
-starting from org/base. What it says about them, and about what is close to them, need not be true, nor
-what the unedited model says.
+**The facts of this model were edited.** 4 facts were written into its weights with hf_malmen, in 2 edits, starting from org/base.
+What it says about them, and about what is close to them, need not be true, and need not be what the unedited model says.
 
 | edit |                      date | facts |              editor | base fingerprint | hf_malmen |            measured after the edit |
 | ---- | ------------------------: | ----: | ------------------: | ---------------: | --------: | ---------------------------------: |
@@ -483,9 +498,9 @@ First facts of edit 0002:
 | ----------- | ---------: |
 | Osaka is in |      Italy |
 
-A language model with edited facts can be used to deceive. Keep this section wherever you share the model, and do not pass
-the model off as the unedited one. In its folder, `hf-malmen log .` lists the edits, and `hf-malmen undo .` takes the last one
-back.
+A language model with edited facts can be used to deceive. Keep this section wherever you share the model, and do not
+pass the model off as the unedited one. In its folder, `hf-malmen log .` lists the edits, and `hf-malmen undo .` takes the
+last one back.
 <!-- hf_malmen:edits:end -->
 """
     )
@@ -568,6 +583,7 @@ def test_front_matter_gets_our_fields_and_keeps_its_lines(before: str, after: st
         "---\ntext\n---\n# Mine\n",
         "---\n---\n# Mine\n",
         "---\nbase_model: &anchor a/b\nother: *anchor\n---\n# Mine\n",
+        "---\nother: &anchor [x]\ntags: *anchor\n---\n# Mine\n",
         "---\ndate: 2026-99-99\n---\n",
     ],
 )
