@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -61,6 +60,9 @@ def save_lora(
     """
     if rank is not None and rank < 1:
         raise ValueError(f"rank is {rank}; expected a whole number of at least 1, or None.")
+    # Takes seconds, and brings every quantisation library that is installed with it: only those who export pay.
+    from peft import LoraConfig
+
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}

@@ -1,6 +1,7 @@
 """`hf-malmen`: the command line. Exit code 0: done; 1: failed; 2: bad input."""
 
 import enum
+import errno
 import json
 import os
 import sys
@@ -8,9 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from safetensors import SafetensorError
 
 from .errors import CheckpointWriteError, HfMalmenError, NumericalError
 from .version import __version__
+
+# The disk's fault.
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 app = typer.Typer(
     name="hf-malmen",
@@ -56,16 +61,27 @@ def main() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
-    except (NumericalError, CheckpointWriteError) as error:
-        _fail(error, 1)
-    except (HfMalmenError, ValueError, OSError) as error:
-        _fail(error, 2)
+    except Exception as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        line = " ".join(str(error).split())
+        print(f"hf-malmen: {line or type(error).__name__}", file=sys.stderr)
+        raise SystemExit(code) from None
 
 
-def _fail(error: Exception, code: int) -> None:
-    line = " ".join(str(error).split())
-    print(f"hf-malmen: {line or type(error).__name__}", file=sys.stderr)
-    raise SystemExit(code) from None
+def _exit_code(error: Exception) -> int | None:
+    """1: failed; 2: bad input; None: a fault of this program, which shows its traceback."""
+    if isinstance(error, NumericalError | CheckpointWriteError | ConnectionError | TimeoutError):
+        return 1
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        return 1
+    if isinstance(error, HfMalmenError | ValueError | OSError):
+        return 2
+    if isinstance(error, SafetensorError):  # a full disk, or a damaged file
+        return 1 if "while serializing" in str(error) else 2
+    # A connection that fails, where the HTTP client of huggingface_hub does not say it with an OSError.
+    return 1 if type(error).__module__.startswith("httpx") else None
 
 
 def _show_version(value: bool) -> None:
@@ -125,6 +141,8 @@ def apply(
 
     check_checkpoint(model, output_dir, in_place)
     _require_unused(save_edit)
+    if save_edit is not None and output_dir is not None and save_edit.resolve() == output_dir.resolve():
+        raise ValueError(f"{save_edit} cannot hold both the checkpoint and the edit. Choose another folder for one.")
     checked = load_facts(facts)
     from .modeling import EditorModel  # seconds, so after the checks
 
@@ -138,10 +156,10 @@ def apply(
         measure=measure,
         revision=revision,
     )
-    if save_edit is not None:
-        edit.save_pretrained(save_edit)
     folder = model if in_place else output_dir
     print(f"Wrote {len(checked)} facts into {len(edit.layers)} layers of {folder}. Undo: hf-malmen undo {folder}")
+    if save_edit is not None:  # when it is known that the facts are written, should this fail
+        edit.save_pretrained(save_edit)
 
 
 @app.command()
@@ -179,7 +197,7 @@ def log(
     from .report import describe_history
 
     if recover_checkpoint(checkpoint):
-        print("A change that had not ended was taken back first.", file=sys.stderr)
+        print("A change that had not ended was finished or taken back first.", file=sys.stderr)
     if as_json:
         summaries = [asdict(record.summary) for record in read_history(checkpoint)]
         print(json.dumps(summaries, indent=2, ensure_ascii=False))
@@ -190,7 +208,9 @@ def log(
 @app.command()
 def undo(
     checkpoint: Checkpoint,
-    edit: Annotated[str | None, typer.Option(help="Number of the edit, as the log shows it; default: the last.")] = None,
+    edit: Annotated[
+        str | None, typer.Option(help="Number of the edit, as the log shows it; default: the last.")
+    ] = None,
 ) -> None:
     """Take an edit back from a checkpoint. The last one's bytes are restored; an earlier one is computed out."""
     from .history import undo_edit
@@ -248,7 +268,9 @@ def evaluate(
 
 @app.command()
 def inspect(
-    path: Annotated[str, typer.Argument(help="Folder or Hub id of an editor, a saved edit, or a checkpoint folder.")],
+    path: Annotated[
+        str, typer.Argument(help="Folder of an editor, a saved edit or a checkpoint, or Hub id of an editor.")
+    ],
 ) -> None:
     """Show what an editor, an edit or a checkpoint holds."""
     from .report import describe
@@ -263,7 +285,8 @@ def export_lora(
     rank: Annotated[
         int | None,
         typer.Option(
-            min=1, help="At most this rank. Default: the smallest of 8 ... 512 that is exact, as servers such as vLLM take."
+            min=1,
+            help="At most this rank. Default: the smallest of 8 ... 512 that is exact, as servers such as vLLM take.",
         ),
     ] = None,
 ) -> None:
@@ -276,7 +299,9 @@ def export_lora(
 
 @app.command()
 def push(
-    path: Annotated[Path, typer.Argument(help="Folder of an editor, a saved edit, an adapter or an edited checkpoint.")],
+    path: Annotated[
+        Path, typer.Argument(help="Folder of an editor, a saved edit, an adapter or an edited checkpoint.")
+    ],
     repo_id: Annotated[str, typer.Argument(help="Hub repo, owner/name; made if it does not exist.")],
     private: Annotated[bool | None, typer.Option("--private/--public", help="Whether a new repo is private.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,

@@ -89,11 +89,7 @@ class Record:
         Raises:
             CheckpointError: they are not what the record says.
         """
-        found = read_header(self.folder / _ORIGINALS_FILE)
-        shapes = {key: (entry.dtype, entry.shape) for key, entry in found.items()}
-        if shapes != {key: (entry.dtype, entry.shape) for key, entry in self.tensors.items()}:
-            raise CheckpointError(f"{self.folder / _ORIGINALS_FILE} does not hold the tensors its record names.")
-        return found
+        return _read_copies(self.folder / _ORIGINALS_FILE, self.tensors)
 
 
 @dataclass(frozen=True)
@@ -126,7 +122,11 @@ def read_history(checkpoint: str | Path) -> list[Record]:
     """
     folder = _require_folder(checkpoint)
     names = [path.name for path in (folder / EDITS_FOLDER).glob("*") if re.fullmatch(_ID, path.name)]
-    return [_read_record(folder, folder / EDITS_FOLDER / name) for name in sorted(names, key=int)]
+    records = [_read_record(folder, folder / EDITS_FOLDER / name) for name in sorted(names, key=int)]
+    for record in records:
+        if record.id != record.folder.name:
+            raise CheckpointError(f"{record.folder} holds the record of edit {record.id}. The history is damaged.")
+    return records
 
 
 def undo_edit(checkpoint: str | Path, edit_id: str | None = None) -> UndoReport:
@@ -368,7 +368,9 @@ def _replay(folder: Path) -> None:
 
 def _take_back(folder: Path, journal: Path) -> None:
     record = _read_record(folder, journal)
-    _restore(record.originals(), record.tensors)
+    originals = record.originals()
+    _make_writable(folder, record.tensors)  # also where the folder was copied, or linked, since the process died
+    _restore(originals, record.tensors)
     card = _read_card(folder)
     if record.card_sha256 is None or (card is None and (folder / CARD_FILE).exists()):
         return
@@ -389,8 +391,15 @@ def _take_back(folder: Path, journal: Path) -> None:
 
 def _finish_removal(folder: Path, journal: Path) -> None:
     removal = parse_json((journal / _REMOVAL_FILE).read_bytes(), journal / _REMOVAL_FILE)
-    weights = read_header(journal / _WEIGHTS_FILE)
-    _restore(weights, _parse_tensors(folder, removal.get("tensors"), journal / _REMOVAL_FILE))
+    tensors = _parse_tensors(folder, removal.get("tensors"), journal / _REMOVAL_FILE)
+    weights = _read_copies(journal / _WEIGHTS_FILE, tensors)
+    for staged in (journal / _REPLACING).glob("*"):  # what takes the place of a sound record is one
+        if (staged / _RECORD_FILE).is_file():
+            record = _read_record(folder, staged)
+            if (staged / _ORIGINALS_FILE).is_file():
+                record.originals()
+    _make_writable(folder, tensors)
+    _restore(weights, tensors)
     for staged in sorted((journal / _REPLACING).glob("*/*")):
         name = staged.parent.name
         parent = folder if name == _CARD_FOLDER else _inside(folder, name)
@@ -599,6 +608,15 @@ def _tensors_json(tensors: Mapping[str, TensorEntry]) -> dict[str, Any]:
     return {key: {**asdict(entry), "file": entry.file.name} for key, entry in tensors.items()}
 
 
+def _read_copies(path: Path, tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """The tensors of a record's or journal's file, which must be of the same kinds as those of the checkpoint."""
+    found = read_header(path)
+    shapes = {key: (entry.dtype, entry.shape) for key, entry in found.items()}
+    if shapes != {key: (entry.dtype, entry.shape) for key, entry in tensors.items()}:
+        raise CheckpointError(f"{path} does not hold the tensors its record names.")
+    return found
+
+
 def _read_record(folder: Path, place: Path) -> Record:
     path = place / _RECORD_FILE
     if not path.is_file():
@@ -607,11 +625,33 @@ def _read_record(folder: Path, place: Path) -> Record:
     tensors = _parse_tensors(folder, content.pop("tensors", None), path)
     try:
         summary = EditSummary(**content.pop("summary"))
-        if not re.fullmatch(_ID, summary.id):
-            raise ValueError(f"its id is {summary.id!r}")
-        return Record(summary=summary, folder=place, tensors=tensors, **content)
-    except (KeyError, TypeError, ValueError) as error:
+        record = Record(summary=summary, folder=place, tensors=tensors, **content)
+        _check_record(record)
+        return record
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is no record of an edit that this version can read ({error}).") from None
+
+
+def _check_record(record: Record) -> None:
+    """Refuse a record whose fields are not what `Record` and `EditSummary` say.
+
+    Raises:
+        ValueError, TypeError, AttributeError: they are not.
+    """
+    summary = record.summary
+    if not re.fullmatch(_ID, summary.id):
+        raise ValueError(f"its id is {summary.id!r}")
+    names = [name for keys in record.modules.values() for name in keys]
+    if sorted(names) != sorted(record.tensors):
+        raise ValueError("its modules are not those of its tensors")
+    facts = [text for prompt, target in summary.facts for text in (prompt, target)]
+    texts = [summary.created_at, summary.editor, summary.hf_malmen_version, *facts, *record.fan_in_fan_out]
+    optional = (summary.base_model, summary.base_model_fingerprint, record.card_sha256)
+    for text in (*texts, *(text for text in optional if text is not None)):
+        text.encode()
+    numbers = [summary.n_facts, *summary.measured.values(), *record.checksums.values(), *record.rounding.values()]
+    if not all(isinstance(number, int | float) for number in numbers) or not isinstance(record.had_card, bool):
+        raise ValueError("a number is expected where it has something else")
 
 
 def _parse_tensors(folder: Path, content: Any, path: Path) -> dict[str, TensorEntry]:
@@ -625,7 +665,7 @@ def _parse_tensors(folder: Path, content: Any, path: Path) -> dict[str, TensorEn
         if name not in headers:
             headers[name] = read_header(folder / name)
         found = headers[name].get(key)
-        if found is None or _tensors_json({key: found})[key] != {**value, "shape": tuple(value.get("shape") or ())}:
+        if found is None or json.loads(json.dumps(_tensors_json({key: found})))[key] != value:
             raise CheckpointError(
                 f"{path} says that {key} lies in {name} in a place where it does not. The file was replaced since, or "
                 "the record is damaged; nothing was written."

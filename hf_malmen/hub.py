@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, try_to_load_from_cache
 
 from .errors import CheckpointError
 from .version import __version__
@@ -45,6 +45,8 @@ def push_folder(
         raise CheckpointError(f"A change to {folder} has begun and not ended. Run hf-malmen recover {folder} first.")
     api = HfApi(token=token, library_name="hf_malmen", library_version=__version__)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
     commit = api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
@@ -54,3 +56,9 @@ def push_folder(
         ignore_patterns=_NOT_PUSHED,
     )
     return commit.pr_url if create_pr and commit.pr_url else commit.commit_url
+
+
+def cached_commit(repo_id: str, revision: str | None = None) -> str | None:
+    """The commit of a repo that was just loaded from the Hub; None for a folder."""
+    found = None if Path(repo_id).exists() else try_to_load_from_cache(repo_id, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None

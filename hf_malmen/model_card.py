@@ -69,8 +69,9 @@ class EditorRun:
     """How an editor was trained, and what was measured.
 
     Attributes:
-        train_facts: where the training facts came from: a file, or the id of a data set on the Hub.
-        n_train_facts: how many there were.
+        train_facts: where the training facts came from: a file, or the id of a data set on the Hub; None where that is
+            not known.
+        n_train_facts: how many there were; None where that is not known.
         settings: hyper-parameters as given. Those named `*_token` are secrets, and not shown.
         eval_facts: where the held-out facts came from.
         measurements: empty where nothing was measured.
@@ -78,8 +79,8 @@ class EditorRun:
         license: the editor's licence, as the Hub names it; None says nothing.
     """
 
-    train_facts: str
-    n_train_facts: int
+    train_facts: str | None = None
+    n_train_facts: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     eval_facts: str | None = None
     measurements: Sequence[Measurement] = ()
@@ -176,7 +177,9 @@ def render_editor_card(editor: "EditorModel", run: EditorRun) -> str:
             ["layer", "η", "λ", "κ"],
             [[name, *(f"{scale:.3g}" for scale in scales)] for name, scales in editor.scales().items()],
         ),
-        settings=table(["setting", "value"], [[name, escape(value)] for name, value in sorted(settings.items())]),
+        settings=table(["setting", "value"], [[name, escape(value)] for name, value in sorted(settings.items())])
+        if settings
+        else None,
     )
 
 

@@ -4,10 +4,12 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path, PurePosixPath
+from shutil import copyfile
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -26,8 +28,11 @@ from .edit import Edit, base_fingerprint, check_fingerprint
 from .errors import ModelMismatchError, UntrainedEditorWarning
 from .evaluation import evaluate_edit
 from .facts import load_facts
+from .history import CARD_FILE
+from .hub import cached_commit, push_folder
 from .hypernetwork import HyperBlock, HyperNetwork, RunningStatistics
 from .least_squares import Solution, aggregator
+from .model_card import HUB_RESULTS_FILE, PLOT_FILE, RESULTS_FILE, EditorRun, write_editor_card
 from .targets import check_targets, find_targets, is_fan_in_fan_out, module_shape
 from .tracing import Trace, frozen, trace
 
@@ -113,7 +118,6 @@ class EditorModel(PreTrainedModel):
         config.base_model_fingerprint = base_fingerprint(model, names)
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
-            config.base_model_revision = config.base_model_revision or _revision(model)
         return cls(config)
 
     @classmethod
@@ -142,6 +146,52 @@ class EditorModel(PreTrainedModel):
             loaded.name_or_path = loaded.config.name_or_path = name
             loaded.config._commit_hash = Path(folder).name
         return editor
+
+    def push_to_hub(  # type: ignore[override] # keyword arguments of an editor's repo, which is one small file
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload editor",
+        create_pr: bool = False,
+        revision: str | None = None,
+    ) -> str:
+        """Upload the editor to a Hub repo, made if it does not exist, with its card.
+
+        The card and results that lie beside the editor in the folder it was loaded from come along. Without any, the
+        repo keeps the card that it has, or gets one that says what is known.
+
+        Args:
+            repo_id: `owner/name`.
+            private: whether a new repo is private; None takes the owner's default.
+            token: access token; None takes the one that is logged in.
+            commit_message: of the commit.
+            create_pr: open a pull request instead of committing.
+            revision: branch to commit to.
+
+        Returns:
+            The URL of the commit, or of the pull request.
+        """
+        source = Path(self.name_or_path or "/dev/null")
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            if (source / CARD_FILE).is_file():
+                for name in (CARD_FILE, PLOT_FILE, RESULTS_FILE, HUB_RESULTS_FILE):
+                    if (source / name).is_file():
+                        (Path(folder) / name).parent.mkdir(exist_ok=True)
+                        copyfile(source / name, Path(folder) / name)
+            elif not HfApi(token=token).file_exists(repo_id, CARD_FILE):
+                write_editor_card(folder, self, EditorRun())
+            return push_folder(
+                folder,
+                repo_id,
+                private=private,
+                token=token,
+                commit_message=commit_message,
+                create_pr=create_pr,
+                revision=revision,
+            )
 
     @property
     def module_names(self) -> list[str]:
@@ -358,12 +408,12 @@ class EditorModel(PreTrainedModel):
             fan_in_fan_out=self.config.fan_in_fan_out or (),
             facts=facts,
             base_model_name_or_path=self.config.base_model_name_or_path,
-            base_model_revision=_revision(model) or self.config.base_model_revision,
+            base_model_revision=self.config.base_model_revision,
             base_model_fingerprint=base_fingerprint(model, self.module_names),
             editor={
                 "method": self.config.method,
                 "name_or_path": self.name_or_path or None,
-                "revision": _revision(self),
+                "revision": getattr(self.config, "_commit_hash", None),
                 "hf_malmen_version": self.config.hf_malmen_version,
                 "edit_lr": {name: self.edit_lr(name) for name in self.module_names},
                 "ridge": {name: self.ridge(name) for name in self.module_names},
@@ -419,6 +469,7 @@ class EditorModel(PreTrainedModel):
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, **hub)
             known = self._fingerprint_before_edits(Path(model)) if Path(model).is_dir() else None
             edit = self._make_edit_in_turns(base, facts, tokenizer, batch_size, facts_per_turn, measure, known)
+            edit.base_model_revision = cached_commit(str(model), revision) or edit.base_model_revision
             # The weights that the edit was made from are the ones to be overwritten, or somebody changed them since.
             edit.write(
                 model, output_dir, in_place=in_place, on_fingerprint_mismatch="error", revision=revision, token=token
@@ -563,11 +614,6 @@ def _with_progress(
         for chosen, batch in tokenize.batches(sequences, batch_size):
             yield batch.to(device)
             bar.update(len(chosen))
-
-
-def _revision(model: PreTrainedModel | nn.Module) -> str | None:
-    """The commit of the Hub repo that a model was loaded from; None for a folder."""
-    return getattr(getattr(model, "config", None), "_commit_hash", None)
 
 
 def _warn_untrained() -> None:

@@ -21,6 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .configuration import EditorConfig
 from .evaluation import n_measured
 from .facts import Fact, load_facts
+from .hub import cached_commit
 from .model_card import EditorRun, Measurement, write_editor_card
 from .modeling import DEFAULT_BATCH_SIZE, EditorModel
 from .tables import METRIC_TITLES
@@ -128,8 +129,10 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> Path:
             "eval_facts, raise max_eval_facts, or lower the size."
         )
     config = EditorConfig(**recipe.editor)
-    model = AutoModelForCausalLM.from_pretrained(recipe.base_model, dtype=recipe.dtype)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.base_model)
+    hub = {"revision": config.base_model_revision or "main"}
+    model = AutoModelForCausalLM.from_pretrained(recipe.base_model, dtype=recipe.dtype, **hub)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.base_model, **hub)
+    config.base_model_revision = cached_commit(recipe.base_model, **hub) or config.base_model_revision
     set_seed(args.seed)
     editor = EditorModel.from_base(model, config)
     trainer = EditorTrainer(editor, model, args, train_facts, eval_facts or None, tokenizer)
@@ -155,6 +158,9 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> Path:
         license=recipe.license,
     )
     write_editor_card(folder, editor, run)
+    trainer.run = run
+    if args.push_to_hub:
+        trainer.push_to_hub("Card with results")
     return folder
 
 

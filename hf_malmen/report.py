@@ -1,14 +1,16 @@
 """What a person reads on the command line: score tables, and what an editor, an edit or a checkpoint holds."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .configuration import EditorConfig
-from .edit import Edit
 from .errors import CheckpointError
-from .history import read_history, require_settled
+from .history import Record, read_history, require_settled
 from .shards import parse_json, read_tensor_index
 from .tables import METRIC_TITLES, table
+
+if TYPE_CHECKING:
+    from .edit import Edit
 
 
 def describe(path: str) -> str:
@@ -17,6 +19,9 @@ def describe(path: str) -> str:
     Raises:
         CheckpointError: a folder that holds none of them.
     """
+    from .configuration import EditorConfig  # transformers takes seconds to import, and a history needs none of it
+    from .edit import Edit
+
     folder = Path(path)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise CheckpointError(f"{path} has no config.json; expected an editor, a saved edit or a checkpoint.")
@@ -29,17 +34,17 @@ def describe(path: str) -> str:
     return _describe_editor(path)
 
 
-def _describe_edit(edit: Edit) -> str:
+def _describe_edit(edit: "Edit") -> str:
     lines = [
-        f"Edit of {len(edit.facts)} facts for {edit.base_model_name_or_path or 'an unnamed model'}",
-        f"made {edit.created_at} by {edit.editor.get('method', 'an unknown method')}",
+        f"Edit of {len(edit.facts)} facts for {_plain(edit.base_model_name_or_path or 'an unnamed model')}",
+        f"made {_plain(edit.created_at)} by {_plain(edit.editor.get('method', 'an unknown method'))}",
         "",
         table(
             ["layer", "shape", "norm of S"],
             [[name, "x".join(map(str, s.shape)), f"{s.norm():.4g}"] for name, s in edit.shifts.items()],
         ),
         "",
-        *[f"  {fact.prompt} -> {fact.target}" for fact in edit.facts[:5]],
+        *[f"  {_plain(fact.prompt)} -> {_plain(fact.target)}" for fact in edit.facts[:5]],
     ]
     if len(edit.facts) > 5:
         lines.append(f"  ... and {len(edit.facts) - 5} more")
@@ -75,18 +80,20 @@ def describe_history(folder: str | Path) -> str:
         CheckpointError: no such folder, or a damaged record.
     """
     records = read_history(folder)
-    if not records:
-        return f"{folder} has no edits in force."
+    return _history_table(records) if records else f"{folder} has no edits in force."
+
+
+def _history_table(records: Sequence[Record]) -> str:
     rows = []
     for record in records:
         summary = record.summary
-        scores = [f"{METRIC_TITLES.get(name, name)} {score:.3f}" for name, score in summary.measured.items()]
+        scores = [f"{_plain(METRIC_TITLES.get(name, name))} {score:.3f}" for name, score in summary.measured.items()]
         rows.append(
             [
                 summary.id,
-                summary.created_at,
+                _plain(summary.created_at),
                 str(summary.n_facts),
-                summary.editor,
+                _plain(summary.editor),
                 str(len(record.modules)),
                 f"{max(record.rounding.values(), default=0.0):.2g}",
                 ", ".join(scores) or "not measured",
@@ -105,4 +112,10 @@ def _describe_checkpoint(folder: Path, config: Mapping[str, object]) -> str:
         f"Checkpoint of a {config.get('model_type', 'unknown')} model: {len(tensors)} tensors ({dtypes}), "
         f"{size / 2**20:,.1f} MiB in {files} safetensors file{'s' if files > 1 else ''}"
     )
-    return f"{text}\n\n{describe_history(folder)}" if read_history(folder) else text
+    records = read_history(folder)
+    return f"{text}\n\n{_history_table(records)}" if records else text
+
+
+def _plain(text: object) -> str:
+    """Text from a file that may have been downloaded, without what would move a terminal's cursor."""
+    return "".join(character if character.isprintable() else " " for character in str(text))

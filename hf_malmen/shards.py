@@ -183,13 +183,13 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     Raises:
         CheckpointError: no such file, or a header that does not describe exactly what the file holds.
     """
+    if not os.path.isfile(path):  # unlike Path.is_file, no error for a name that is too long
+        raise CheckpointError(f"There is no file {path}. Download the checkpoint again.")
     if path.is_symlink() and not in_hub_cache(path):
         raise CheckpointError(
             f"{path} is a symbolic link to {os.readlink(path)}; a checkpoint's files lie in its own folder. Copy it "
             "with its contents first: cp -rL."
         )
-    if not os.path.isfile(path):  # unlike Path.is_file, no error for a name that is too long
-        raise CheckpointError(f"There is no file {path}. Download the checkpoint again.")
     size = path.stat().st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

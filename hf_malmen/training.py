@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,22 @@ from transformers.utils.hub import PushInProgress
 from .batches import TokenBatch, TokenSequence
 from .evaluation import n_measured
 from .facts import Fact, load_facts, require_fields
+from .model_card import EditorRun, write_editor_card
 from .modeling import DEFAULT_BATCH_SIZE, DEFAULT_EDITOR_BATCH_SIZE, EditorModel
 from .tracing import answer_logits, frozen, shifted
 from .trunk import Trunk
 
+_CARD_SETTINGS = (
+    "learning_rate",
+    "locality_weight",
+    "lr_scheduler_type",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "rephrases_per_fact",
+    "scale_learning_rate",
+    "seed",
+)
 _HUB_STRATEGIES = (HubStrategy.END, HubStrategy.EVERY_SAVE)
 
 
@@ -99,6 +111,9 @@ class EditorTrainer(Trainer):
         callbacks: as in `Trainer`.
         **kwargs: any other argument of `Trainer`.
 
+    Attributes:
+        run: what the card of a pushed editor says about its training and its scores; None says what the arguments say.
+
     Raises:
         FactError: a training fact lacks a field, or is bad.
         ModelMismatchError: the editor does not fit the base model.
@@ -140,6 +155,8 @@ class EditorTrainer(Trainer):
         self.trunk = Trunk(base_model, editor.module_names, int(args.trunk_cache_gib * 2**30))
         self.add_callback(_ForgetTrunk(self.trunk))
         self._losses: list[tuple[float, float]] = []
+
+        self.run: EditorRun | None = None
 
     @property
     def editor(self) -> EditorModel:
@@ -188,6 +205,13 @@ class EditorTrainer(Trainer):
         self._losses.append((generalization, locality))
         loss = generalization + self.args.locality_weight * locality
         return torch.tensor(loss * weight, device=self.args.device)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the editor's card beside it: what `run` says, or what the arguments say. Arguments are ignored."""
+        settings = {name: getattr(self.args, name) for name in _CARD_SETTINGS}
+        n_facts = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None
+        known = EditorRun(n_train_facts=n_facts, settings=settings)
+        write_editor_card(str(self.args.output_dir), self.editor, self.run or known)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

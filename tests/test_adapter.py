@@ -478,6 +478,7 @@ def test_a_quantised_base(
     assert torch.equal(logits(quantised), without)
 
     quantised.load_adapter(str(edit.to_lora(tmp_path / "adapter")))
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(load(), tmp_path / "adapter")), logits(quantised))
     moved = logits(quantised) - without
     plain = logits(dequantised)
     with edit.applied_to(dequantised, on_fingerprint_mismatch="ignore"):
@@ -485,6 +486,32 @@ def test_a_quantised_base(
     assert expected.abs().max() > 1
     # 8-bit layers round their inputs too, and 4-bit ones may compute in half precision.
     assert (moved - expected).norm() <= 0.1 * expected.norm()
+
+
+class PackedLinear(nn.Module):
+    """A quantised layer that is no `nn.Linear`, as some libraries make them."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("packed", linear.weight.detach().to(torch.int8))
+
+
+def test_quantised_layers_of_another_kind(make_llama: Build) -> None:
+    """They get the message about adapters in a quantised model, and are just no linear layer in any other."""
+    model = make_llama()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            model.set_submodule(name, PackedLinear(module))
+    name = "model.layers.3.mlp.down_proj"
+    with pytest.raises(ModelMismatchError, match=r"down_proj is a PackedLinear; only nn\.Linear"):
+        check_targets(model, [name])
+    model.hf_quantizer = object()
+    for names in (None, ["layers.3.mlp.down_proj"]):
+        with pytest.raises(ModelMismatchError, match=r"holds its weight in PackedLinear, quantised.*edit\.to_lora"):
+            EditorModel.from_base(model, EditorConfig(target_modules=names))
+    with pytest.raises(ModelMismatchError, match=r"norm is a LlamaRMSNorm; only nn\.Linear"):
+        check_targets(model, ["model.norm"])
 
 
 @pytest.mark.parametrize("rank", [0, -1])

@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import EvalResultEntry, ModelCard, parse_eval_result_entries
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -524,7 +525,7 @@ def test_checkpoint_card_shows_what_is_in_force() -> None:
 @given(st.lists(st.sampled_from(["\r", "\n", "---", "a", " ", "\ufeff", "`", SECTION_BEGIN, SECTION_END])).map("".join))
 def test_the_section_comes_off_without_a_trace(text: str) -> None:
     """Any text without front matter is as it was outside of the section: line ends, a missing one, single markers."""
-    assume(strip_checkpoint_card(text) == text)
+    assume(strip_checkpoint_card(text) == text and not REGEX_YAML_BLOCK.search(text))
     card = render_checkpoint_card(text, [summary_of()])
     assert card.startswith(text)
     assert strip_checkpoint_card(card) == text
