@@ -5,8 +5,8 @@ tokens. Seconds of the in-place write and of its undo beside `cp` of the same by
 `save_pretrained`; and the memory they take above a Python that has imported torch.
 
 The same bytes: a write saves the originals, the edit, and the new weights, and all of it is on the disk when it
-returns, so `cp` copies files of these sizes, followed by `sync`. An undo writes the originals back. Each measurement runs
-in a process of its own, and those to be compared take turns. Machines are noisy: read the ratios.
+returns, so `cp` copies files of these sizes, followed by `sync`. An undo writes the originals back. Each measurement
+runs in a process of its own, and those to be compared take turns. Machines are noisy: read the ratios.
 """
 
 import argparse

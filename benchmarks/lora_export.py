@@ -2,7 +2,7 @@
 
 Seconds to turn the edit of one layer into a LoRA adapter: a 16384 x 4096 weight (the second feed-forward layer of a 6B
 model) whose shift was solved from 512 tokens. Beside it, the same shift truncated to rank 64, the same shift without
-its factors, and what all of these avoid: a singular value decomposition of the dense shift, which takes minutes.
+its factors, and what all of these avoid: a singular value decomposition of the dense shift, far slower.
 
 Machines are noisy: read the ratios.
 """

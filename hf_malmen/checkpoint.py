@@ -24,7 +24,17 @@ from .errors import CheckpointError, CheckpointWriteError, FingerprintWarning, M
 from .history import add_in_place, locked, read_history, recorded, recover_locked, require_settled
 from .mapping import TensorShift, map_shifts
 from .model_card import EditSummary
-from .shards import DTYPES, INDEX_FILE, SINGLE_FILE, TensorEntry, parse_json, raw, read_header, read_tensor_index
+from .shards import (
+    DTYPES,
+    INDEX_FILE,
+    SINGLE_FILE,
+    TensorEntry,
+    in_hub_cache,
+    parse_json,
+    raw,
+    read_header,
+    read_tensor_index,
+)
 from .shifts import FactoredShift, Shift
 
 try:
@@ -82,6 +92,7 @@ def write_shifts(
     in_place: bool = False,
     fingerprint: str | None = None,
     on_fingerprint_mismatch: str = "warn",
+    before_edits: bool = True,
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> WriteReport:
@@ -99,9 +110,9 @@ def write_shifts(
         fan_in_fan_out: modules stored as (key_size, value_size).
         output_dir: folder for the edited copy; must not exist, or be empty.
         in_place: edit `checkpoint` itself. Give exactly one of `output_dir` and `in_place`.
-        fingerprint: of the target weights that the shifts were made for; the checkpoint's, as they are or as they were
-            before its edits in force, are compared with it.
+        fingerprint: of the target weights that the shifts were made for; the checkpoint's are compared with it.
         on_fingerprint_mismatch: `"warn"`, `"error"` or `"ignore"`.
+        before_edits: whether it may also be that of the weights before the checkpoint's edits in force.
         revision, token: for a checkpoint on the Hub.
 
     Raises:
@@ -124,7 +135,7 @@ def write_shifts(
         stamps = _stamps(place)
         tensors = place.tensors()
         plan = map_shifts(place.folder, shifts, flipped, tensors)
-        _check_fingerprint(place.folder, plan, tensors, fingerprint, on_fingerprint_mismatch)
+        _check_fingerprint(place.folder, plan, tensors, fingerprint, on_fingerprint_mismatch, before_edits)
         keys: dict[str, list[str]] = {}
         for key, change in plan.items():
             keys.setdefault(change.module, []).append(key)
@@ -184,30 +195,26 @@ def base_tensors(folder: Path, tensors: Mapping[str, TensorEntry]) -> dict[str, 
     return found
 
 
-def fingerprint_before_edits(
+def fingerprints_of(
     folder: Path, shapes: Mapping[str, tuple[int, int]], fan_in_fan_out: Iterable[str]
-) -> str | None:
-    """The fingerprint of target weights on disk as they were before the checkpoint's edits in force.
+) -> tuple[str, str]:
+    """The fingerprints of target weights on disk, as they are and as they were before the edits in force.
 
     Args:
         folder: the checkpoint's.
         shapes: {module name: (key_size, value_size)}.
         fan_in_fan_out: modules stored as (key_size, value_size).
 
-    Returns:
-        None if no edits are in force.
-
     Raises:
         CheckpointError, ModelMismatchError: see `write_shifts`.
     """
-    if not read_history(folder):
-        return None
     # Nothing is added; the shifts only say which tensors are meant.
     nothing: dict[str, Shift] = {
         name: FactoredShift(*(torch.empty(0, size) for size in shape)) for name, shape in shapes.items()
     }
     tensors = read_tensor_index(folder)
-    return stored_fingerprint(map_shifts(folder, nothing, fan_in_fan_out, tensors), base_tensors(folder, tensors))
+    plan = map_shifts(folder, nothing, fan_in_fan_out, tensors)
+    return stored_fingerprint(plan, tensors), stored_fingerprint(plan, base_tensors(folder, tensors))
 
 
 def stored_fingerprint(plan: Mapping[str, TensorShift], tensors: Mapping[str, TensorEntry]) -> str:
@@ -248,12 +255,13 @@ def _check_fingerprint(
     tensors: Mapping[str, TensorEntry],
     expected: str | None,
     policy: str,
+    before_edits: bool,
 ) -> None:
     if policy not in FINGERPRINT_POLICIES:
         raise ValueError(f"The fingerprint policy is {policy!r}; allowed: {', '.join(FINGERPRINT_POLICIES)}.")
     if expected is None or policy == "ignore" or stored_fingerprint(plan, tensors) == expected:
         return
-    if (folder / "edits").is_dir() and stored_fingerprint(plan, base_tensors(folder, tensors)) == expected:
+    if before_edits and stored_fingerprint(plan, base_tensors(folder, tensors)) == expected:
         return
     message = (
         f"The edit was made for a base model whose target weights differ from those in {folder} (fingerprint "
@@ -346,6 +354,9 @@ def _staged_copy(source: Source, target: Path, edited: set[Path]) -> Iterator[Pa
         if target.exists():
             target.rmdir()
         os.replace(stage, target)
+    except shutil.Error as error:  # of a list of (file, copy, reason)
+        file, _, reason = error.args[0][0]
+        raise CheckpointWriteError(f"Could not copy {file} to {target}: {reason}. Nothing is left of it.") from error
     except OSError as error:
         reason = error.__cause__ if isinstance(error, CheckpointError) else error  # not one about the hidden folder
         raise CheckpointWriteError(f"Could not write {target}: {reason or error}. Nothing is left of it.") from error
@@ -358,6 +369,11 @@ def _copy(file: Path, place: Path, *, may_link: bool) -> str:
     """A copy that shares its bytes until one of the two is written; or a hard link, of weights that stay; or bytes."""
     if not file.is_file():  # to open a pipe would wait for ever
         raise CheckpointError(f"{file} is no file, or a link to none, and cannot be copied. Remove it first.")
+    if file.is_symlink() and not in_hub_cache(file):  # what it leads to may be anybody's
+        raise CheckpointError(
+            f"{file} is a symbolic link to {os.readlink(file)}; a checkpoint's files lie in its own folder. Copy it "
+            "with its contents first: cp -rL."
+        )
     if _reflink(file, place):
         shutil.copystat(file, place)
     elif may_link and file.suffix == ".safetensors" and not file.is_symlink() and _link(file, place):

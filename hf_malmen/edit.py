@@ -234,18 +234,25 @@ class Edit:
         Raises:
             CheckpointError, ModelMismatchError, NumericalError: see `checkpoint.write_shifts`. Nothing was changed.
         """
+        return self.write_with(
+            checkpoint,
+            output_dir=output_dir,
+            in_place=in_place,
+            on_fingerprint_mismatch=on_fingerprint_mismatch,
+            revision=revision,
+            token=token,
+        )
+
+    def write_with(self, checkpoint: str | Path, **options: Any) -> WriteReport:
+        """`write`, with any other option of `checkpoint.write_shifts`."""
         return write_shifts(
             checkpoint,
             self.layers,
             save_edit=self._save,
             summarise=self.summary,
             fan_in_fan_out=self.fan_in_fan_out,
-            output_dir=output_dir,
-            in_place=in_place,
             fingerprint=self.base_model_fingerprint,
-            on_fingerprint_mismatch=on_fingerprint_mismatch,
-            revision=revision,
-            token=token,
+            **options,
         )
 
     def summary(self, edit_id: str) -> EditSummary:
@@ -396,8 +403,14 @@ class Edit:
                 f"and hf_malmen {__version__} reads {EDIT_FORMAT_VERSION}. Upgrade: pip install -U hf_malmen."
             )
         config.pop("hf_malmen_version", None)
-        facts = [Fact(**{**fact, "rephrases": tuple(fact.get("rephrases", ()))}) for fact in config.pop("facts")]
-        return cls(load_shifts(shifts_file), facts=facts, **config)
+        shifts = load_shifts(shifts_file)
+        try:
+            facts = [Fact(**{**fact, "rephrases": tuple(fact.get("rephrases", ()))}) for fact in config.pop("facts")]
+            edit = cls(shifts, facts=facts, **config)
+            _check_provenance(edit)
+            return edit
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ModelMismatchError(f"{config_file} does not describe an edit ({error}). It is damaged.") from None
 
     def push_to_hub(
         self,
@@ -434,6 +447,27 @@ class Edit:
             )
 
 
+def _check_provenance(edit: Edit) -> None:
+    """Refuse what a file says about an edit where it is of another type than `Edit` and `Fact` say.
+
+    Raises:
+        AttributeError, TypeError, ValueError: it is.
+    """
+    texts = [edit.created_at, *edit.fan_in_fan_out]
+    optional = [edit.base_model_name_or_path, edit.base_model_revision, edit.base_model_fingerprint]
+    for fact in edit.facts:
+        texts += [fact.prompt, fact.target, *fact.rephrases]
+        optional += [fact.unrelated_prompt, fact.unrelated_answer, fact.subject, fact.ground_truth]
+    for maker in edit.editor.get("merged", [edit.editor]):
+        texts.append(maker.get("method", ""))
+        optional.append(maker.get("name_or_path"))
+    if not all(isinstance(text, str) for text in (*texts, *(text for text in optional if text is not None))):
+        raise TypeError("it has something else where text is expected")
+    if not all(isinstance(score, int | float) for score in edit.measured.values()):
+        raise TypeError("it has something else where a score is expected")
+    json.dumps([texts, optional, edit.editor, edit.measured], ensure_ascii=False).encode()  # or no file can hold it
+
+
 def check_fingerprint(
     model: nn.Module,
     expected: str | None,
@@ -441,7 +475,6 @@ def check_fingerprint(
     policy: str,
     subject: str,
     base: str,
-    found: str | None = None,
 ) -> None:
     """Compare the model's target weights with those `subject` was made for.
 
@@ -454,14 +487,13 @@ def check_fingerprint(
         policy: `"warn"`, `"error"` or `"ignore"`.
         subject: who asks, for the message.
         base: the base model and revision that it wants, for the message.
-        found: the model's fingerprint, where it is known.
 
     Raises:
         ModelMismatchError: they differ and the policy is `"error"`.
     """
     if policy not in FINGERPRINT_POLICIES:
         raise ValueError(f"The fingerprint policy is {policy!r}; allowed: {', '.join(FINGERPRINT_POLICIES)}.")
-    if expected is None or policy == "ignore" or (found or base_fingerprint(model, names)) == expected:
+    if expected is None or policy == "ignore" or base_fingerprint(model, names) == expected:
         return
     message = (
         f"{subject} was made for a base model whose target weights differ from this one's (fingerprint "

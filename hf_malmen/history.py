@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from .errors import CheckpointError, CheckpointWriteError
 from .mapping import TensorShift, map_shifts
@@ -168,10 +169,7 @@ def undo_edit(checkpoint: str | Path, edit_id: str | None = None) -> UndoReport:
         try:
             _replay(folder)
         except OSError as error:
-            raise CheckpointWriteError(
-                f"Could not finish undoing edit {record.id} of {folder}: {error}. Nothing is lost: solve that, and run "
-                "hf-malmen recover."
-            ) from error
+            raise _unfinished(folder, f"undoing edit {record.id} of", error) from error
         shared = any(key in other.tensors for other in later for key in record.tensors)
         return UndoReport(record.summary, [other.id for other in records if other is not record], not shared)
 
@@ -232,6 +230,15 @@ def locked(folder: Path) -> Iterator[None]:
 
 def recover_locked(folder: Path) -> bool:
     """`recover_checkpoint` by who holds the lock."""
+    try:
+        return _recover(folder)
+    except OSError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise _unfinished(folder, "recovering", error) from error
+
+
+def _recover(folder: Path) -> bool:
     found = _leftovers(folder)
     if found and any(in_hub_cache(path) for path in (folder / EDITS_FOLDER).rglob("*")):
         raise CheckpointError(
@@ -345,8 +352,12 @@ def recorded(
             _sync(folder)
         _rename(journal, _inside(folder, edit_id))
     except BaseException as error:  # Ctrl-C too must leave the checkpoint as it was
-        if journal.is_dir():
+        if not journal.is_dir():
+            raise CheckpointWriteError(f"The edit is written to {folder}, but its disk reports: {error}.") from error
+        try:
             _replay(folder)
+        except OSError as second:
+            raise _unfinished(folder, "taking back a write to", second) from error
         if isinstance(error, OSError):
             raise _write_error(folder, error) from error
         raise
@@ -525,8 +536,14 @@ def _require_space(folder: Path, needed: int) -> None:
         )
 
 
-def _write_error(folder: Path, error: OSError) -> CheckpointWriteError:
+def _write_error(folder: Path, error: Exception) -> CheckpointWriteError:
     return CheckpointWriteError(f"Could not write to {folder}: {error}. The checkpoint is as it was before.")
+
+
+def _unfinished(folder: Path, what: str, error: OSError) -> CheckpointWriteError:
+    return CheckpointWriteError(
+        f"Could not finish {what} {folder}: {error}. Nothing is lost: solve that, and run hf-malmen recover {folder}."
+    )
 
 
 @contextmanager
@@ -536,7 +553,7 @@ def _clean_after_failure(folder: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         _sweep(folder)
-        if isinstance(error, OSError) and not isinstance(error, CheckpointError):
+        if isinstance(error, OSError | SafetensorError) and not isinstance(error, CheckpointError):
             raise _write_error(folder, error) from error
         raise
 

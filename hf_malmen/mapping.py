@@ -65,9 +65,11 @@ def map_shifts(
 
     Raises:
         ModelMismatchError: a module has no tensor of its shape in the checkpoint, or shares one with another module of
-            the edit.
+            the edit; or there are no shifts.
         CheckpointError: a tensor is quantised, or the configuration describes no model.
     """
+    if not shifts:
+        raise ModelMismatchError("The edit has no shifts, so there is nothing to write.")
     flipped = set(fan_in_fan_out)
     model = _converted_model(folder)
     found: dict[str, TensorShift] = {}

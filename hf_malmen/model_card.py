@@ -433,7 +433,7 @@ def escape(text: object) -> str:
 
 def hub_id(name: str | None) -> str | None:
     """`name` if it can be the id of a repo on the Hub; None for a file or folder, which means nothing there."""
-    return name if name is not None and not Path(name).exists() and _is_repo_id(name) else None
+    return name if name is not None and _is_repo_id(name) and not Path(name).exists() else None
 
 
 def _is_repo_id(name: str) -> bool:

@@ -22,13 +22,13 @@ from transformers import (
 from transformers.utils import logging
 
 from .batches import TokenBatch, Tokenizer, TokenSequence
-from .checkpoint import check_checkpoint, fingerprint_before_edits
+from .checkpoint import check_checkpoint, fingerprints_of
 from .configuration import EditorConfig
 from .edit import Edit, base_fingerprint, check_fingerprint
-from .errors import ModelMismatchError, UntrainedEditorWarning
+from .errors import CheckpointError, ModelMismatchError, UntrainedEditorWarning
 from .evaluation import evaluate_edit
 from .facts import load_facts
-from .history import CARD_FILE
+from .history import CARD_FILE, EDITS_FOLDER, read_history
 from .hub import cached_commit, push_folder
 from .hypernetwork import HyperBlock, HyperNetwork, RunningStatistics
 from .least_squares import Solution, aggregator
@@ -377,7 +377,6 @@ class EditorModel(PreTrainedModel):
         *,
         batch_size: int = DEFAULT_BATCH_SIZE,
         editor_batch_size: int = DEFAULT_EDITOR_BATCH_SIZE,
-        fingerprint: str | None = None,
     ) -> Edit:
         """Compute the edit that writes `facts` into `model`, without applying it.
 
@@ -387,7 +386,6 @@ class EditorModel(PreTrainedModel):
             tokenizer: the base model's; loaded from `model.name_or_path` if None.
             batch_size: facts a forward and backward pass of the language model. Does not change the result.
             editor_batch_size: tokens a pass of the hyper-network. Does not change the result.
-            fingerprint: as in `check_base`.
 
         Raises:
             FactError: a fact is bad, or too long for the model.
@@ -395,7 +393,7 @@ class EditorModel(PreTrainedModel):
             NumericalError: a key, a gradient or a solve is not finite; names the module.
         """
         facts = load_facts(facts)
-        self.check_base(model, fingerprint)
+        self.check_base(model)
         if not self.is_trained:
             _warn_untrained()
         tokenize = self.tokenizer_for(model, tokenizer)
@@ -463,17 +461,20 @@ class EditorModel(PreTrainedModel):
         if facts_per_turn is not None and facts_per_turn < 1:
             raise ValueError(f"facts_per_turn is {facts_per_turn}; expected a whole number of at least 1, or None.")
         if isinstance(model, str | Path):
+            if Path(model).is_file():
+                raise CheckpointError(
+                    f"{model} is a file, and making an edit needs the whole model. Give its folder; or write an edit "
+                    "that is made already: edit.write(file, output_dir)."
+                )
             check_checkpoint(model, output_dir, in_place)
             hub = {"revision": revision or "main", "token": token}
             base = AutoModelForCausalLM.from_pretrained(model, **hub)
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, **hub)
-            known = self._fingerprint_before_edits(Path(model)) if Path(model).is_dir() else None
-            edit = self._make_edit_in_turns(base, facts, tokenizer, batch_size, facts_per_turn, measure, known)
+            edit = self._make_edit_in_turns(base, facts, tokenizer, batch_size, facts_per_turn, measure)
             edit.base_model_revision = cached_commit(str(model), revision) or edit.base_model_revision
             # The weights that the edit was made from are the ones to be overwritten, or somebody changed them since.
-            edit.write(
-                model, output_dir, in_place=in_place, on_fingerprint_mismatch="error", revision=revision, token=token
-            )
+            exact = {"on_fingerprint_mismatch": "error", "before_edits": False}
+            edit.write_with(model, output_dir=output_dir, in_place=in_place, revision=revision, token=token, **exact)
             return edit
         if output_dir is not None or in_place:
             raise ValueError(
@@ -519,13 +520,14 @@ class EditorModel(PreTrainedModel):
         edit = self.make_edit(model, facts, tokenizer, batch_size=batch_size)
         return evaluate_edit(model, edit, facts, tokenize, batch_size=batch_size, generate=generate)
 
-    def check_base(self, model: nn.Module, fingerprint: str | None = None) -> None:
+    def check_base(self, model: nn.Module) -> None:
         """Check that this editor fits `model`.
+
+        The weights compared are those before any edit: those in force on the live model, and those of the edited
+        checkpoint it was loaded from, do not count.
 
         Args:
             model: the base model.
-            fingerprint: of its target weights before any edit, where that is known; None takes the model's, without
-                the edits in force on it.
 
         Raises:
             ModelMismatchError: a target is missing, cannot be edited, or has another shape or orientation; or its
@@ -542,15 +544,15 @@ class EditorModel(PreTrainedModel):
                     f"{type(module).__name__}; this editor was made for {expected[0]} to {expected[1]} in a "
                     f"{'Conv1D' if flipped else 'Linear'}. Its base model is {self.config.base_model_name_or_path}."
                 )
+        wanted = self.config.base_model_fingerprint
         check_fingerprint(
             model,
-            self.config.base_model_fingerprint,
+            None if wanted is None or wanted == self._fingerprint_before_edits(model) else wanted,
             self.module_names,
             self.config.fingerprint_policy,
             "This editor",
             f"{self.config.base_model_name_or_path or 'its base model'} at revision "
             f"{self.config.base_model_revision or 'unknown'}",
-            found=fingerprint,
         )
 
     def tokenizer_for(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Tokenizer:
@@ -570,19 +572,12 @@ class EditorModel(PreTrainedModel):
         batch_size: int,
         facts_per_turn: int | None,
         measure: bool,
-        fingerprint: str | None = None,
     ) -> Edit:
         size = facts_per_turn or len(facts)
         edit: Edit | None = None
         try:
             for start in range(0, len(facts), size):
-                turn = self.make_edit(
-                    model,
-                    facts[start : start + size],
-                    tokenizer,
-                    batch_size=batch_size,
-                    fingerprint=fingerprint,
-                )
+                turn = self.make_edit(model, facts[start : start + size], tokenizer, batch_size=batch_size)
                 if edit is not None:  # one merged edit in force, so that memory does not grow with the turns
                     edit.undo()
                     turn = edit.merge(turn)
@@ -597,10 +592,14 @@ class EditorModel(PreTrainedModel):
             edit.measured = {name: score for name, score in scores.items() if not name.endswith("_before")}
         return edit
 
-    def _fingerprint_before_edits(self, folder: Path) -> str | None:
-        """Of a checkpoint's target weights before its edits in force; None if it has none."""
+    def _fingerprint_before_edits(self, model: nn.Module) -> str | None:
+        """Of the target weights before the edits of the checkpoint that `model` was loaded from, if it holds those."""
+        folder = Path(getattr(model, "name_or_path", None) or "")
+        if not (folder / EDITS_FOLDER).is_dir() or not read_history(folder):
+            return None
         shapes = {name: self.config.shape_of(name) for name in self.module_names}
-        return fingerprint_before_edits(folder, shapes, self.config.fan_in_fan_out or ())
+        now, before = fingerprints_of(folder, shapes, self.config.fan_in_fan_out or ())
+        return before if base_fingerprint(model, self.module_names) == now else None
 
 
 def _split(entry: Trace, size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -199,7 +199,9 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
                 "file; download it again."
             )
         header = parse_json(stream.read(length), path)
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: its __metadata__ is no object of texts. It is damaged.")
     start = 8 + length
     entries: dict[str, TensorEntry] = {}
     for key, value in header.items():

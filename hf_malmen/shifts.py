@@ -139,7 +139,7 @@ def add_rows(
     Raises:
         NumericalError: the sum is not finite in the weight's dtype.
     """
-    wide = torch.promote_types(weight.dtype, torch.float32)
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32  # float8 has no `promote_types`
     total = weight.detach().to(wide) + shift.to(weight.device, wide)
     edited = total.to(weight.dtype)
     # One number tells: a sum of finite values is finite, unless it overflows. Float8 has no sums of its own.
@@ -165,7 +165,13 @@ def check_shape(shift: Shift, fan_in_fan_out: bool, found: tuple[int, ...], name
 
 def save_shifts(shifts: Mapping[str, Shift], path: Path) -> None:
     """Write shifts into one safetensors file."""
-    tensors = {f"{name}.{role}": tensor for name, shift in shifts.items() for role, tensor in shift.tensors().items()}
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, shift in shifts.items():
+        for role, tensor in shift.tensors().items():
+            # The library refuses tensors that share their memory, as the layers of a hand-made edit may.
+            tensors[f"{name}.{role}"] = tensor.clone() if tensor.data_ptr() in seen else tensor
+            seen.add(tensor.data_ptr())
     save_file(tensors, path, metadata={"format": "pt"})
 
 

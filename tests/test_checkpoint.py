@@ -98,7 +98,7 @@ def test_only_the_edited_tensors_change(make_model: Build, dtype: torch.dtype, s
     before = files_of(source)
     assert (len([name for name in before if name.endswith(".safetensors")]) > 2) == sharded
     edit = edit_for(model)
-    precision = 1e-9 if dtype.itemsize >= 4 else 1e-6  # of the reported rounding
+    precision = 1e-9 if dtype.itemsize >= 4 else 1e-5  # of the reported rounding
 
     report = edit.write(source, target)
 
@@ -187,7 +187,7 @@ def test_apply_to_a_checkpoint_equals_apply_to_a_model(
     assert files_of(source) == before
     live.undo()
     editor.apply(source, facts, in_place=True, facts_per_turn=facts_per_turn)
-    date = re.compile(rb"\d{4}-\d\d-\d\d(T[\d:+]+)?")  # two edits, made at different times
+    date = re.compile(rb'\d{4}-\d\d-\d\d(T[\d:+]+)?|"card_sha256": "\w+"')  # two edits, made at different times
     assert {name: date.sub(b"", data) for name, data in files_of(source).items()} == {
         name: date.sub(b"", data) for name, data in files_of(tmp_path / "target").items()
     }
@@ -484,6 +484,12 @@ def test_a_module_that_is_not_there(make_model: Build, tmp_path: Path) -> None:
     source = save(model, tmp_path / "source")
     edit = edit_for(model, layers=(1, 7))
     refused(edit, source, ModelMismatchError, r"no tensor for .*7\..*another model", folder=tmp_path)
+
+
+def test_an_edit_without_shifts(make_llama: Build, tmp_path: Path) -> None:
+    """Its record would name no tensors, and look damaged."""
+    source = save(make_llama(), tmp_path / "source")
+    refused(Edit({}), source, ModelMismatchError, "The edit has no shifts", folder=tmp_path)
 
 
 def test_an_edited_weight_that_overflows(make_model: Build, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def call(home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtu
     return run
 
 
-def start(folder: Path, *arguments: Any, file_limit: int | None = None) -> "subprocess.Popen[str]":
+def start(folder: Path, *arguments: Any, file_limit: int | None = None, **variables: str) -> "subprocess.Popen[str]":
     """Starts a command in a process of its own, which cannot write beyond `file_limit` bytes of a file."""
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
@@ -90,6 +90,7 @@ def start(folder: Path, *arguments: Any, file_limit: int | None = None) -> "subp
         "COLUMNS": "200",
         "NO_COLOR": "1",
         "OMP_NUM_THREADS": "1",
+        **variables,
     }
     environment.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
 
@@ -108,9 +109,9 @@ def start(folder: Path, *arguments: Any, file_limit: int | None = None) -> "subp
     )
 
 
-def spawn(folder: Path, *arguments: Any, file_limit: int | None = None) -> Done:
-    """Runs a command in a process of its own."""
-    process = start(folder, *arguments, file_limit=file_limit)
+def spawn(folder: Path, *arguments: Any, **keywords: Any) -> Done:
+    """Runs a command in a process of its own; keywords as in `start`."""
+    process = start(folder, *arguments, **keywords)
     out, err = process.communicate()
     # What bitsandbytes, which peft imports where it is installed, says about itself.
     return Done(
@@ -357,6 +358,168 @@ def state_of(folder: Path) -> dict[str, Any]:
     return state
 
 
+# Checkpoints and their history
+
+
+def copy_of(home: Path, folder: Path, n_edits: int = 0) -> Path:
+    """A checkpoint of its own, edited some times."""
+    shutil.copytree(home / "model", folder)
+    for _ in range(n_edits):
+        Edit.from_pretrained(home / "edit").write(folder, in_place=True)
+    return folder
+
+
+def test_write_log_and_undo_in_their_own_processes(home: Path, call: Callable[..., Done], tmp_path: Path) -> None:
+    """What `edit.write` does; undoing both edits leaves every byte as it was."""
+    model, expected = copy_of(home, tmp_path / "model"), copy_of(home, tmp_path / "expected", 1)
+    before = below(model)
+    told = r"Wrote edit {} \(8 facts, 4 layers\) into {}; rounding cost up to \S+ of a layer's shift\. Undo: .* {}\n"
+    done = spawn(home, "write", "edit", model, "--in-place")
+    assert (done.code, done.err) == (0, "")
+    assert re.fullmatch(told.format("0001", model, model), done.out)
+    assert undated(model) == undated(expected)
+    between = below(model)
+
+    copy = tmp_path / "copy"
+    done = call("write", "edit", model, "--output-dir", copy)
+    assert (done.code, done.err) == (0, "")
+    assert re.fullmatch(told.format("0002", copy, copy), done.out)
+    assert below(model) == between
+    done = spawn(home, "log", copy, "--json")
+    assert (done.code, done.err) == (0, "")
+    shown = json.loads(done.out)
+    assert [(edit["id"], edit["n_facts"]) for edit in shown] == [("0001", 8), ("0002", 8)]
+    assert shown == json.loads(json.dumps([vars(record.summary) for record in read_history(copy)]))
+
+    undone = "Undid edit {} (8 facts): every byte is as before it. Edits in force: {}.\n"
+    assert spawn(home, "undo", copy) == Done(0, undone.format("0002", "0001"), "")
+    assert below(copy) == between
+    assert call("undo", copy, "--edit", "1") == Done(0, undone.format("0001", "none"), "")
+    assert below(copy) == before
+
+
+def test_undo_of_an_earlier_edit(home: Path, call: Callable[..., Done], tmp_path: Path) -> None:
+    """It says that the layers were added up anew, and which edits stay."""
+    model = copy_of(home, tmp_path / "model", 2)
+    done = call("undo", model, "--edit", "0001")
+    assert (done.code, done.err) == (0, "")
+    assert re.fullmatch(r"Undid edit 0001 \(8 facts\): layers .* added up anew, .* Edits in force: 0002\.\n", done.out)
+    assert [record.id for record in read_history(model)] == ["0002"]
+
+
+def test_log_and_inspect_of_an_edited_checkpoint(home: Path, call: Callable[..., Done], tmp_path: Path) -> None:
+    """A row an edit, with the scores of one that was measured; a history cannot move the cursor of a terminal."""
+    model = copy_of(home, tmp_path / "model")
+    assert call("log", model) == Done(0, f"{model} has no edits in force.\n", "")
+    done = call("apply", "editor", model, "facts.jsonl", "--in-place", "--measure")
+    assert (done.code, done.err) == (0, "")
+    edit = Edit.from_pretrained("edit")
+    edit.editor["name_or_path"] = "org/\x1b[2Jeditor\u202e"
+    edit.write(model, in_place=True)
+    first, _ = read_history(model)
+    assert first.summary.measured.keys() == {"edit_success", "generalization", "locality", "unrelated_accuracy"}
+
+    done = call("log", model)
+    assert (done.code, done.err) == (0, "")
+    lines = done.out.splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    scores = ", ".join(f"{name.replace('_', ' ')} {score:.3f}" for name, score in first.summary.measured.items())
+    assert rows == [
+        ["0001", first.summary.created_at, "8", "malmen (editor)", "4", f"{max(first.rounding.values()):.2g}", scores],
+        ["0002", edit.created_at, "8", "malmen (org/ [2Jeditor )", "4", rows[1][5], "not measured"],
+    ]
+    shown = call("inspect", model)
+    assert (shown.code, shown.err) == (0, "")
+    assert shown.out.startswith("Checkpoint of a llama model: 39 tensors (F32), ")
+    assert shown.out.endswith(f" in 1 safetensors file\n\n{done.out}")
+    assert "Edit of 8 facts" in call("inspect", model / "edits" / "0001").out
+
+
+def test_a_killed_writer_and_recover(home: Path, tmp_path: Path) -> None:
+    """SIGKILL in the middle of the weights; then the bytes are those of before, every one."""
+    model, names = tmp_path / "model", [f"model.layers.{i}.mlp.down_proj" for i in range(4)]
+    model.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"{name}.weight": torch.randn(2048, 4096, generator=generator).bfloat16() for name in names}
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})  # 64 MiB
+    shutil.copy(home / "model" / "config.json", model)
+    shifts = {
+        name: FactoredShift(*(torch.randn(4, size, generator=generator) for size in (4096, 2048))) for name in names
+    }
+    Edit(shifts, facts=[Fact("a", "b")]).save_pretrained(tmp_path / "edit")
+    before = below(model)
+
+    def head() -> bytes:
+        with open(model / "model.safetensors", "rb") as stream:
+            return stream.read(2**16)
+
+    old = head()
+    writer = start(home, "write", tmp_path / "edit", model, "--in-place")
+    while head() == old and writer.poll() is None:
+        time.sleep(0.001)
+    writer.send_signal(signal.SIGKILL)
+    out, err = writer.communicate()
+    assert (writer.returncode, out) == (-signal.SIGKILL, ""), err
+    assert (model / "edits" / ".journal").is_dir()
+    assert spawn(home, "recover", model) == Done(0, f"Recovered: {model}. Edits in force: none.\n", "")
+    assert below(model) == before
+    assert spawn(home, "recover", model) == Done(0, f"Nothing to recover: {model}. Edits in force: none.\n", "")
+
+
+# Failures that are not the input's fault: exit code 1, one line
+
+
+def test_a_checkpoint_that_another_process_writes(home: Path, call: Callable[..., Done], tmp_path: Path) -> None:
+    """Is left alone."""
+    model = copy_of(home, tmp_path / "model", 1)
+    before = below(model)
+    holder = os.open(model, os.O_RDONLY)
+    try:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        refused(spawn(home, "undo", model), 1, "Another process is writing to")
+        for command in (["write", "edit", model], ["apply", "editor", model, "facts.jsonl"]):
+            refused(call(*command, "--in-place"), 1, "Another process is writing to")
+    finally:
+        os.close(holder)
+    assert below(model) == before
+
+
+def test_a_disk_that_fails(home: Path, tmp_path: Path) -> None:
+    """Before the weights are touched, nothing has changed; after it, `recover` takes the change back, or ends it."""
+    model = copy_of(home, tmp_path / "model", 1)
+    before = below(model)
+    # The saved weights are smaller than the file that they come from and go back to.
+    small, large = 2**10, (model / "edits" / "0001" / "originals.safetensors").stat().st_size + 2**10
+    assert large < 0.5 * (model / "model.safetensors").stat().st_size
+    refused(spawn(home, "write", "edit", model, "--in-place", file_limit=small), 1, "File too large")
+    assert below(model) == before
+    refused(spawn(home, "write", "edit", model, "--in-place", file_limit=large), 1, "File too large.*hf-malmen recover")
+    assert (model / "edits" / ".journal").is_dir()
+    assert spawn(home, "recover", model) == Done(0, f"Recovered: {model}. Edits in force: 0001.\n", "")
+    assert below(model) == before
+    refused(spawn(home, "undo", model, file_limit=large), 1, "File too large.*hf-malmen recover")
+    done = spawn(home, "log", model)
+    assert (done.code, done.out) == (0, f"{model} has no edits in force.\n")
+    assert done.err == "A change that had not ended was finished or taken back first.\n"
+    assert below(model) == below(home / "model")
+
+
+def test_an_edit_that_cannot_be_saved_beside(home: Path, tmp_path: Path, call: Callable[..., Done]) -> None:
+    """The facts are written by then, and the command says so."""
+    (tmp_path / "file").write_bytes(b"")
+    options = ["--output-dir", tmp_path / "new", "--save-edit", tmp_path / "file" / "edit"]
+    done = call("apply", "editor", "model", "facts.jsonl", *options)
+    assert (done.code, done.out) == (2, said(8, tmp_path / "new"))
+    assert re.fullmatch(r"hf-malmen: .*file.*\n", done.err)
+    assert [record.id for record in read_history(tmp_path / "new")] == ["0001"]
+
+
+def test_a_hub_that_does_not_answer(home: Path) -> None:
+    """Nobody listens at the discard port."""
+    online = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_x"}
+    refused(spawn(home, "push", "edit", "org/edit", **online), 1, "refused")
+
+
 # Bad input: exit code 2, one line, nothing written
 
 
@@ -387,6 +550,20 @@ def bad(home: Path, make_llama: Build, tmp_path: Path) -> Path:
     (folder / "pickles").mkdir()
     (folder / "pickles" / "pytorch_model.bin").write_bytes(b"x")
     (folder / "pickles" / "config.json").write_bytes((home / "model" / "config.json").read_bytes())
+    for name in ("model", "editor"):
+        shutil.copytree(home / name, folder / f"damaged {name}")
+        os.truncate(folder / f"damaged {name}" / "model.safetensors", 5000)
+    shutil.copytree(home / "edit", folder / "half an edit")
+    (folder / "half an edit" / "edit.safetensors").unlink()
+    edited = copy_of(home, folder / "edited", 1)
+    shutil.copytree(edited, folder / "hostile")
+    record = folder / "hostile" / "edits" / "0001" / "record.json"
+    record.write_text(
+        record.read_text(encoding="utf-8").replace('"model.safetensors"', '"../edited/model.safetensors"')
+    )
+    weights = load_file(copy_of(home, folder / "quantised") / "model.safetensors")
+    key = next(key for key in weights if key.endswith("down_proj.weight"))
+    save_file(weights | {key: weights[key].to(torch.int8)}, folder / "quantised" / "model.safetensors")
     write_recipe(folder / "unknown.yaml", editor={"rnak": 4})
     write_recipe(folder / "dtype.yaml", dtype="float23")
     write_recipe(folder / "model.yaml", base_model="")
@@ -398,6 +575,7 @@ def bad(home: Path, make_llama: Build, tmp_path: Path) -> Path:
     return folder
 
 
+APPLY = ["apply", "editor", "model", "facts.jsonl"]
 OUT = ["--output-dir", "new/folder"]
 BAD_INPUT: dict[str, tuple[list[str], str]] = {
     "facts that are not there": (["apply", "editor", "model", "no.jsonl", *OUT], r"There is no file no\.jsonl"),
@@ -431,6 +609,37 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
     "inspection of a file": (["inspect", "facts.jsonl"], r"facts\.jsonl"),
     "LoRA of an editor": (["export-lora", "editor", "new/folder"], r"editor holds an editor"),
     "LoRA of nothing": (["export-lora", "no/edit", "new/folder"], r"."),
+    "LoRA into a used folder": (["export-lora", "edit", "BAD/used"], r"BAD/used exists and is not empty"),
+    "a used place for the edit": ([*APPLY, *OUT, "--save-edit", "BAD/used"], r"BAD/used exists and is not empty"),
+    "one place for both": ([*APPLY, *OUT, "--save-edit", "new/../new/folder"], r"cannot hold both"),
+    "a damaged model": (["evaluate", "editor", "BAD/damaged model", "facts.jsonl"], r"."),
+    "a damaged editor": (["apply", "BAD/damaged editor", "model", "facts.jsonl", *OUT], r"."),
+    "application to a damaged model": (["apply", "editor", "BAD/damaged model", "facts.jsonl", *OUT], r"is damaged"),
+    "application to a hostile one": (["apply", "editor", "BAD/hostile", "facts.jsonl", *OUT], r"names the file"),
+    "writing of nothing": (["write", "no/edit", "model", *OUT], r"."),
+    "writing of an editor": (["write", "editor", "model", *OUT], r"editor holds an editor"),
+    "writing of half an edit": (["write", "BAD/half an edit", "model", *OUT], r"edit\.safetensors"),
+    "writing nowhere": (["write", "edit", "model"], r"needs output_dir=.*give exactly one"),
+    "writing into no model": (["write", "edit", "BAD/absent", "--in-place"], r"There is no folder"),
+    "writing into another model": (["write", "edit", "gpt2", *OUT], r"model\.layers\.\d\.mlp\.down_proj"),
+    "writing into a quantised one": (
+        ["write", "edit", "BAD/quantised", "--in-place"],
+        r"down_proj.* in I8 .*cannot take",
+    ),
+    "writing into a damaged one": (["write", "edit", "BAD/damaged model", "--in-place"], r"It is damaged"),
+    "writing into pickles": (["write", "edit", "BAD/pickles", "--in-place"], r"\.bin files only"),
+    "writing into a hostile one": (["write", "edit", "BAD/hostile", "--in-place"], r"record\.json names the file"),
+    "log of nothing": (["log", "BAD/absent"], r"There is no folder BAD/absent"),
+    "log of a file": (["log", "facts.jsonl"], r"There is no folder facts\.jsonl"),
+    "log of a hostile one": (["log", "BAD/hostile"], r"record\.json names the file"),
+    "inspection of a hostile one": (["inspect", "BAD/hostile"], r"record\.json names the file"),
+    "undo in no folder": (["undo", "BAD/absent"], r"There is no folder BAD/absent"),
+    "undo of no edits": (["undo", "model"], r"model has no edits in force"),
+    "undo of another edit": (["undo", "BAD/edited", "--edit", "7"], r"has no edit 7 in force\. Its edits: 0001\."),
+    "undo of no number": (["undo", "BAD/edited", "--edit", "../0001"], r"has no edit \.\./0001 in force"),
+    "undo in a hostile one": (["undo", "BAD/hostile"], r"record\.json names the file"),
+    "recovery of nothing": (["recover", "BAD/absent"], r"There is no folder BAD/absent"),
+    "push of nothing": (["push", "BAD/nothing", "org/name"], r"has no config\.json"),
     "no recipe": (["train", "--config", "no.yaml"], r"There is no file no\.yaml"),
     "a recipe that is no YAML": (["train", "--config", "BAD/not.yaml"], r"not\.yaml is not valid YAML"),
     "a recipe that is a list": (["train", "--config", "BAD/list.yaml"], r"list\.yaml holds a list; expected base"),
@@ -451,21 +660,15 @@ def test_bad_input(case: str, home: Path, bad: Path, call: Callable[..., Done]) 
     arguments, message = BAD_INPUT[case]
     before = below(home), below(bad.parent)
     done = call(*[argument.replace("BAD", str(bad)) for argument in arguments])
-    assert done.code == 2, done
-    assert done.out == ""
-    assert re.fullmatch(r"hf-malmen: \S.*\n", done.err), done.err
-    assert re.search(message.replace("BAD", re.escape(str(bad))), done.err), done.err
+    refused(done, 2, message.replace("BAD", re.escape(str(bad))))
     assert (below(home), below(bad.parent)) == before
 
 
-@pytest.mark.parametrize("case", ["no destination", "another model", "inspection of a broken folder"])
+@pytest.mark.parametrize("case", ["no destination", "another model", "undo in a hostile one"])
 def test_bad_input_in_its_own_process(case: str, home: Path, bad: Path) -> None:
     """Also where progress bars and library messages are not turned off."""
     arguments, message = BAD_INPUT[case]
-    done = spawn(home, *[argument.replace("BAD", str(bad)) for argument in arguments])
-    assert (done.code, done.out) == (2, "")
-    assert re.fullmatch(r"hf-malmen: \S.*\n", done.err), done.err
-    assert re.search(message, done.err)
+    refused(spawn(home, *[argument.replace("BAD", str(bad)) for argument in arguments]), 2, message)
     assert not (home / "new").exists()
 
 
@@ -480,6 +683,11 @@ def test_bad_input_in_its_own_process(case: str, home: Path, bad: Path) -> None:
         ["evaluate", "editor", "model", "facts.jsonl", "--n-facts", "0"],
         ["evaluate", "editor", "model", "facts.jsonl", "--dtype", "float23"],
         ["export-lora", "edit", "new", "--rank", "-1"],
+        ["write", "edit", "--in-place"],
+        ["undo", "model", "1"],
+        ["log"],
+        ["recover"],
+        ["push", "edit"],
         ["train"],
     ],
 )

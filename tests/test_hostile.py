@@ -5,6 +5,7 @@ Whatever it holds: an error of this package that says what is wrong, and nothing
 
 import copy
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ Header = dict[str, Any]
 State = dict[str, bytes | None]
 
 # The same examples in every run: a test that fails now and then is read by nobody.
-FUZZ = settings(max_examples=300, derandomize=True, deadline=None, database=None,
+FUZZ = settings(max_examples=200, derandomize=True, deadline=None, database=None,
                 suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])  # fmt: skip
 
 
@@ -111,6 +112,8 @@ HOSTILE: dict[str, bytes] = {
     "six bits that fill no byte": safetensors({"a.weight": entry(0, 1, (1, 1), "F6_E2M3")}, DATA[:1]),
     "a dtype that is a list": safetensors({"a.weight": entry(0, 24, dtype=["F32"])}, DATA[:24]),
     "no dtype": safetensors({"a.weight": {"shape": [2, 3], "data_offsets": [0, 24]}}, DATA[:24]),
+    "metadata that is no object": safetensors(GOOD | {"__metadata__": ["pt"]}, DATA),
+    "metadata that is no text": safetensors(GOOD | {"__metadata__": {"format": 1}}, DATA),
     "an entry that is no object": safetensors({"a.weight": [0, 24]}, DATA[:24]),
 }
 
@@ -292,14 +295,14 @@ def files(draw: st.DrawFn) -> bytes:
     header = draw(mutated(GOOD))
     length = draw(st.one_of(st.none(), st.none(), st.integers(0, 2**64 - 1), st.integers(0, 300)))
     return safetensors(
-        json.dumps(header).encode(), draw(st.sampled_from([DATA, DATA[:24], DATA[:-1], b""])), length=length
+        json.dumps(header).encode(), draw(st.sampled_from([DATA, DATA, DATA, DATA[:24], DATA[:-1], b""])), length=length
     )
 
 
 @contextmanager
 def workplace() -> Iterator[Path]:
-    """A folder of its own for each example, beside a file that nobody may touch."""
-    with tempfile.TemporaryDirectory() as folder:
+    """A folder of its own for each example, beside a file that nobody may touch; no power fails within it."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(os, "fsync"):
         (Path(folder) / "outside.safetensors").write_bytes(A)
         (Path(folder) / "source").mkdir()
         yield Path(folder)
@@ -364,7 +367,7 @@ def test_the_fuzzed_files_are_of_both_kinds() -> None:
                 assert not sound[-1], "the library refuses it"
 
     count()
-    assert 10 < sum(sound) < len(sound) / 2
+    assert 5 < sum(sound) < len(sound) / 2
 
 
 INDEX = {"metadata": {"total_size": 48}, "weight_map": {"a.weight": "one.safetensors", "b.weight": "two.safetensors"}}
@@ -436,6 +439,14 @@ def histories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, State]:
     return found
 
 
+def load_and_write(record: Path) -> None:
+    """An edit may come from anybody; what is wrong with it shows when it is loaded, or before it is written."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "model.safetensors").write_bytes(safetensors(GOOD, DATA))
+        Edit.from_pretrained(record).write(folder, in_place=True, on_fingerprint_mismatch="ignore")
+        read_history(folder)
+
+
 CALLS: dict[str, Callable[[Path], object]] = {
     "read": read_history,
     "recover": recover_checkpoint,
@@ -443,7 +454,7 @@ CALLS: dict[str, Callable[[Path], object]] = {
     "undo the first": lambda folder: undo_edit(folder, "1"),
     "edit": lambda folder: small_edit().write(folder, in_place=True),
     "copy": lambda folder: small_edit().write(folder, folder.parent / "target"),
-    "load": lambda folder: Edit.from_pretrained(folder / "edits" / "0002"),
+    "load": lambda folder: [load_and_write(path) for path in (folder / "edits").glob("0*")],
 }
 
 
@@ -452,7 +463,7 @@ def test_the_histories_are_sound(histories: dict[str, State], name: str, tmp_pat
     """Before they are tampered with, every call succeeds, and undoing all of it gives back the first weights."""
     for call, function in CALLS.items():
         tree(tmp_path / "source", histories[name])
-        if (name, call) not in {("removing", "undo the first"), ("undoing", "load")}:  # which are gone by then
+        if (name, call) != ("removing", "undo the first"):  # which is gone by then
             function(tmp_path / "source")
         shutil.rmtree(tmp_path / "source")
         shutil.rmtree(tmp_path / "target", ignore_errors=True)
@@ -470,7 +481,7 @@ def test_any_history(histories: dict[str, State], name: str) -> None:
     """Records and journals that were tampered with: no call of ours crashes, or writes what it should not."""
     content = histories[name]
     ours = sorted(file for file, data in content.items() if file.startswith("edits") and data is not None)
-    records = [file for file in ours if file.endswith(("record.json", "removal.json"))]
+    records = [file for file in ours if file.endswith(".json")]
 
     @FUZZ
     @given(data=st.data(), call=st.sampled_from(sorted(CALLS)))
@@ -484,7 +495,7 @@ def test_any_history(histories: dict[str, State], name: str) -> None:
             file = data.draw(st.sampled_from(ours))
             tampered = data.draw(spliced(content[file] or b""))
         assume(tampered != content[file])
-        with workplace() as folder, mock.patch.object(hf_malmen.history.os, "fsync"):
+        with workplace() as folder:
             tree(folder / "source", content | {file: tampered})
             header = safetensors(GOOD, b"")
             if harmless(lambda: recover_checkpoint(folder / "source"), folder):  # which all of them would do first
@@ -496,3 +507,42 @@ def test_any_history(histories: dict[str, State], name: str) -> None:
             assert (folder / "outside.safetensors").read_bytes() == A
 
     check()
+
+
+@pytest.mark.parametrize("name", ["editing", "undoing", "removing"])
+def test_recovery_writes_through_no_link(histories: dict[str, State], name: str, tmp_path: Path) -> None:
+    """A folder that was linked after the process died: its twin keeps its bytes, and a symbolic link is refused."""
+    tree(tmp_path / "source", histories[name])
+    weights = tmp_path / "source" / "model.safetensors"
+    os.link(weights, tmp_path / "twin")
+    before = (tmp_path / "twin").read_bytes()
+    recover_checkpoint(tmp_path / "source")
+    assert (tmp_path / "twin").read_bytes() == before
+    if name != "editing":  # which died before it had written anything
+        assert weights.read_bytes() != before
+
+    snapshot = tmp_path / "repo" / "snapshots" / "0123abc"
+    tree(snapshot, histories[name])
+    (tmp_path / "repo" / "blobs").mkdir()
+    (snapshot / "model.safetensors").rename(tmp_path / "repo" / "blobs" / "0123")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/0123")
+    assert not harmless(lambda: recover_checkpoint(snapshot), tmp_path / "repo")
+
+
+def test_the_history_of_a_checkpoint_in_the_hubs_cache(histories: dict[str, State], tmp_path: Path) -> None:
+    """Every file of a snapshot is a link, also those of its folders; a copy of it keeps the history."""
+    snapshot = tmp_path / "repo" / "snapshots" / "0123abc"
+    tree(snapshot, histories["at rest"])
+    (tmp_path / "repo" / "blobs").mkdir()
+    for number, path in enumerate(sorted(path for path in snapshot.rglob("*") if path.is_file())):
+        path.rename(tmp_path / "repo" / "blobs" / f"{number:040x}")
+        path.symlink_to(os.path.relpath(tmp_path / "repo" / "blobs" / f"{number:040x}", path.parent))
+    assert [record.originals().keys() for record in read_history(snapshot)] == [{"a.weight"}] * 2
+    edit = Edit.from_pretrained(snapshot / "edits" / "0002")
+    assert edit.write(snapshot, tmp_path / "target").edit_id == "0003"
+    for _ in range(3):
+        undo_edit(tmp_path / "target")
+    assert state(tmp_path / "target") == {
+        "model.safetensors": safetensors(GOOD, DATA[:24] + b"\0" * 24),
+        "README.md": b"A model.\n",
+    }
