@@ -1,12 +1,13 @@
 """python benchmarks/checkpoint.py
 
-Editing a checkpoint on disk: 4 GiB of bfloat16 in five shards, six layers of 16384 x 4096 edited, each solved from 512
-tokens. Seconds of the in-place write and of its undo beside `cp` of the same bytes, and beside `from_pretrained` and
-`save_pretrained`; and the memory they take above a Python that has imported torch.
+Editing a checkpoint on disk: 4 GiB of bfloat16 in five shards, six layers of 16384 x 4096 edited, each solved from
+`--tokens` tokens. Seconds of the in-place write and of its undo beside `cp` of the same bytes, and beside
+`from_pretrained` and `save_pretrained`; and the memory they take above a Python that has imported torch.
 
 The same bytes: a write saves the originals, the edit, and the new weights, and all of it is on the disk when it
-returns, so `cp` copies files of these sizes, followed by `sync`. An undo writes the originals back. Each measurement
-runs in a process of its own, and those to be compared take turns. Machines are noisy: read the ratios.
+returns, so `cp` copies files of these sizes, followed by `sync`. An undo writes the originals back. What was loaded and
+saved is synced, too. Each measurement runs in a process of its own, and those to be compared take turns. Machines are
+noisy: read the ratios.
 """
 
 import argparse
@@ -27,10 +28,11 @@ from transformers import LlamaConfig
 
 import hf_malmen
 from hf_malmen import Edit, undo_edit
+from hf_malmen.checkpoint import fingerprints_of
 from hf_malmen.shifts import FactoredShift
 from hf_malmen.tables import table
 
-KEY_SIZE, VALUE_SIZE, N_LAYERS, N_EDITED, N_TOKENS, N_SHARDS = 16384, 4096, 8, 6, 512, 5
+KEY_SIZE, VALUE_SIZE, N_LAYERS, N_EDITED, N_SHARDS = 16384, 4096, 8, 6, 5
 TENSOR_MIB = KEY_SIZE * VALUE_SIZE * 2 / 2**20
 
 
@@ -77,12 +79,13 @@ def write_checkpoint(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def write_edit(folder: Path) -> None:
-    """An edit of the last six layers, as one of 512 tokens has it: two factors a layer."""
+def write_edit(folder: Path, checkpoint: Path, n_tokens: int) -> None:
+    """An edit of the last six layers, as one of that many tokens has it: two factors a layer, and a fingerprint."""
     sizes = (KEY_SIZE, VALUE_SIZE)
     names = [f"model.layers.{layer}.mlp.down_proj" for layer in range(N_LAYERS - N_EDITED, N_LAYERS)]
-    shifts = {name: FactoredShift(*(0.01 * torch.randn(N_TOKENS, size) for size in sizes)) for name in names}
-    Edit(shifts, editor={"method": "malmen"}).save_pretrained(folder)
+    shifts = {name: FactoredShift(*(0.01 * torch.randn(n_tokens, size) for size in sizes)) for name in names}
+    fingerprint, _ = fingerprints_of(checkpoint, dict.fromkeys(names, sizes), ())
+    Edit(shifts, base_model_fingerprint=fingerprint, editor={"method": "malmen"}).save_pretrained(folder)
 
 
 def memory(name: str) -> int:
@@ -104,7 +107,7 @@ def timed_here(what: str, work: Path) -> dict[str, float]:
         from transformers import AutoModelForCausalLM
 
         AutoModelForCausalLM.from_pretrained(checkpoint).save_pretrained(work / "saved", max_shard_size="860MB")
-        shutil.rmtree(work / "saved")
+        subprocess.run(["sync", *(work / "saved").iterdir()], check=True)
     return {"seconds": time.perf_counter() - start, "memory": memory("VmHWM") - before}
 
 
@@ -128,10 +131,10 @@ def timed_cp(sources: list[Path], work: Path) -> float:
     return seconds
 
 
-def measure(work: Path, repeats: int) -> dict[str, Any]:
+def measure(work: Path, repeats: int, n_tokens: int) -> dict[str, Any]:
     """All of it. Those to be compared take turns."""
     write_checkpoint(work / "checkpoint")
-    write_edit(work / "edit")
+    write_edit(work / "edit", work / "checkpoint", n_tokens)
     edited = [work / "bytes" / name for name in ("originals", "weights")]
     edited[0].parent.mkdir()
     for file in edited:
@@ -148,8 +151,9 @@ def measure(work: Path, repeats: int) -> dict[str, Any]:
         rows.setdefault("write", []).append(timed("write", work))
         rows.setdefault("cp of what an undo writes", []).append(timed_cp(edited[:1], work))
         rows.setdefault("undo", []).append(timed("undo", work))
-    rows["cp of the checkpoint"] = [timed_cp(shards, work)]
-    rows["load and save"] = [timed("load and save", work)]
+        rows.setdefault("cp of the checkpoint", []).append(timed_cp(shards, work))
+        rows.setdefault("load and save", []).append(timed("load and save", work))
+        shutil.rmtree(work / "saved")
     result: dict[str, Any] = {"environment": environment()}
     for name, values in rows.items():
         seconds = [value["seconds"] if isinstance(value, dict) else value for value in values]
@@ -198,6 +202,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, help="folder to work in, on the disk to be measured; needs 12 GiB")
     parser.add_argument("--repeats", type=int, default=3, help="times that each is measured; the median counts")
+    parser.add_argument("--tokens", type=int, default=64, help="traced tokens of the edit, a layer")
     parser.add_argument("--json", type=Path, help="also write the results here")
     parser.add_argument("--run", choices=["write", "undo", "load and save"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -205,7 +210,7 @@ def main() -> None:
         print(json.dumps(timed_here(arguments.run, arguments.work)))
         return
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
-        result = measure(Path(folder), arguments.repeats)
+        result = measure(Path(folder), arguments.repeats, arguments.tokens)
     print(report(result))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")

@@ -11,6 +11,7 @@ import stat
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +22,8 @@ from torch import Tensor
 
 from .configuration import FINGERPRINT_POLICIES
 from .errors import CheckpointError, CheckpointWriteError, FingerprintWarning, ModelMismatchError
-from .history import add_in_place, locked, read_history, recorded, recover_locked, require_settled
-from .mapping import TensorShift, map_shifts
+from .history import add_in_place, locked, read_history, recorded, recover_locked, require_settled, sync_file
+from .mapping import TensorShift, direct_shifts, map_shifts
 from .model_card import EditSummary
 from .shards import (
     DTYPES,
@@ -127,37 +128,71 @@ def write_shifts(
 
         After any of them the checkpoint is as it was.
     """
+    if on_fingerprint_mismatch not in FINGERPRINT_POLICIES:
+        allowed = ", ".join(FINGERPRINT_POLICIES)
+        raise ValueError(f"The fingerprint policy is {on_fingerprint_mismatch!r}; allowed: {allowed}.")
     _check_destination(checkpoint, output_dir, in_place)
     source = _resolve(checkpoint, in_place, revision, token)
     flipped = sorted(fan_in_fan_out)
+    wanted = None if on_fingerprint_mismatch == "ignore" else fingerprint
 
-    def write(place: Source) -> WriteReport:
-        stamps = _stamps(place)
-        tensors = place.tensors()
+    def find(place: Source, tensors: Mapping[str, TensorEntry]) -> dict[str, TensorShift]:
+        """Which tensors are meant, with their fingerprint compared."""
         plan = map_shifts(place.folder, shifts, flipped, tensors)
-        _check_fingerprint(place.folder, plan, tensors, fingerprint, on_fingerprint_mismatch, before_edits)
+        if wanted is not None and not _matches(place.folder, plan, tensors, wanted, before_edits):
+            message = _mismatch(place.folder, wanted)
+            if on_fingerprint_mismatch == "error":
+                raise ModelMismatchError(message)
+            warnings.warn(message, FingerprintWarning, stacklevel=5)
+        return plan
+
+    def write(
+        place: Source, tensors: Mapping[str, TensorEntry], plan: Mapping[str, TensorShift], check: Callable[[], object]
+    ) -> WriteReport:
         keys: dict[str, list[str]] = {}
         for key, change in plan.items():
             keys.setdefault(change.module, []).append(key)
         edited = {key: tensors[key] for key in plan}
-        check = _unchanged(place, stamps)
-        with recorded(place.folder, keys, flipped, edited, summarise, save_edit, check) as record:
+        with (
+            recorded(place.folder, keys, flipped, edited, summarise, save_edit, check) as record,
+            ThreadPoolExecutor(1) as background,
+        ):
             sums: dict[str, list[float]] = {name: [0.0, 0.0] for name in keys}
             for key, shift in plan.items():
                 done = add_in_place(tensors[key], shift)
+                background.submit(sync_file, tensors[key].file)  # so that less is left to wait for at the end
                 record.checksums[key] = done.checksum
                 sums[shift.module] = [a + b for a, b in zip(sums[shift.module], (done.error, done.norm), strict=True)]
             record.rounding.update({name: (e / n) ** 0.5 if n else 0.0 for name, (e, n) in sums.items()})
         return WriteReport(place.folder, record.id, keys, record.rounding)
 
     if in_place:
-        with locked(source.folder):
+        with locked(source.folder), ThreadPoolExecutor(1) as background:
             recover_locked(source.folder)
-            return write(source)
+            stamps = _stamps(source)
+            tensors = source.tensors()
+            plan = None if wanted is None else direct_shifts(shifts, flipped, tensors)
+            if plan is not None and wanted is not None:
+                # Compared while the originals are saved, and before anything is overwritten.
+                match = background.submit(_matches, source.folder, plan, tensors, wanted, before_edits)
+
+                def check() -> None:
+                    if not match.result():
+                        raise _NoMatch
+                    _check_stamps(source, stamps)
+
+                try:
+                    return write(source, tensors, plan, check)
+                except _NoMatch:
+                    pass
+            return write(source, tensors, find(source, tensors), lambda: _check_stamps(source, stamps))
     require_settled(source.folder)
-    plan = map_shifts(source.folder, shifts, flipped, tensors := source.tensors())  # before anything is copied
+    tensors = source.tensors()
+    plan = find(source, tensors)  # before anything is copied
     with _staged_copy(source, Path(output_dir or ""), {tensors[key].file for key in plan}) as stage:
-        report = write(Source(stage, None if source.file is None else stage / source.file.name))
+        copy = Source(stage, None if source.file is None else stage / source.file.name)
+        stamps = _stamps(copy)
+        report = write(copy, copy.tensors(), plan, lambda: _check_stamps(copy, stamps))
     report.output_dir = Path(output_dir or "")
     return report
 
@@ -249,28 +284,28 @@ def _weight_rows(
             yield entry.rows(stream, start, min(start + step, entry.shape[0]))
 
 
-def _check_fingerprint(
+def _matches(
     folder: Path,
     plan: Mapping[str, TensorShift],
     tensors: Mapping[str, TensorEntry],
-    expected: str | None,
-    policy: str,
+    expected: str,
     before_edits: bool,
-) -> None:
-    if policy not in FINGERPRINT_POLICIES:
-        raise ValueError(f"The fingerprint policy is {policy!r}; allowed: {', '.join(FINGERPRINT_POLICIES)}.")
-    if expected is None or policy == "ignore" or stored_fingerprint(plan, tensors) == expected:
-        return
-    if before_edits and stored_fingerprint(plan, base_tensors(folder, tensors)) == expected:
-        return
-    message = (
+) -> bool:
+    if stored_fingerprint(plan, tensors) == expected:
+        return True
+    return before_edits and stored_fingerprint(plan, base_tensors(folder, tensors)) == expected
+
+
+def _mismatch(folder: Path, expected: str) -> str:
+    return (
         f"The edit was made for a base model whose target weights differ from those in {folder} (fingerprint "
         f"{expected[:12]}...). Its facts may not be written well. Use the base model and revision named in the edit's "
         "config, or make the edit anew."
     )
-    if policy == "error":
-        raise ModelMismatchError(message)
-    warnings.warn(message, FingerprintWarning, stacklevel=4)
+
+
+class _NoMatch(Exception):
+    """The tensors of the modules' own names are not the modules' weights."""
 
 
 def _resolve(checkpoint: str | Path, in_place: bool, revision: str | None, token: str | bool | None) -> Source:
@@ -321,12 +356,9 @@ def _stamps(place: Source) -> dict[Path, tuple[int, int]]:
     return {file: (file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()}
 
 
-def _unchanged(place: Source, stamps: Mapping[Path, tuple[int, int]]) -> Callable[[], None]:
-    def check() -> None:
-        if _stamps(place) != stamps:
-            raise CheckpointError(f"Weight files of {place.folder} changed while they were read. Try again.")
-
-    return check
+def _check_stamps(place: Source, stamps: Mapping[Path, tuple[int, int]]) -> None:
+    if _stamps(place) != stamps:
+        raise CheckpointError(f"Weight files of {place.folder} changed while they were read. Try again.")
 
 
 @contextmanager

@@ -23,6 +23,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -272,21 +273,24 @@ def add_in_place(entry: TensorEntry, shift: TensorShift) -> Change:
     Raises:
         NumericalError: an edited weight would not be finite; rows before it are written.
     """
-    checksum, error, norm = 0, 0.0, 0.0
-    with open(entry.file, "r+b", buffering=0) as stream:
+    error = norm = 0.0
+    with (
+        open(entry.file, "rb", buffering=0) as source,
+        open(entry.file, "r+b", buffering=0) as target,
+        ThreadPoolExecutor(1) as writer,  # which stores one block while the next one is computed
+    ):
+
+        def store(start: int, data: memoryview, checksum: int) -> int:
+            entry.write_rows(target, start, data)
+            return zlib.crc32(data, checksum)
+
+        checksum = writer.submit(int)
         for start, stop, rows in shift.blocks():
-            weight = entry.rows(stream, start, stop)
-            edited, total = add_rows(weight, rows, shift.module)
-            data = raw(edited)
-            entry.write_rows(stream, start, data)
-            checksum = zlib.crc32(data, checksum)
-            if weight.element_size() < 4:
-                rest = total.sub_(edited.to(total.dtype))
-            else:  # the sum itself was rounded
-                rest = edited.double().sub_(weight.double()).sub_(rows.double())
-            error += torch.linalg.vector_norm(rest).item() ** 2
+            edited, lost = add_rows(entry.rows(source, start, stop), rows, shift.module)
+            error += lost
             norm += torch.linalg.vector_norm(rows).item() ** 2
-    return Change(checksum, error, norm)
+            checksum = writer.submit(store, start, raw(edited), checksum.result())
+        return Change(checksum.result(), error, norm)
 
 
 @contextmanager
@@ -344,12 +348,12 @@ def recorded(
     try:
         yield record
         for file in {entry.file for entry in tensors.values()}:
-            _sync(file)
+            sync_file(file)
         # Written beside and renamed: the file that is there tells `recover` what to take back.
         _replace_text(journal / _RECORD_FILE, _record_text(record))
         if card is not None:
             os.replace(journal / CARD_FILE, folder / CARD_FILE)
-            _sync(folder)
+            sync_file(folder)
         _rename(journal, _inside(folder, edit_id))
     except BaseException as error:  # Ctrl-C too must leave the checkpoint as it was
         if not journal.is_dir():
@@ -395,9 +399,9 @@ def _take_back(folder: Path, journal: Path) -> None:
     elif original != card:
         staged = journal / CARD_FILE
         staged.write_bytes(original.encode())
-        _sync(staged)
+        sync_file(staged)
         os.replace(staged, folder / CARD_FILE)
-    _sync(folder)
+    sync_file(folder)
 
 
 def _finish_removal(folder: Path, journal: Path) -> None:
@@ -417,7 +421,7 @@ def _finish_removal(folder: Path, journal: Path) -> None:
         allowed = (CARD_FILE,) if name == _CARD_FOLDER else (_RECORD_FILE, _ORIGINALS_FILE, _CARD_BEFORE)
         if parent.is_dir() and staged.name in allowed:
             os.replace(staged, parent / staged.name)
-            _sync(parent)
+            sync_file(parent)
     dropped = str(removal.get("drop"))
     if re.fullmatch(_ID, dropped) and _inside(folder, dropped).is_dir():
         _rename(_inside(folder, dropped), _inside(folder, _DROPPED))
@@ -522,9 +526,9 @@ def _make_writable(folder: Path, tensors: Mapping[str, TensorEntry]) -> None:
             preparing.mkdir(parents=True, exist_ok=True)
             _require_space(folder, status.st_size)
             shutil.copy2(file, preparing / file.name)
-            _sync(preparing / file.name)
+            sync_file(preparing / file.name)
             os.replace(preparing / file.name, file)
-            _sync(folder)
+            sync_file(folder)
 
 
 def _require_space(folder: Path, needed: int) -> None:
@@ -566,7 +570,7 @@ def _sweep(folder: Path) -> None:
     edits = folder / EDITS_FOLDER
     if edits.is_dir() and not any(edits.iterdir()):
         edits.rmdir()
-        _sync(folder)
+        sync_file(folder)
 
 
 def _leftovers(folder: Path) -> bool:
@@ -580,18 +584,19 @@ def _leftovers(folder: Path) -> bool:
 
 def _rename(source: Path, target: Path) -> None:
     os.rename(source, target)
-    _sync(target.parent)
+    sync_file(target.parent)
 
 
 def _replace_text(path: Path, text: str) -> None:
     staged = path.with_name(path.name + ".new")
     staged.write_text(text, encoding="utf-8")
-    _sync(staged)
+    sync_file(staged)
     os.replace(staged, path)
-    _sync(path.parent)
+    sync_file(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -601,7 +606,7 @@ def _sync(path: Path) -> None:
 
 def _sync_tree(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder, folder.parent, folder.parent.parent]:
-        _sync(path)
+        sync_file(path)
 
 
 # Records as text

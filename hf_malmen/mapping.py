@@ -98,6 +98,23 @@ def map_shifts(
     return found
 
 
+def direct_shifts(
+    shifts: Mapping[str, Shift], fan_in_fan_out: Iterable[str], tensors: Mapping[str, TensorEntry]
+) -> dict[str, TensorShift] | None:
+    """What `map_shifts` gives if the checkpoint stores each weight under its module's own name; None if it cannot.
+
+    A guess that costs nothing: whether these tensors are the modules' weights, their fingerprint tells.
+    """
+    flipped = set(fan_in_fan_out)
+    found = {f"{name}.weight": TensorShift(name, shift, name in flipped) for name, shift in shifts.items()}
+    for key, change in found.items():
+        shape = change.shift.shape if change.fan_in_fan_out else change.shift.shape[::-1]
+        if key not in tensors or tensors[key].shape != shape:
+            return None
+        check_editable(key, tensors[key], tensors)
+    return found or None
+
+
 def find_key(wanted: str, tensors: Iterable[str]) -> str:
     """The checkpoint's key for a weight.
 

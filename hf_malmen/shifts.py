@@ -4,6 +4,7 @@ A shift solved from n rows is S = PᵀD with P of shape (n, key_size) and D of s
 factors are far smaller than S, and they are a LoRA of rank n as they stand.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +126,7 @@ def add_rows(
     weight: Tensor,
     shift: Tensor,
     name: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, float]:
     """W + S, added in float32 (or the weight's wider dtype) and rounded once to the weight's dtype.
 
     Args:
@@ -134,19 +135,24 @@ def add_rows(
         name: the module, for error messages.
 
     Returns:
-        The rounded sum, a new tensor, and the sum before it was rounded.
+        The rounded sum, a new tensor, and what rounding cost: ‖rounded − (W + S)‖².
 
     Raises:
         NumericalError: the sum is not finite in the weight's dtype.
     """
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32  # float8 has no `promote_types`
-    total = weight.detach().to(wide) + shift.to(weight.device, wide)
+    shift = shift.to(weight.device, wide)
+    total = weight.detach().to(wide) + shift
     edited = total.to(weight.dtype)
-    # One number tells: a sum of finite values is finite, unless it overflows. Float8 has no sums of its own.
-    one = edited.to(wide).sum() if edited.element_size() == 1 else edited.sum(dtype=wide)
-    if not torch.isfinite(one) and not torch.isfinite(edited.to(wide)).all():
+    if weight.element_size() < 4:
+        rest = total.sub_(edited.to(wide))
+    else:  # next to this rounding that of the sum itself is everything
+        rest = (edited.double() - weight.double()).sub_(shift.double())
+    error = torch.linalg.vector_norm(rest).item() ** 2
+    # What overflows leaves a rest that is not finite, so one number tells.
+    if not math.isfinite(error) and not torch.isfinite(edited.to(wide)).all():
         raise NumericalError(f"{name}: the edited weight is not finite in {weight.dtype}. The weights are as before.")
-    return edited, total
+    return edited, error
 
 
 def check_shape(shift: Shift, fan_in_fan_out: bool, found: tuple[int, ...], name: str) -> None:

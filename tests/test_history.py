@@ -413,7 +413,7 @@ def test_no_room_for_the_originals(make_llama: Build, tmp_path: Path, monkeypatc
     refused(folder, action, CheckpointWriteError, "needs .* MiB .*has 0 MiB free. Nothing was written")
 
 
-@pytest.mark.parametrize("call", ["copy_bytes", "add_in_place", "_sync", "_rename", "_sync_tree"])
+@pytest.mark.parametrize("call", ["copy_bytes", "add_in_place", "sync_file", "_rename", "_sync_tree"])
 @pytest.mark.parametrize("number", [1, 2, 3])
 @pytest.mark.parametrize("operation", ["write", "undo", "undo of an earlier one"])
 def test_a_disk_that_fails(
