@@ -666,6 +666,8 @@ def _check_record(record: Record) -> None:
     names = [name for keys in record.modules.values() for name in keys]
     if sorted(names) != sorted(record.tensors):
         raise ValueError("its modules are not those of its tensors")
+    if not isinstance(summary.facts, list):
+        raise TypeError("its facts are no list")
     facts = [text for prompt, target in summary.facts for text in (prompt, target)]
     texts = [summary.created_at, summary.editor, summary.hf_malmen_version, *facts, *record.fan_in_fan_out]
     optional = (summary.base_model, summary.base_model_fingerprint, record.card_sha256)
