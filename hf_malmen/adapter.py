@@ -49,7 +49,8 @@ def save_lora(
         shifts: {module name: its shift}.
         fan_in_fan_out: modules stored as (key_size, value_size).
         base_model_name_or_path, revision: the base model, for the adapter's configuration.
-        task_type: PEFT's.
+        task_type: PEFT's. An adapter for `"SEQ_CLS"` names none: PEFT would want a trained head in it, and an edit leaves
+            the head as it is.
         rank: at most this rank; None takes 512.
 
     Returns:
@@ -94,7 +95,7 @@ def save_lora(
         base_model_name_or_path=base_model_name_or_path,
         revision=revision,
         fan_in_fan_out=bool(set(fan_in_fan_out)),
-        task_type=task_type,
+        task_type=None if task_type == "SEQ_CLS" else task_type,
         inference_mode=True,
     ).save_pretrained(str(folder))
     (folder / "lora_errors.json").write_text(json.dumps(errors, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from .configuration import EditorConfig
 from .errors import FactError
+from .tasks import Classes
 
-# Label of a position that predicts no target token: what PyTorch's cross-entropy ignores.
+# Label of a position that answers nothing: what PyTorch's cross-entropy ignores.
 IGNORED = -100
 
 
@@ -24,25 +25,31 @@ class TokenSequence:
     """One prompt with its target, as the model reads it.
 
     Attributes:
-        input_ids: all tokens but the last, which nothing has to follow.
-        labels: for each position, the target token it must predict, or `IGNORED`.
+        input_ids: what the model, or its encoder, reads. A causal language model reads the target too, all but its last
+            token, which nothing has to follow.
+        labels: what each position must answer with, or `IGNORED`: of the decoder's positions where there is a decoder
+            of its own, else of those of `input_ids`. A target token; or the class, at the token that its head reads.
+        decoder_input_ids: what the decoder of an encoder-decoder reads; else empty.
     """
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
+    decoder_input_ids: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:
-        """The tokens up to and including the one that predicts the first target token."""
+        """The tokens up to and including the one that predicts the first target token; of an encoder, all it reads."""
+        if self.decoder_input_ids:
+            return self.input_ids
         first = next(position for position, label in enumerate(self.labels) if label != IGNORED)
         return self.input_ids[: first + 1]
 
     @property
     def target_ids(self) -> tuple[int, ...]:
-        """The target's tokens."""
+        """The target's tokens; of a classifier, the class."""
         return tuple(label for label in self.labels if label != IGNORED)
 
 
@@ -51,20 +58,58 @@ class TokenBatch:
     """Sequences padded to one length.
 
     Attributes:
-        input_ids, attention_mask, labels: (n_sequences, length).
+        input_ids, attention_mask: (n_sequences, length).
+        labels: (n_sequences, length), or of the decoder's length where there is one.
+        decoder_input_ids, decoder_attention_mask: (n_sequences, decoder length) of an encoder-decoder, else None. The
+            two lengths differ.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+    decoder_input_ids: Tensor | None = None
+    decoder_attention_mask: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "TokenBatch":
-        """The same batch on `device`."""
-        return TokenBatch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+        """The same batch on `device`; as it is for "meta", where a model says it is whose weights are offloaded."""
+        if torch.device(device).type == "meta":
+            return self
+        tensors = (
+            self.input_ids,
+            self.attention_mask,
+            self.labels,
+            self.decoder_input_ids,
+            self.decoder_attention_mask,
+        )
+        moved: list[Any] = [None if tensor is None else tensor.to(device) for tensor in tensors]
+        return TokenBatch(*moved)
 
     def selected(self, token_selection: str) -> Tensor:  # (n_sequences, length), bool
-        """The traced tokens: `"answer"`, those that predict a target token; `"all"`, every unmasked one."""
-        return self.labels != IGNORED if token_selection == "answer" else self.attention_mask.bool()
+        """The traced tokens of `input_ids`.
+
+        `"answer"`: those that predict a target token, or that the class is read off; of an encoder, every unmasked one.
+        `"all"`: every unmasked one.
+        """
+        if token_selection == "answer" and self.decoder_input_ids is None:
+            return self.labels != IGNORED
+        return self.attention_mask.bool()
+
+    def traced_rows(self, token_selection: str, n_rows: int) -> Tensor | None:  # (n_rows,), bool
+        """Which of the `n_rows` rows that a module saw of this batch are traced tokens; None if it saw something else.
+
+        How many there are says what they are, since the two sides of an encoder-decoder never have one length: every
+        token of a side, padding included; one a sequence, as heads see that pool; or the unmasked tokens, as where
+        attention runs without padding.
+        """
+        mask, selected = self.attention_mask.bool(), self.selected(token_selection)
+        if n_rows == mask.numel():
+            return selected.flatten()
+        if self.decoder_attention_mask is not None:
+            decoder_mask = self.decoder_attention_mask.bool()
+            return decoder_mask.flatten() if n_rows == decoder_mask.numel() else None
+        if n_rows == len(mask):
+            return mask.any(dim=1)
+        return selected[mask] if n_rows == int(mask.sum()) else None
 
 
 class Tokenizer:
@@ -72,14 +117,26 @@ class Tokenizer:
 
     Args:
         tokenizer: the base model's.
-        config: supplies `prompt_template` or `use_chat_template`.
+        config: supplies `task_type` (None counts as `"CAUSAL_LM"`), `prompt_template` or `use_chat_template`.
         max_length: the most tokens the base model reads, or None for no limit.
+        decoder_start_token_id: what the decoder of an encoder-decoder reads first.
+        classes: those of a sequence classifier.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: EditorConfig, max_length: int | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: EditorConfig,
+        max_length: int | None = None,
+        *,
+        decoder_start_token_id: int | None = None,
+        classes: Classes | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.config = config
         self.max_length = max_length
+        self.decoder_start_token_id = decoder_start_token_id
+        self.classes = classes
         if config.use_chat_template and not getattr(tokenizer, "chat_template", None):
             raise ValueError(
                 "EditorConfig.use_chat_template is set, but the tokenizer has no chat template. "
@@ -87,11 +144,27 @@ class Tokenizer:
             )
 
     def __call__(self, prompt: str, target: str) -> TokenSequence:
-        """Tokenise `prompt` followed by `target`.
+        """Tokenise a prompt and its target.
 
         Raises:
-            FactError: longer than the model reads, or a target that leaves no token of its own.
+            FactError: longer than the model reads, a target that leaves no token of its own, or one that is no class.
         """
+        if self.config.task_type == "SEQ_2_SEQ_LM":
+            sequence = self._answered(prompt, target)
+        elif self.config.task_type == "SEQ_CLS":
+            sequence = self._classified(prompt, target)
+        else:
+            sequence = self._continued(prompt, target)
+        length = max(len(sequence.input_ids), len(sequence.decoder_input_ids))
+        if self.max_length is not None and length > self.max_length:
+            raise FactError(
+                f"The prompt {prompt[:60]!r}... takes {length} tokens with its target, and the model reads at "
+                f"most {self.max_length}. Shorten it; nothing is truncated silently."
+            )
+        return sequence
+
+    def _continued(self, prompt: str, target: str) -> TokenSequence:
+        """For a causal language model: the prompt, followed by its target."""
         text, start = self._join(prompt, target)
         ids, is_target = self._tokenize(text, start)
         if not any(is_target) or is_target[0]:
@@ -100,32 +173,71 @@ class Tokenizer:
                 "token that follows a prompt token. Check the tokenizer and the texts."
             )
         labels = [ids[i + 1] if is_target[i + 1] else IGNORED for i in range(len(ids) - 1)]
-        if self.max_length is not None and len(labels) > self.max_length:
-            raise FactError(
-                f"The prompt {prompt[:60]!r}... takes {len(labels)} tokens with its target, and the model reads at "
-                f"most {self.max_length}. Shorten it; nothing is truncated silently."
-            )
         return TokenSequence(tuple(ids[:-1]), tuple(labels))
+
+    def _answered(self, prompt: str, target: str) -> TokenSequence:
+        """For an encoder-decoder: the prompt for the encoder; for the decoder the target, shifted right by one.
+
+        A special token that the tokenizer puts before the target is read by the decoder and not asked of it, and one
+        after it, such as an end token, is neither.
+        """
+        if self.decoder_start_token_id is None:
+            raise ValueError(
+                "An encoder-decoder needs the token that its decoder starts with, and its configuration names none. "
+                "Set model.config.decoder_start_token_id (for T5, to tokenizer.pad_token_id)."
+            )
+        ids, is_target = self._tokenize(target.strip(), 0)
+        if not any(is_target):
+            raise FactError(f"The target {target!r} gives the tokens {ids}, none of them its own. Check the tokenizer.")
+        labels = [token if flag else IGNORED for token, flag in zip(ids, is_target, strict=True)]
+        return TokenSequence(self._prompt_ids(prompt), tuple(labels), (self.decoder_start_token_id, *ids[:-1]))
+
+    def _classified(self, prompt: str, target: str) -> TokenSequence:
+        """For a sequence classifier: the prompt, and the class at the token that the head reads."""
+        if self.classes is None:
+            raise ValueError("A classifier's facts need its classes. Use EditorModel.tokenizer_for(model, tokenizer).")
+        ids = self._prompt_ids(prompt)
+        position = self.classes.position(ids)
+        labels = [IGNORED] * len(ids)
+        labels[position] = self.classes.index(target)
+        return TokenSequence(ids, tuple(labels))
 
     @property
     def pad_token_id(self) -> int:
-        """The padding token, or 0: masked positions are never read, so any valid id serves."""
+        """The padding token, or 0: masked positions are never read, so any valid id serves.
+
+        A classifier's own, where its head finds the last token by what is not padding.
+        """
+        if self.classes is not None and self.classes.pad_token_id is not None:
+            return self.classes.pad_token_id
         return 0 if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
 
-    def pad(self, sequences: Sequence[TokenSequence], side: str | None = None) -> TokenBatch:
-        """Stack sequences, padding on `side`, the tokenizer's own by default."""
-        length = max(map(len, sequences))
-        left = (side or self.tokenizer.padding_side) == "left"
+    def pad(self, sequences: Sequence[TokenSequence], side: str = "right") -> TokenBatch:
+        """Stack sequences, padding on `side`.
 
-        def stack(rows: list[Sequence[int]], fill: int) -> Tensor:
+        On the right every model counts its positions as it does without padding, whatever its tokenizer prefers; the
+        left is for generation.
+        """
+        length = max(map(len, sequences))
+
+        def stack(rows: Sequence[Sequence[int]], fill: int, length: int = length) -> Tensor:
             padding = [[fill] * (length - len(row)) for row in rows]
-            joined = [[*pad, *row] if left else [*row, *pad] for row, pad in zip(rows, padding, strict=True)]
+            joined = [[*pad, *row] if side == "left" else [*row, *pad] for row, pad in zip(rows, padding, strict=True)]
             return torch.tensor(joined, dtype=torch.long)
 
+        ids, labels = [s.input_ids for s in sequences], [s.labels for s in sequences]
+        mask = stack([[1] * len(s) for s in sequences], 0)
+        if not sequences[0].decoder_input_ids:
+            return TokenBatch(stack(ids, self.pad_token_id), mask, stack(labels, IGNORED))
+        decoder_ids = [s.decoder_input_ids for s in sequences]
+        decoder_length = max(map(len, decoder_ids))
+        decoder_length += decoder_length == length  # by which a module's rows tell its side
         return TokenBatch(
-            stack([s.input_ids for s in sequences], self.pad_token_id),
-            stack([[1] * len(s) for s in sequences], 0),
-            stack([s.labels for s in sequences], IGNORED),
+            stack(ids, self.pad_token_id),
+            mask,
+            stack(labels, IGNORED, decoder_length),
+            stack(decoder_ids, self.pad_token_id, decoder_length),
+            stack([[1] * len(row) for row in decoder_ids], 0, decoder_length),
         )
 
     def batches(self, sequences: Sequence[TokenSequence], batch_size: int) -> Iterator[tuple[list[int], TokenBatch]]:
@@ -151,14 +263,28 @@ class Tokenizer:
             messages = [user, {"role": "assistant", "content": target.strip()}]
             text = self._render(messages, continue_final_message=True)
             return text, len(text) - len(target.strip())
-        if self.config.prompt_template is not None:
-            # Not `format`: a template may hold other braces, such as those of JSON, and so may a prompt.
-            prompt = self.config.prompt_template.replace("{prompt}", prompt)
+        prompt = self._in_template(prompt)
         # The space belongs to the target: byte-level tokenizers merge it into the target's first token. Trailing
         # space in the prompt would split that token in two, which models have hardly seen.
         stripped = prompt.rstrip(" ")
         separator = "" if stripped.endswith(("\n", "\t")) else " "
         return stripped + separator + target.strip(), len(stripped)
+
+    def _prompt_ids(self, prompt: str) -> tuple[int, ...]:
+        """The tokens of a prompt that no target follows, with the special tokens of a whole text."""
+        if self.config.use_chat_template:
+            text = self._render([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        else:
+            text = self._in_template(prompt)
+        ids = tuple(self.tokenizer(text, add_special_tokens=not self.config.use_chat_template)["input_ids"])
+        if not ids:
+            raise FactError(f"The prompt {prompt!r} gives no tokens. Check the tokenizer and the text.")
+        return ids
+
+    def _in_template(self, prompt: str) -> str:
+        # Not `format`: a template may hold other braces, such as those of JSON, and so may a prompt.
+        template = self.config.prompt_template
+        return prompt if template is None else template.replace("{prompt}", prompt)
 
     def _render(self, messages: list[dict[str, str]], **kwargs: Any) -> str:
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)

@@ -15,7 +15,7 @@ from .version import __version__
 # The layout of what `EditorModel.save_pretrained` writes. Raised when an older release could misread a newer editor.
 FORMAT_VERSION = 1
 
-TASK_TYPES = ("CAUSAL_LM",)
+TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")
 TOKEN_SELECTIONS = ("answer", "all")
 FINGERPRINT_POLICIES = ("warn", "error", "ignore")
 # How alike a keyword must be to a field to be taken for a slip: two letters swapped in a word of four ("rnak") are.
@@ -48,13 +48,15 @@ class EditorConfig(PreTrainedConfig):
 
     Args:
         method: preset of the pipeline, one of `METHODS` (`"malmen"`, `"mend"`).
-        base_model_name_or_path: the language model this editor edits. Filled by `EditorModel.from_base`.
+        base_model_name_or_path: the model this editor edits. Filled by `EditorModel.from_base`.
         base_model_revision: its revision on the Hub, if it came from there.
         base_model_fingerprint: SHA-256 of the target weights it was made for. Filled by `EditorModel.from_base`.
         fingerprint_policy: what `apply` does when the base's target weights differ: `"warn"`, `"error"` or `"ignore"`.
-        task_type: PEFT's task type.
+        task_type: PEFT's: `"CAUSAL_LM"`, `"SEQ_2_SEQ_LM"` (an encoder-decoder) or `"SEQ_CLS"` (a sequence
+            classifier). `None` is read off the base model by `EditorModel.from_base`.
         target_modules: names or PEFT-style suffixes of the layers to edit, such as `["mlp.down_proj"]`. `None` picks
-            the second feed-forward linear of the last six blocks. Expanded to full names by `EditorModel.from_base`.
+            the second feed-forward linear of the last six blocks, of an encoder-decoder that of the last three blocks
+            of each side. Expanded to full names by `EditorModel.from_base`.
         layers_to_transform: keep only the targets in these blocks (indices as PEFT counts them).
         module_shapes: `{module name: [key_size, value_size]}`. Filled by `EditorModel.from_base`.
         fan_in_fan_out: names of the targets that store their weight as (key_size, value_size), as GPT-2's `Conv1D`
@@ -67,7 +69,9 @@ class EditorConfig(PreTrainedConfig):
             0, as in the paper, asks for none. Method `"malmen"` only. Each costs `key_size` floats a layer.
         preservation: initial κ, the weight of that request, learned per layer: the least squares minimises
             ‖U S − D‖² + λ ‖S‖² + (κ / n_preserved_keys) ‖K₀ S‖².
-        token_selection: traced tokens, `"answer"` or `"all"`; `None` takes the method's own.
+        token_selection: traced tokens, `"answer"` or `"all"`; `None` takes the method's own. `"answer"` is, for a
+            causal language model, the tokens that predict a target token; for an encoder-decoder, all tokens of the
+            side that a layer sits in; for a classifier, the token that its head reads.
         prompt_template: text with `{prompt}` in it, put around every prompt, such as `"Q: {prompt}\\nA:"`.
         use_chat_template: wrap every prompt as a user message in the tokenizer's chat template.
 
@@ -83,7 +87,7 @@ class EditorConfig(PreTrainedConfig):
     base_model_revision: str | None = None
     base_model_fingerprint: str | None = None
     fingerprint_policy: str = "warn"
-    task_type: str = "CAUSAL_LM"
+    task_type: str | None = None
     target_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     module_shapes: dict[str, list[int]] | None = None
@@ -164,7 +168,7 @@ class EditorConfig(PreTrainedConfig):
     def _check_choices(self) -> None:
         allowed = {
             "method": tuple(METHODS),
-            "task_type": TASK_TYPES,
+            "task_type": (None, *TASK_TYPES),
             "token_selection": (None, *TOKEN_SELECTIONS),
             "fingerprint_policy": FINGERPRINT_POLICIES,
             "use_chat_template": (True, False),

@@ -25,7 +25,7 @@ from .hub import push_folder
 from .model_card import N_FACTS_SHOWN, EditSummary, describe_maker, hub_id, render_edit_card
 from .shards import parse_json
 from .shifts import Shift, add, add_rows, blocks, check_shape, dense, load_shifts, materialise, save_shifts
-from .targets import check_targets, fingerprint, is_fan_in_fan_out, weight_of
+from .targets import check_targets, fingerprint, is_fan_in_fan_out, plain_model, target_module, weight_of
 from .version import __version__
 
 # The layout of what `Edit.save_pretrained` writes.
@@ -68,6 +68,7 @@ class Edit:
         layers: {module name: its shift, float32 on the CPU: dense, or as the factors of a solve from few tokens}.
         fan_in_fan_out: the modules that store their weight as (key_size, value_size).
         facts: the facts written.
+        task_type: PEFT's task type of the model.
         base_model_name_or_path, base_model_revision, base_model_fingerprint: the model they are for.
         editor: what made the shifts: method, name, revision, version, and the learned λ and η of each layer.
         created_at: ISO 8601, UTC.
@@ -80,6 +81,7 @@ class Edit:
         *,
         fan_in_fan_out: Iterable[str] = (),
         facts: Iterable[Fact] = (),
+        task_type: str = "CAUSAL_LM",
         base_model_name_or_path: str | None = None,
         base_model_revision: str | None = None,
         base_model_fingerprint: str | None = None,
@@ -92,6 +94,7 @@ class Edit:
         }
         self.fan_in_fan_out = sorted(fan_in_fan_out)
         self.facts = list(facts)
+        self.task_type = task_type
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
         self.base_model_fingerprint = base_model_fingerprint
@@ -122,7 +125,7 @@ class Edit:
         Edits stack. All of them, or none, are written: after an error the weights are as they were.
 
         Args:
-            model: a model with these modules.
+            model: a model with these modules. Of a compiled one, or one with PEFT adapters, the base weights change.
             on_fingerprint_mismatch: `"warn"`, `"error"` or `"ignore"` when its target weights are not those the edit
                 was made for. Weights replaced by edits in force count as they were before those.
 
@@ -136,6 +139,7 @@ class Edit:
         """
         if self.in_force:
             raise EditStateError("This edit is in force already. Call undo() first, or load the edit a second time.")
+        model = plain_model(model)
         self._check_fits(model)
         wanted = self.base_model_fingerprint
         check_fingerprint(model, wanted, self.layers, on_fingerprint_mismatch, "The edit", self._base())
@@ -177,7 +181,7 @@ class Edit:
         application = _Application(self)
         try:
             for name, shift in self.layers.items():
-                weight = weight_of(model, name)
+                weight = weight_of(model, name, to_write=True)
                 application.originals[name] = weight.detach().clone()
                 for start, stop, rows in blocks(shift.to(weight.device), name in self.fan_in_fan_out):
                     weight[start:stop], _ = add_rows(weight[start:stop], rows, name)
@@ -195,9 +199,10 @@ class Edit:
         check_targets(model, self.layers)
         for name, shift in self.layers.items():
             flipped = name in self.fan_in_fan_out
-            if is_fan_in_fan_out(model.get_submodule(name)) != flipped:
+            module = target_module(model, name)
+            if is_fan_in_fan_out(module) != flipped:
                 raise ModelMismatchError(
-                    f"{name} is a {type(model.get_submodule(name)).__name__}, stored the other way round than in the "
+                    f"{name} is a {type(module).__name__}, stored the other way round than in the "
                     "model the edit was made for. Load the edit's own base model."
                 )
             check_shape(shift, flipped, tuple(weight_of(model, name).shape), name)
@@ -300,6 +305,7 @@ class Edit:
             fan_in_fan_out=self.fan_in_fan_out,
             base_model_name_or_path=self.base_model_name_or_path,
             revision=self.base_model_revision,
+            task_type=self.task_type,
             rank=rank,
         )
 
@@ -325,6 +331,7 @@ class Edit:
             shifts,
             fan_in_fan_out={*self.fan_in_fan_out, *other.fan_in_fan_out},
             facts=[*self.facts, *other.facts],
+            task_type=self.task_type,
             base_model_name_or_path=self.base_model_name_or_path,
             base_model_revision=self.base_model_revision,
             base_model_fingerprint=self.base_model_fingerprint,
@@ -354,6 +361,7 @@ class Edit:
             "fan_in_fan_out": self.fan_in_fan_out,
             "hf_malmen_version": __version__,
             "measured": self.measured,
+            "task_type": self.task_type,
         }
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         (folder / _CONFIG_FILE).write_text(text, encoding="utf-8")
@@ -506,6 +514,7 @@ def check_fingerprint(
 
 def base_fingerprint(model: nn.Module, names: Iterable[str]) -> str:
     """Fingerprint of the target weights as they were before any edit in force."""
+    model = plain_model(model)
     originals: dict[str, Tensor] = {}
     for application in reversed(_in_force.get(model, [])):
         originals |= application.originals

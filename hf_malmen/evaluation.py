@@ -1,102 +1,153 @@
 """What a model answers before and after an edit, and the metrics over it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor, no_grad
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .batches import TokenBatch, Tokenizer, TokenSequence
 from .edit import Edit
 from .facts import Fact
-from .tracing import answer_logits, in_eval_mode
+from .scoring import answers, bootstrap_intervals, contains, token_accuracy
+from .tracing import answer_logits, in_eval_mode, input_device
 
-# Tokens generated beyond the longest target of a batch: an answer may be spelled with more tokens than expected.
-_EXTRA_TOKENS = 2
+if TYPE_CHECKING:
+    import datasets
 
+# Tokens generated beyond those of the expected answer, which may be spelled with more of them.
+DEFAULT_EXTRA_TOKENS = 2
+DEFAULT_RESAMPLES = 10_000
 
-@dataclass
-class Probes:
-    """Prompts of one kind, with the answers expected of them.
+Pair: TypeAlias = tuple[str, str]  # a prompt, and an answer to it
 
-    Attributes:
-        prompts, expected: one a probe.
-        groups: the fact each probe belongs to.
-    """
-
-    prompts: list[str] = field(default_factory=list)
-    expected: list[str] = field(default_factory=list)
-    groups: list[int] = field(default_factory=list)
-
-    def add(self, prompt: str, expected: str, group: int) -> None:
-        """Add a probe."""
-        self.prompts.append(prompt)
-        self.expected.append(expected)
-        self.groups.append(group)
+# Metric: the kind of prompt whose answers it scores.
+_ANSWERED = {
+    "edit_success": "edit",
+    "generalization": "rephrase",
+    "locality": "unrelated",
+    "unrelated_accuracy": "unrelated",
+    "portability": "portability",
+}
+# Metric: the kind of prompt at which the target competes with another answer.
+_CONTESTED = {"efficacy": "edit", "paraphrase": "rephrase", "neighborhood": "neighborhood"}
 
 
-@dataclass
-class Answers:
-    """What a model answers to some probes.
+@dataclass(frozen=True)
+class Answer:
+    """What a model answers to a prompt of which an answer is expected.
 
     Attributes:
-        tokens: the most likely token at each answer position, teacher-forced; one list a probe.
-        texts: freely generated answers, or None if none were generated.
+        expected: tokens of the expected answer; of a classifier, the class.
+        predicted: the most likely token at each of their positions, given the true ones before it.
+        log_probability: log p(expected answer | prompt), summed over its tokens.
+        text: the freely generated answer, or None if none was generated.
     """
 
-    tokens: list[list[int]]
-    texts: list[str] | None
+    expected: tuple[int, ...]
+    predicted: list[int]
+    log_probability: float
+    text: str | None
 
 
-def probes_of(facts: Sequence[Fact]) -> dict[str, Probes]:
-    """The edited prompts, their rephrases, and the unrelated prompts of `facts`, those kinds that there are."""
-    edit, rephrase, unrelated = Probes(), Probes(), Probes()
-    for number, fact in enumerate(facts):
-        edit.add(fact.prompt, fact.target, number)
-        for text in fact.rephrases:
-            rephrase.add(text, fact.target, number)
-        if fact.unrelated_prompt is not None and fact.unrelated_answer is not None:
-            unrelated.add(fact.unrelated_prompt, fact.unrelated_answer, number)
-    kinds = {"edit": edit, "rephrase": rephrase, "unrelated": unrelated}
-    return {kind: probes for kind, probes in kinds.items() if probes.prompts}
+@dataclass(frozen=True)
+class Evaluation:
+    """What an edit does, in numbers and fact by fact.
+
+    Attributes:
+        scores: {metric: average over the facts that have what it measures}; the names are those of `measure_edit`.
+        intervals: {metric: (low, high)}, 95 % bootstrap intervals of these averages over facts.
+        per_fact: one row a fact. `fact` (its number), `prompt`, `target`, `ground_truth`; what the edited prompt is
+            answered with, teacher-forced (`predicted`) and freely (`generated`), before (`_before`) and after the edit;
+            one column a metric, empty where a fact does not have what it measures; and `probes`, all prompts of the
+            fact, each with its kind, the expected answer, its probability, and the same answers.
+    """
+
+    scores: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    per_fact: "datasets.Dataset"
+
+
+def questions(fact: Fact) -> dict[str, list[Pair]]:
+    """{kind of prompt: prompts with their expected answers}, those kinds that `fact` has."""
+    asked: dict[str, list[Pair]] = {
+        "edit": [(fact.prompt, fact.target)],
+        "rephrase": [(text, fact.target) for text in fact.rephrases],
+        "portability": list(fact.portability),
+    }
+    if fact.unrelated_prompt is not None and fact.unrelated_answer is not None:
+        asked["unrelated"] = [(fact.unrelated_prompt, fact.unrelated_answer)]
+    return {kind: pairs for kind, pairs in asked.items() if pairs}
+
+
+def contests(fact: Fact) -> dict[str, list[tuple[str, str, str]]]:
+    """{metric: (prompt, answer that is to win, answer that is to lose)}, those that `fact` has."""
+    fought = {"neighborhood": [(prompt, answer, fact.target) for prompt, answer in fact.neighborhood]}
+    if fact.ground_truth:
+        prompts = {"efficacy": [fact.prompt], "paraphrase": list(fact.rephrases)}
+        for metric, texts in prompts.items():
+            fought[metric] = [(text, fact.target, fact.ground_truth) for text in texts]
+    # An answer cannot be more likely than itself.
+    fought = {
+        metric: [contest for contest in entries if contest[1] != contest[2]] for metric, entries in fought.items()
+    }
+    return {metric: entries for metric, entries in fought.items() if entries}
 
 
 def n_measured(facts: Sequence[Fact], metric: str) -> int:
-    """How many of `facts` have what `metric`, with any suffix, measures: rephrases, or an unrelated prompt."""
-    if metric.startswith("generalization"):
-        return sum(bool(fact.rephrases) for fact in facts)
-    if metric.startswith(("locality", "unrelated_accuracy")):
-        return sum(fact.unrelated_prompt is not None for fact in facts)
+    """How many of `facts` have what `metric`, with any suffix, measures, such as rephrases or an unrelated prompt."""
+    for name, kind in _ANSWERED.items():
+        if metric.startswith(name):
+            return sum(kind in questions(fact) for fact in facts)
+    for name in _CONTESTED:
+        if metric.startswith(name):
+            return sum(name in contests(fact) for fact in facts)
     return len(facts)
 
 
 def answer(
     model: PreTrainedModel,
     tokenize: Tokenizer,
-    probes: Probes,
+    pairs: Sequence[Pair],
     *,
     batch_size: int,
-    generate: bool,
-) -> Answers:
-    """Put the probes to the model, teacher-forced and, with `generate`, by greedy free generation."""
-    pairs = zip(probes.prompts, probes.expected, strict=True)
+    generate: Collection[Pair] = (),
+    n_extra_tokens: int = DEFAULT_EXTRA_TOKENS,
+) -> dict[Pair, Answer]:
+    """Put prompts to the model, teacher-forced with the expected answers, and by greedy free generation.
+
+    Args:
+        model: as before afterwards.
+        tokenize: puts prompt and answer together.
+        pairs: prompts with their expected answers, each pair once.
+        batch_size: sequences a pass.
+        generate: those of `pairs` whose prompts are answered freely too.
+        n_extra_tokens: length of a free answer, in tokens beyond those of the expected one.
+    """
     sequences = [tokenize(prompt, expected) for prompt, expected in pairs]
-    tokens: list[list[int]] = [[] for _ in sequences]
-    texts = [""] * len(sequences)
+    found: dict[Pair, Answer] = {}
     # Not `frozen`: where no gradient of the weights is wanted, PyTorch multiplies the one position that `generate` asks
     # for by a copy of the vocabulary projection for each sequence, which is nine times slower.
-    with in_eval_mode(model), torch.no_grad(), logging.tqdm(total=len(sequences), unit=" prompts", leave=False) as bar:
+    with in_eval_mode(model), no_grad(), logging.tqdm(total=len(sequences), unit=" prompts", leave=False) as bar:
         for chosen, batch in tokenize.batches(sequences, batch_size):
-            predicted = iter(answer_logits(model, batch.to(model.device))[0].argmax(-1).tolist())
+            logits, targets = answer_logits(model, batch.to(input_device(model)))
+            predicted = iter(logits.argmax(-1).tolist())
+            log_probabilities = iter(_log_probabilities(logits, targets).tolist())
+            freely = [i for i in chosen if pairs[i] in generate]
+            texts = _generate(model, tokenize, [sequences[i] for i in freely], n_extra_tokens) if freely else []
+            text_of = dict(zip(freely, texts, strict=True))
             for i in chosen:
-                tokens[i] = [next(predicted) for _ in sequences[i].target_ids]
-            if generate:
-                for i, text in zip(chosen, _generate(model, tokenize, [sequences[i] for i in chosen]), strict=True):
-                    texts[i] = text
+                expected = sequences[i].target_ids
+                tokens = [next(predicted) for _ in expected]
+                log_probability = math.fsum(next(log_probabilities) for _ in expected)
+                found[pairs[i]] = Answer(expected, tokens, log_probability, text_of.get(i))
             bar.update(len(chosen))
-    return Answers(tokens, texts if generate else None)
+    return found
 
 
 def evaluate_edit(
@@ -107,68 +158,232 @@ def evaluate_edit(
     *,
     batch_size: int,
     generate: bool,
+    probabilities: bool = False,
 ) -> dict[str, float]:
-    """Metrics of `edit` on `facts`, before and after. The model is as before afterwards.
+    """The scores of `measure_edit` alone."""
+    settings: dict[str, Any] = {"batch_size": batch_size, "generate": generate, "probabilities": probabilities}
+    return measure_edit(model, edit, facts, tokenize, **settings).scores
 
-    Returns:
-        See `EditorModel.evaluate`.
+
+def measure_edit(
+    model: PreTrainedModel,
+    edit: Edit,
+    facts: Sequence[Fact],
+    tokenize: Tokenizer,
+    *,
+    batch_size: int,
+    generate: bool = False,
+    probabilities: bool = False,
+    n_extra_tokens: int = DEFAULT_EXTRA_TOKENS,
+    n_resamples: int = DEFAULT_RESAMPLES,
+    seed: int = 0,
+) -> Evaluation:
+    """Measure `edit` on `facts`, before and after. The model is as before afterwards.
+
+    Scores average over the prompts of a fact first, then over the facts that have such prompts:
+
+    - `edit_success`, `generalization`, `unrelated_accuracy`, `portability`: share of the expected tokens predicted at
+      the edited prompts, their rephrases, the unrelated prompts, and the prompts whose answers follow from the fact.
+    - `locality`: share of the unrelated answers' tokens that are predicted as before the edit.
+    - These with `_generated` appended: share of freely generated answers that open with the expected one (`locality`:
+      with the one before the edit), words compared as in SQuAD. With `_contained`, except `locality`: share of them
+      that hold the expected one anywhere.
+    - `efficacy`, `paraphrase`: share of edited prompts, and of rephrases, with p(target) > p(ground truth).
+      `neighborhood`: share of neighborhood prompts with p(their own answer) > p(target). With `_magnitude` appended:
+      the first of these probabilities less the second, in [−1, 1]. Probabilities are of whole answers.
+    - All with `_before` appended: the value before the edit.
+
+    Args:
+        model: the live base model.
+        edit: not in force on it.
+        facts: what to measure on; `portability`, `neighborhood` and the rest are measured where facts have them.
+        tokenize: as the editor tokenises.
+        batch_size: sequences a pass of the language model. Does not change the result.
+        generate: measure by free generation too.
+        probabilities: compare the probabilities of answers too, where facts have a ground truth or a neighborhood. One
+            more prompt to put to the model for each edited prompt and rephrase, and two for each neighborhood prompt.
+        n_extra_tokens: length of a free answer, in tokens beyond those of the expected one. More of them find more
+            answers that are not the first words, and make the generated locality stricter.
+        n_resamples: bootstrap resamples.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: free generation from a model that does not generate.
     """
-    probes = probes_of(facts)
-    settings: dict[str, Any] = {"batch_size": batch_size, "generate": generate}
-    before = {kind: answer(model, tokenize, probes[kind], **settings) for kind in probes}
+    if generate and not model.can_generate():
+        raise ValueError(f"{type(model).__name__} does not generate text. Measure it with generate=False.")
+    asked = [[pair for pairs in questions(fact).values() for pair in pairs] for fact in facts]
+    probes = [_probes(fact, probabilities) for fact in facts]
+    settings: dict[str, Any] = {
+        "batch_size": batch_size,
+        "generate": {pair for pairs in asked for pair in pairs} if generate else (),
+        "n_extra_tokens": n_extra_tokens,
+    }
+    pairs = list(dict.fromkeys(pair for of_fact in probes for pair in of_fact))  # facts may share prompts
+    before = answer(model, tokenize, pairs, **settings)
     with edit.applied_to(model, on_fingerprint_mismatch="ignore"):
-        after = {kind: answer(model, tokenize, probes[kind], **settings) for kind in probes}
-    scores = score(probes, tokenize, before, after)
-    return scores | {f"{name}_before": value for name, value in score(probes, tokenize, before, before).items()}
+        after = answer(model, tokenize, pairs, **settings)
+    rows = []
+    for fact in facts:
+        scores = _scores(fact, after, before, probabilities)
+        untouched = _scores(fact, before, before, probabilities)
+        rows.append(scores | {f"{name}_before": value for name, value in untouched.items()})
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    measured = np.array([[name in row for name in names] for row in rows])
+    values = np.array([[row.get(name, 0.0) for name in names] for row in rows])
+    means = (values.sum(axis=0) / measured.sum(axis=0)).tolist()
+    ends = bootstrap_intervals(values, measured, n_resamples=n_resamples, seed=seed).tolist()
+    return Evaluation(
+        dict(zip(names, means, strict=True)),
+        {name: (low, high) for name, (low, high) in zip(names, ends, strict=True)},
+        _table(facts, probes, names, rows, tokenize, before, after),
+    )
 
 
-def score(
-    probes: dict[str, Probes], tokenize: Tokenizer, before: dict[str, Answers], after: dict[str, Answers]
+def _probes(fact: Fact, probabilities: bool) -> dict[Pair, str]:
+    """{prompt with an answer: the kind of the prompt}, the edited prompt first."""
+    probes = {pair: kind for kind, pairs in questions(fact).items() for pair in pairs}
+    if probabilities:
+        for metric, contested in contests(fact).items():
+            for prompt, *rivals in contested:
+                for rival in rivals:
+                    probes.setdefault((prompt, rival), _CONTESTED[metric])
+    return probes
+
+
+def _scores(
+    fact: Fact, after: Mapping[Pair, Answer], before: Mapping[Pair, Answer], probabilities: bool
 ) -> dict[str, float]:
-    """The four metrics of the answers `after`, teacher-forced and (name + `_generated`) by free generation."""
-    from .metrics.edit_success.edit_success import EditSuccess
-    from .metrics.generalization.generalization import Generalization
-    from .metrics.locality.locality import Locality
-    from .metrics.unrelated_accuracy.unrelated_accuracy import UnrelatedAccuracy
-
-    rows = [
-        (EditSuccess, "edit", None),
-        (Generalization, "rephrase", None),
-        (Locality, "unrelated", before),
-        (UnrelatedAccuracy, "unrelated", None),
-    ]
+    """The scores of one fact by the answers `after`, the `locality` of which is compared with those `before`."""
     scores: dict[str, float] = {}
-    for metric, kind, reference in rows:
-        if kind not in probes:
+    asked = questions(fact)
+    for metric, kind in _ANSWERED.items():
+        if kind not in asked:
             continue
-        pairs = zip(probes[kind].prompts, probes[kind].expected, strict=True)
-        expected = [list(tokenize(prompt, text).target_ids) for prompt, text in pairs]
-        references = reference[kind].tokens if reference else expected
-        inputs = {"predictions": after[kind].tokens, "references": references, "groups": probes[kind].groups}
-        scores |= metric(config_name="tokens", keep_in_memory=True).compute(**inputs)
-        if after[kind].texts is not None:
-            references_text = reference[kind].texts if reference else probes[kind].expected
-            inputs = {"predictions": after[kind].texts, "references": references_text, "groups": probes[kind].groups}
-            result = metric(config_name="text", keep_in_memory=True).compute(**inputs)
-            scores |= {f"{name}_generated": value for name, value in result.items()}
+        given = [after[pair] for pair in asked[kind]]
+        if metric == "locality":
+            tokens: list[Sequence[int]] = [before[pair].predicted for pair in asked[kind]]
+            texts = [before[pair].text or "" for pair in asked[kind]]
+        else:
+            tokens, texts = [entry.expected for entry in given], [expected for _, expected in asked[kind]]
+        scores[metric] = _mean([token_accuracy(a.predicted, t) for a, t in zip(given, tokens, strict=True)])
+        generated = [entry.text for entry in given if entry.text is not None]
+        if generated:
+            rules = {"generated": answers} if metric == "locality" else {"generated": answers, "contained": contains}
+            for suffix, rule in rules.items():
+                scores[f"{metric}_{suffix}"] = _mean([rule(g, t) for g, t in zip(generated, texts, strict=True)])
+    for metric, contested in contests(fact).items() if probabilities else ():
+        rivals = [(after[prompt, winner], after[prompt, loser]) for prompt, winner, loser in contested]
+        pairs = [(winner.log_probability, loser.log_probability) for winner, loser in rivals]
+        scores[metric] = _mean([float(won > lost) for won, lost in pairs])
+        scores[f"{metric}_magnitude"] = _mean([math.exp(won) - math.exp(lost) for won, lost in pairs])
     return scores
 
 
-def _generate(model: PreTrainedModel, tokenize: Tokenizer, sequences: Sequence[TokenSequence]) -> list[str]:
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _table(
+    facts: Sequence[Fact],
+    probes: Sequence[Mapping[Pair, str]],
+    names: Sequence[str],
+    rows: Sequence[Mapping[str, float]],
+    tokenize: Tokenizer,
+    before: Mapping[Pair, Answer],
+    after: Mapping[Pair, Answer],
+) -> "datasets.Dataset":
+    """The `per_fact` of an `Evaluation`."""
+    import datasets  # takes a second, and only evaluation needs it
+
+    def shown(pair: Pair) -> dict[str, Any]:
+        columns: dict[str, Any] = {}
+        for suffix, found in (("_before", before[pair]), ("", after[pair])):
+            columns[f"predicted{suffix}"] = _spelled(tokenize, found.predicted)
+            columns[f"generated{suffix}"] = found.text
+        return columns
+
+    edited = [shown((fact.prompt, fact.target)) for fact in facts]
+    columns: dict[str, list[Any]] = {
+        "fact": list(range(len(facts))),
+        "prompt": [fact.prompt for fact in facts],
+        "target": [fact.target for fact in facts],
+        "ground_truth": [fact.ground_truth for fact in facts],
+        **{column: [row[column] for row in edited] for column in edited[0]},
+        **{name: [row.get(name) for row in rows] for name in names},
+        "probes": [
+            [
+                {
+                    "kind": kind,
+                    "prompt": pair[0],
+                    "expected": pair[1],
+                    "probability_before": math.exp(before[pair].log_probability),
+                    "probability": math.exp(after[pair].log_probability),
+                    **shown(pair),
+                }
+                for pair, kind in of_fact.items()
+            ]
+            for of_fact in probes
+        ],
+    }
+    # Declared, so that a column in which nothing stands has its type too.
+    text, number = datasets.Value("string"), datasets.Value("float64")
+    answered = dict.fromkeys(edited[0], text)
+    probe = {"kind": text, "prompt": text, "expected": text, "probability_before": number, "probability": number}
+    features = datasets.Features(
+        {
+            "fact": datasets.Value("int64"),
+            **dict.fromkeys(("prompt", "target", "ground_truth", *answered), text),
+            **dict.fromkeys(names, number),
+            "probes": datasets.List(probe | answered),
+        }
+    )
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def _log_probabilities(
+    logits: Tensor,  # (n_tokens, vocabulary)
+    tokens: Tensor,  # (n_tokens,)
+) -> Tensor:  # (n_tokens,)
+    return -F.cross_entropy(logits, tokens, reduction="none")
+
+
+def _spelled(tokenize: Tokenizer, predicted: list[int]) -> str:
+    """Predicted tokens as text; of a classifier, the label."""
+    if tokenize.classes is None:
+        return str(tokenize.tokenizer.decode(predicted))
+    labels = {index: label for label, index in tokenize.classes.ids.items()}
+    return labels.get(predicted[0], str(predicted[0]))
+
+
+def _generate(
+    model: PreTrainedModel, tokenize: Tokenizer, sequences: Sequence[TokenSequence], n_extra_tokens: int
+) -> list[str]:
+    # What is generated follows the prompt, which must not end in padding; or the first token that the decoder reads.
+    follows = not model.config.is_encoder_decoder
     prompts = [TokenSequence(s.prompt_ids, s.prompt_ids) for s in sequences]
-    batch: TokenBatch = tokenize.pad(prompts, side="left").to(model.device)
-    n_new = max(len(s.target_ids) for s in sequences) + _EXTRA_TOKENS
+    batch: TokenBatch = tokenize.pad(prompts, side="left" if follows else "right").to(input_device(model))
+    n_read = batch.input_ids.shape[1] if follows else 1
+    lengths = [len(s.target_ids) + n_extra_tokens for s in sequences]
+    n_new = max(lengths)
     if tokenize.max_length is not None:
-        room = tokenize.max_length - batch.input_ids.shape[1] + 1  # the last token is generated, and not read
+        room = tokenize.max_length - n_read + 1  # the last token is generated, and not read
         if room < n_new and len(sequences) > 1:  # the longest prompt must not cut the longest answer
-            return [text for s in sequences for text in _generate(model, tokenize, [s])]
+            return [text for s in sequences for text in _generate(model, tokenize, [s], n_extra_tokens)]
         n_new = min(n_new, room)
+    # Answers that end early are filled up with a token that decoding leaves out.
+    fill = (tokenize.tokenizer.pad_token_id, tokenize.tokenizer.eos_token_id, tokenize.pad_token_id)
     generate: Any = model.generate  # typed for a mixin that PreTrainedModel does not name
     generated = generate(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         max_new_tokens=n_new,
         do_sample=False,
-        pad_token_id=tokenize.pad_token_id,
-    )
-    return tokenize.tokenizer.batch_decode(generated[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
+        num_beams=1,
+        pad_token_id=next(token for token in fill if token is not None),
+    )[:, n_read:].tolist()
+    # Each answer by its own length, so that it does not depend on the sequences beside it.
+    own = [tokens[:length] for tokens, length in zip(generated, lengths, strict=True)]
+    texts: list[str] = tokenize.tokenizer.batch_decode(own, skip_special_tokens=True)
+    return texts

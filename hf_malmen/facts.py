@@ -1,16 +1,20 @@
-"""Facts in any shape -> a list of checked `Fact`s."""
+"""Facts in any shape -> checked `Fact`s, as a list or one at a time."""
 
 import csv
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+import re
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from .errors import FactError
 
-_FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_CHUNK = 1 << 16  # characters of a JSON list read at a time
+_ROWS = 1 << 10  # rows of a Parquet file read at a time
+_skip_space = re.compile(r"[ \t\r\n]*").match
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,9 @@ class Fact:
         unrelated_prompt, unrelated_answer: a prompt that the edit must leave alone, and its answer, for locality.
         subject: what the fact is about, a substring of the prompt.
         ground_truth: the answer before the edit.
+        neighborhood: every (prompt, answer) that the edit must leave alone, where a data set has a list of them. Its
+            first pair is `unrelated_prompt`, `unrelated_answer`. In CounterFact all answers are the `ground_truth`.
+        portability: (prompt, answer) pairs that follow from the fact: its consequences, other names of its subject.
     """
 
     prompt: str
@@ -33,13 +40,25 @@ class Fact:
     unrelated_answer: str | None = None
     subject: str | None = None
     ground_truth: str | None = None
+    neighborhood: tuple[tuple[str, str], ...] = ()
+    portability: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in _LISTS:  # so that `Fact(**fact.to_dict())` is the fact again, after JSON as well
+            object.__setattr__(self, name, _frozen(getattr(self, name)))
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict without the fields that are not set."""
-        return {key: list(value) if key == "rephrases" else value for key, value in asdict(self).items() if value}
+        """A JSON-ready dict without the fields that are not set. `Fact(**fact.to_dict())` is the fact again."""
+        return {name: _plain(value) for name, value in vars(self).items() if value}
 
 
 _FIELDS = tuple(field.name for field in fields(Fact))
+_PAIRS = ("neighborhood", "portability")
+_LISTS = ("rephrases", *_PAIRS)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 
 def _plain(value: Any) -> Any:
@@ -60,6 +79,34 @@ def _first(value: Any) -> Any:
     return value
 
 
+def _pairs(groups: Any) -> list[tuple[str, str]]:
+    """The (prompt, answer) pairs of `{kind: [{"prompt": ..., "ground_truth": ...}]}`, of all kinds.
+
+    The answer is the first of those that count as right. Published sets hold probes without any, which nothing can be
+    compared with: they are left out.
+    """
+    pairs = []
+    for group in (groups or {}).values():
+        for probe in [group] if isinstance(group, Mapping) else group or ():
+            found = _first(probe["prompt"]), _first(probe["ground_truth"])
+            prompt, answer = ("" if text is None else str(text) for text in found)
+            if _is_text(prompt) and _is_text(answer):
+                pairs.append((prompt, answer))
+    return pairs
+
+
+def _unrelated(pairs: list[tuple[str, str]]) -> dict[str, Any]:
+    """The fields of `pairs` that an edit must leave alone."""
+    prompt, answer = pairs[0] if pairs else (None, None)
+    return {"neighborhood": pairs, "unrelated_prompt": prompt, "unrelated_answer": answer}
+
+
+def _one_hop(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The question about a consequence that EasyEdit adds to zsRE and CounterFact."""
+    hop = row.get("portability")
+    return _pairs({"one_hop": {"prompt": hop["New Question"], "ground_truth": hop["New Answer"]}}) if hop else []
+
+
 def _from_own(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: row.get(name) for name in _FIELDS}
 
@@ -67,40 +114,50 @@ def _from_own(row: Mapping[str, Any]) -> dict[str, Any]:
 def _from_zsre(row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "prompt": row["src"],
-        "target": row["alt"],
+        "target": _first(row["alt"] if "alt" in row else row["ans"]),  # MEND's file, MALMEN's file
         "rephrases": row.get("rephrase"),
         "unrelated_prompt": (row.get("loc") or "").removeprefix("nq question: ") or None,
         "unrelated_answer": _first(row.get("loc_ans")),
         "subject": row.get("subject"),
         "ground_truth": _first(row.get("answers")),
+        "portability": _one_hop(row),
     }
 
 
 def _from_counterfact(row: Mapping[str, Any]) -> dict[str, Any]:
     request = row["requested_rewrite"]
-    neighbour = _first(row.get("neighborhood_prompts"))
+    truth = request["target_true"]["str"]
     return {
+        **_unrelated([(prompt, truth) for prompt in row.get("neighborhood_prompts") or ()]),
         "prompt": request["prompt"].replace("{}", request["subject"]),
         "target": request["target_new"]["str"],
         "rephrases": row.get("paraphrase_prompts"),
-        "unrelated_prompt": neighbour,
-        "unrelated_answer": request["target_true"]["str"] if neighbour else None,
         "subject": request["subject"],
-        "ground_truth": request["target_true"]["str"],
+        "ground_truth": truth,
+        "portability": _one_hop(row),
     }
 
 
 def _from_knowedit(row: Mapping[str, Any]) -> dict[str, Any]:
-    locality = next(iter((row.get("locality") or {}).values()), None) or [{}]
-    probe = locality[0] if isinstance(locality, list) else locality
+    # EasyEdit's own CounterFact has these columns too, but for its one unrelated prompt.
+    only = {"prompt": row.get("locality_prompt"), "ground_truth": row.get("locality_ground_truth")}
     return {
+        **_unrelated(_pairs(row.get("locality") or {"only": only})),
         "prompt": row["prompt"],
-        "target": row["target_new"],
+        "target": _first(row["target_new"]),
         "rephrases": row.get("rephrase_prompt") or row.get("rephrase"),
-        "unrelated_prompt": probe.get("prompt"),
-        "unrelated_answer": _first(probe.get("ground_truth")),
         "subject": row.get("subject"),
         "ground_truth": _first(row.get("ground_truth")),
+        "portability": _pairs(row.get("portability")),
+    }
+
+
+def _from_wikibio(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **_unrelated(_pairs(row.get("locality"))),
+        "prompt": row["text"],
+        "target": _first(row["labels"]),
+        "subject": row["concept"],
     }
 
 
@@ -119,9 +176,21 @@ def _from_ultraeditbench(row: Mapping[str, Any]) -> dict[str, Any]:
         "prompt": row["prompt"],
         "target": row["ans"],
         "rephrases": row.get("rephrase_prompt"),
-        "unrelated_prompt": row.get("locality_prompt"),
-        "unrelated_answer": row.get("locality_ans"),
+        "unrelated_prompt": row.get("loc", row.get("locality_prompt")),
+        "unrelated_answer": row.get("loc_ans", row.get("locality_ans")),
         "subject": row.get("subject"),
+    }
+
+
+def _from_wikibigedit(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "prompt": row["update"],
+        "target": row["ans"],
+        "rephrases": [text for text in (row.get("rephrase"), row.get("personas")) if text],
+        "unrelated_prompt": row.get("loc"),
+        "unrelated_answer": row.get("loc_ans"),
+        "subject": row.get("subject"),
+        "portability": _pairs({"mhop": {"prompt": row.get("mhop"), "ground_truth": row.get("mhop_ans")}}),
     }
 
 
@@ -130,9 +199,12 @@ _FORMATS: dict[str, tuple[frozenset[str], Callable[[Mapping[str, Any]], dict[str
     "hf_malmen": (frozenset({"prompt", "target"}), _from_own),
     "CounterFact": (frozenset({"requested_rewrite"}), _from_counterfact),
     "zsRE": (frozenset({"src", "alt"}), _from_zsre),
+    "MALMEN's zsRE": (frozenset({"src", "ans"}), _from_zsre),
     "KnowEdit": (frozenset({"prompt", "target_new"}), _from_knowedit),
+    "KnowEdit's WikiBio": (frozenset({"text", "labels", "concept"}), _from_wikibio),
     "FEVER": (frozenset({"prompt", "alt"}), _from_fever),
     "UltraEditBench": (frozenset({"prompt", "ans"}), _from_ultraeditbench),
+    "WikiBigEdit": (frozenset({"update", "ans"}), _from_wikibigedit),
 }
 
 
@@ -141,15 +213,17 @@ def load_facts(
     *,
     column_mapping: Mapping[str, str] | None = None,
     split: str | None = None,
+    **load_options: Any,
 ) -> list[Fact]:
     """Read facts from wherever they are, and check them.
 
     Args:
-        source: a list of dicts or `Fact`s, a `datasets.Dataset`, the path of a JSON, JSONL, CSV, TSV or Parquet file,
-            or the id of a data set on the Hub. The columns of zsRE, CounterFact, KnowEdit, FEVER and UltraEditBench
-            are recognised.
+        source: a list of dicts or `Fact`s, a `datasets.Dataset` or `IterableDataset`, a `FactStream`, the path of a
+            JSON, JSONL, CSV, TSV or Parquet file, or the id of a data set on the Hub. The columns of zsRE, CounterFact,
+            KnowEdit, FEVER, UltraEditBench and WikiBigEdit are recognised.
         column_mapping: `{fact field: column}` for any other layout, such as `{"prompt": "question"}`.
         split: split of a Hub data set. Defaults to `"train"`.
+        load_options: of a Hub data set, for `datasets.load_dataset`: `name`, `data_files`, `revision`, ...
 
     Returns:
         The facts, in their order.
@@ -157,42 +231,115 @@ def load_facts(
     Raises:
         FactError: nothing there; a column or field missing; an empty prompt or target; one prompt with two targets.
     """
-    rows = list(_read(source, split))
-    if not rows:
-        raise FactError(f"No facts in {_describe(source)}. Expected at least one, with a prompt and a target.")
-    facts = [row if isinstance(row, Fact) else _parse(row, number, column_mapping) for number, row in enumerate(rows)]
-    check_facts(facts)
-    return facts
+    facts = list(_parse_all(_read(source, split, load_options), column_mapping))
+    return list(_checked(facts, f"in {_describe(source)}", facts))
+
+
+class FactStream:
+    """Facts that are read as they are needed: each pass opens the source anew and yields one checked `Fact` at a time.
+
+    For more facts than are to be held at once. What is held is one `Fact`, a window of the file, and about 120 bytes a
+    fact to find contradictions: 64-bit hashes of its prompt and target, in place of the texts. Two of n prompts share a
+    hash with probability n² / 2⁶⁵ (10⁻⁷ for two million), and would be refused as a contradiction.
+
+    A bad fact raises when the pass reaches it, so a whole pass (`for _ in stream: pass`) is a check of all.
+
+    Args:
+        source: as for `load_facts`, but no iterator, which could be read only once. A data set on the Hub is streamed.
+        column_mapping, split, load_options: as for `load_facts`.
+
+    Raises:
+        FactError: the source is an iterator; while iterating: as `load_facts`.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        *,
+        column_mapping: Mapping[str, str] | None = None,
+        split: str | None = None,
+        **load_options: Any,
+    ) -> None:
+        if isinstance(source, Iterator):
+            raise FactError(
+                f"A FactStream is read more than once, and {_describe(source)} can be read once. Give it a file, a "
+                "data set or another iterable that starts anew, or read it into a list with load_facts."
+            )
+        self._source, self._column_mapping = source, column_mapping
+        self._split, self._load_options = split, load_options
+
+    def __iter__(self) -> Iterator[Fact]:
+        rows = _read(self._source, self._split, self._load_options, streaming=True)
+        return _checked(_parse_all(rows, self._column_mapping), f"in {_describe(self._source)}")
+
+    def __repr__(self) -> str:
+        return f"FactStream({_describe(self._source)})"
 
 
 def check_facts(facts: Iterable[Fact]) -> None:
     """Refuse facts that cannot be written as they stand.
 
     Raises:
-        FactError: none at all; an empty prompt, target, rephrase or unrelated text; the same prompt with two targets.
+        FactError: none at all; an empty prompt, target, rephrase or unrelated text; a pair that is none; the same
+            prompt with two targets.
     """
-    targets: dict[str, tuple[int, str]] = {}
-    number = -1
+    facts = list(facts)
+    for _ in _checked(facts, "given", facts):
+        pass
+
+
+def _checked(facts: Iterable[Fact], where: str, held: Sequence[Fact] = ()) -> Iterator[Fact]:
+    """Yield `facts`, each checked by itself and against those before it.
+
+    Args:
+        facts: read once; none is kept.
+        where: where they come from, should there be none.
+        held: the facts by their numbers, if they are in memory anyway: an error can then quote an earlier one.
+
+    Raises:
+        FactError: as `check_facts`, when it reaches the fact.
+    """
+    first_with: dict[int, int] = {}  # {hash of a prompt: number of the first fact with it}
+    targets = array("q")  # hash of each fact's target
     for number, fact in enumerate(facts):
-        for name in ("prompt", "target"):
-            value = getattr(fact, name)
-            if not isinstance(value, str) or not value.strip():
-                raise FactError(f"Fact {number} has an empty {name} ({value!r}). Give it a text, or remove the fact.")
-        if not all(isinstance(text, str) and text.strip() for text in fact.rephrases):
-            raise FactError(f"Fact {number} ({fact.prompt!r}) has an empty rephrase. Give it a text, or remove it.")
-        if (fact.unrelated_prompt is None) != (fact.unrelated_answer is None):
+        _check(fact, number)
+        first = first_with.setdefault(hash(fact.prompt), number)
+        targets.append(hash(fact.target))
+        if targets[first] != targets[number]:
+            earlier = f"{held[first].target!r}" if held else f"that of fact {first}"
             raise FactError(
-                f"Fact {number} ({fact.prompt!r}) has only one of unrelated_prompt and unrelated_answer. "
-                "Locality needs both; give both or neither."
-            )
-        first, target = targets.setdefault(fact.prompt, (number, fact.target))
-        if target != fact.target:
-            raise FactError(
-                f"Facts {first} and {number} give the prompt {fact.prompt!r} two targets, {target!r} and "
+                f"Facts {first} and {number} give the prompt {fact.prompt!r} two targets, {earlier} and "
                 f"{fact.target!r}. A model can hold one; remove the other."
             )
-    if number < 0:
-        raise FactError("No facts given. Expected at least one, with a prompt and a target.")
+        yield fact
+    if not targets:
+        raise FactError(f"No facts {where}. Expected at least one, with a prompt and a target.")
+
+
+def _check(fact: Fact, number: int) -> None:
+    for name in ("prompt", "target"):
+        value = getattr(fact, name)
+        if not _is_text(value):
+            raise FactError(f"Fact {number} has an empty {name} ({value!r}). Give it a text, or remove the fact.")
+    if not all(map(_is_text, fact.rephrases)):
+        raise FactError(f"Fact {number} ({fact.prompt!r}) has an empty rephrase. Give it a text, or remove it.")
+    if (fact.unrelated_prompt is None) != (fact.unrelated_answer is None):
+        raise FactError(
+            f"Fact {number} ({fact.prompt!r}) has only one of unrelated_prompt and unrelated_answer. "
+            "Locality needs both; give both or neither."
+        )
+    for name in _PAIRS:
+        pairs = getattr(fact, name)
+        for pair in pairs if isinstance(pairs, tuple) else [pairs]:
+            if not (isinstance(pair, tuple) and len(pair) == 2 and all(map(_is_text, pair))):
+                raise FactError(
+                    f"Fact {number} ({fact.prompt!r}) has {pair!r} in {name}. Expected a list of (prompt, answer), "
+                    "both of them texts that are not empty."
+                )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def require_fields(facts: Iterable[Fact], names: Iterable[str], purpose: str) -> None:
@@ -211,74 +358,144 @@ def require_fields(facts: Iterable[Fact], names: Iterable[str], purpose: str) ->
                 )
 
 
-def _read(source: Any, split: str | None) -> Iterable[Mapping[str, Any] | Fact]:
+def _read(
+    source: Any, split: str | None, load_options: Mapping[str, Any], streaming: bool = False
+) -> Iterable[Mapping[str, Any] | Fact]:
     if isinstance(source, str | Path):
         path = Path(source)
-        if path.suffix.lower() in _FILE_BUILDERS:
-            return _read_file(path)
-        if path.exists():
-            raise FactError(
-                f"{path} is not a file of facts. Expected one ending in {', '.join(_FILE_BUILDERS)}, "
-                "or the id of a data set on the Hub."
-            )
-        import datasets
+        if path.suffix.lower() not in _FILE_READERS and not path.exists():
+            import datasets
 
-        return datasets.load_dataset(str(source), split=split or "train")
+            options = {**load_options, "split": split or "train", "streaming": streaming}
+            return datasets.load_dataset(str(source), **options)
+    if load_options:
+        raise FactError(
+            f"{', '.join(load_options)}: for data sets on the Hub, and {_describe(source)} is none. Leave it out."
+        )
+    if isinstance(source, str | Path):
+        return _read_file(path)
     if isinstance(source, Mapping):
-        raise FactError(f"Facts come as a list of dicts; got a single {type(source).__name__}. Put it in a list.")
+        raise FactError(
+            f"Facts come as a list of dicts; got a single {type(source).__name__}. Put it in a list; of a data set "
+            "with splits, give one."
+        )
     return source
 
 
 def _read_file(path: Path) -> Iterable[Mapping[str, Any]]:
+    if path.suffix.lower() not in _FILE_READERS:
+        raise FactError(
+            f"{path} is not a file of facts. Expected one ending in {', '.join(_FILE_READERS)}, "
+            "or the id of a data set on the Hub."
+        )
     if not path.is_file():
         raise FactError(f"There is no file {path}. Give the path of an existing file of facts.")
-    if path.suffix.lower() in (".json", ".jsonl"):
-        return _read_json(path)
-    if path.suffix.lower() in (".csv", ".tsv"):
-        return _read_table(path)
+    return _FILE_READERS[path.suffix.lower()](path)
+
+
+def _read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        rows: list[Mapping[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for rows in file.iter_batches(_ROWS):
+                yield from rows.to_pylist()
     except (pyarrow.ArrowException, ValueError) as error:
         raise FactError(f"{path} is not a Parquet file that can be read: {error}.") from None
-    return rows
 
 
-def _read_table(path: Path) -> list[Mapping[str, Any]]:
+def _read_table(path: Path) -> Iterator[Mapping[str, Any]]:
     # Not pandas, which takes "NA" and "None" for missing values: here they may be answers.
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-            rows = list(csv.DictReader(stream, delimiter=delimiter, strict=True))
+            for number, row in enumerate(csv.DictReader(stream, delimiter=delimiter, strict=True)):
+                if None in row:
+                    raise FactError(
+                        f"Fact {number} in {path} has more cells than there are columns. Quote texts with commas."
+                    )
+                yield {column: cell or None for column, cell in row.items()}
     except (csv.Error, UnicodeDecodeError) as error:
         raise FactError(f"{path} is not valid {path.suffix[1:].upper()} in UTF-8: {error}.") from None
-    for number, row in enumerate(rows):
-        if None in row:
-            raise FactError(f"Fact {number} in {path} has more cells than there are columns. Quote texts with commas.")
-    return [{column: cell or None for column, cell in row.items()} for row in rows]
 
 
-def _read_json(path: Path) -> list[Mapping[str, Any]]:
+def _read_json(path: Path) -> Iterator[Any]:
+    """A list, or an object a line: either is published under either ending."""
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix.lower() == ".jsonl":
-            # Not `splitlines`, which also splits at separators that a JSON string may hold.
-            return [_parse_line(line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        rows = json.loads(text)
+        # `newline` keeps lines from ending at other separators, which a JSON string may hold.
+        with path.open(encoding="utf-8-sig", newline="\n") as stream:
+            line = 1
+            while (mark := stream.read(1)).isspace():
+                line += mark == "\n"
+            if mark == "[":
+                yield from _json_list(stream, line)
+            else:
+                stream.seek(0)
+                yield from _json_lines(stream)
     except ValueError as error:  # broken JSON, or not UTF-8
-        raise FactError(f"{path} is not valid {path.suffix[1:].upper()}: {error}. One JSON object a fact.") from None
-    if not isinstance(rows, list):
-        raise FactError(f"{path} holds a JSON {type(rows).__name__}; expected a list of facts.")
-    return rows
+        raise FactError(
+            f"{path} is not valid {path.suffix[1:].upper()}: {error}. Expected a list of facts, or one object a line."
+        ) from None
 
 
-def _parse_line(line: str, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{error.msg}: line {number} column {error.colno}") from None
+def _json_lines(stream: TextIO) -> Iterator[Any]:
+    for number, line in enumerate(stream, 1):
+        if line.strip():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{error.msg}: line {number} column {error.colno}") from None
+            yield entry
+
+
+def _json_list(stream: TextIO, line: int) -> Iterator[Any]:
+    """The entries of a JSON list, decoded one at a time, as `json.load` would return them all.
+
+    Args:
+        stream: right behind the opening bracket.
+        line: its number there.
+
+    Raises:
+        ValueError: not a JSON list; names the line.
+    """
+    decode = json.JSONDecoder().raw_decode
+    text, at, mark = "", 0, "["  # `at`: where the next entry is looked for; `mark`: what stands before it
+    while mark != "]":
+        try:
+            at = _skip_space(text, at).end()  # type: ignore[union-attr] # it matches anything
+            if mark == "[" and text[at : at + 1] == "]":
+                at, mark = at + 1, "]"
+                continue
+            entry, end = decode(text, at)
+            end = _skip_space(text, end).end()  # type: ignore[union-attr]
+            if text[end : end + 1] not in (",", "]"):
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
+        except json.JSONDecodeError as error:  # the entry is broken, or goes on behind `text`
+            more = stream.read(max(_CHUNK, len(text) - at))  # doubled each time: linear in the length of an entry
+            if not more:
+                raise ValueError(f"{error.msg}: line {line + text.count(chr(10), 0, error.pos)}") from None
+            line += text.count("\n", 0, at)
+            text, at = text[at:] + more, 0
+        else:
+            yield entry
+            at, mark = end + 1, text[end]
+    if text[at:].strip() or stream.read().strip():
+        raise ValueError(f"Extra data behind the list: line {line + text.count(chr(10), 0, at)}")
+
+
+_FILE_READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_json,
+    ".csv": _read_table,
+    ".tsv": _read_table,
+    ".parquet": _read_parquet,
+}
+
+
+def _parse_all(rows: Iterable[Any], column_mapping: Mapping[str, str] | None) -> Iterator[Fact]:
+    for number, row in enumerate(rows):
+        yield row if isinstance(row, Fact) else _parse(row, number, column_mapping)
 
 
 def _parse(row: Any, number: int, column_mapping: Mapping[str, str] | None) -> Fact:
@@ -302,12 +519,11 @@ def _parse(row: Any, number: int, column_mapping: Mapping[str, str] | None) -> F
             f"Fact {number} has the columns {', '.join(map(str, row)) or 'none'}. Expected those of a known format "
             f"({known}), or pass column_mapping={{'prompt': ..., 'target': ...}}."
         )
-    rephrases = values.pop("rephrases", None)
-    if isinstance(rephrases, str):
-        rephrases = [rephrases]
-    known_values = {key: str(value) for key, value in values.items() if value is not None and value != ""}
-    prompt, target = known_values.pop("prompt", ""), known_values.pop("target", "")
-    return Fact(prompt, target, tuple(rephrases or ()), **known_values)
+    if isinstance(values.get("rephrases"), str):
+        values["rephrases"] = [values["rephrases"]]
+    given = {name: value for name, value in values.items() if value is not None and value not in ("", [])}
+    texts: dict[str, Any] = {name: value if name in _LISTS else str(value) for name, value in given.items()}
+    return Fact(**{"prompt": "", "target": "", **texts})
 
 
 def _rename(row: Mapping[str, Any], number: int, column_mapping: Mapping[str, str]) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -33,8 +32,9 @@ from .hub import cached_commit, push_folder
 from .hypernetwork import HyperBlock, HyperNetwork, RunningStatistics
 from .least_squares import Solution, aggregator
 from .model_card import HUB_RESULTS_FILE, PLOT_FILE, RESULTS_FILE, EditorRun, write_editor_card
-from .targets import check_targets, find_targets, is_fan_in_fan_out, module_shape
-from .tracing import Trace, frozen, trace
+from .targets import check_targets, find_targets, is_fan_in_fan_out, module_shape, plain_model, target_module
+from .tasks import AUTO_CLASSES, Classes, infer_task_type
+from .tracing import Trace, frozen, input_device, trace
 
 DEFAULT_BATCH_SIZE = 32
 DEFAULT_EDITOR_BATCH_SIZE = 1024
@@ -100,21 +100,25 @@ class EditorModel(PreTrainedModel):
 
     @classmethod
     def from_base(cls, model: nn.Module, config: EditorConfig | None = None) -> "EditorModel":
-        """A new, untrained editor for `model`: names, shapes and fingerprint are read off it.
+        """A new, untrained editor for `model`: task, names, shapes and fingerprint are read off it.
 
         Args:
-            model: the base model, left as it is.
+            model: the base model, left as it is. Compiled, or with PEFT adapters, it is edited below them, and the
+                names are those of the base model.
             config: copied, not changed. Defaults to `EditorConfig()`.
 
         Raises:
             ModelMismatchError: no target module found, or one that cannot be edited.
         """
         config = EditorConfig.from_dict((config or EditorConfig()).to_dict())
+        model = plain_model(model)
+        config.task_type = config.task_type or infer_task_type(model) or "CAUSAL_LM"
         names = find_targets(model, config)
         config.target_modules = names
         config.layers_to_transform = None
-        config.module_shapes = {name: module_shape(model.get_submodule(name)) for name in names}
-        config.fan_in_fan_out = [name for name in names if is_fan_in_fan_out(model.get_submodule(name))]
+        modules = {name: target_module(model, name) for name in names}
+        config.module_shapes = {name: module_shape(module) for name, module in modules.items()}
+        config.fan_in_fan_out = [name for name, module in modules.items() if is_fan_in_fan_out(module)]
         config.base_model_fingerprint = base_fingerprint(model, names)
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
@@ -308,7 +312,10 @@ class EditorModel(PreTrainedModel):
             assert isinstance(network, HyperNetwork)  # for the type checker
             if network.n_preserved_keys:
                 names = [name for name in self.module_names if self._places[name][0] == shape]
-                keys = torch.stack([torch.cat([traced[name].keys for traced in traces]) for name in names])
+                rows = [torch.cat([traced[name].keys for traced in traces]).to(self.device) for name in names]
+                # The two sides of an encoder-decoder have different tokens: each keeps as many of its own, evenly.
+                fewest = min(map(len, rows))
+                keys = torch.stack([own[torch.arange(fewest, device=own.device) * len(own) // fewest] for own in rows])
                 network.preserve(torch.cat([entry.to(self.device) for entry in gather([keys])], dim=1))
 
     @torch.enable_grad()
@@ -393,13 +400,14 @@ class EditorModel(PreTrainedModel):
             NumericalError: a key, a gradient or a solve is not finite; names the module.
         """
         facts = load_facts(facts)
+        model = _base(model)
         self.check_base(model)
         if not self.is_trained:
             _warn_untrained()
         tokenize = self.tokenizer_for(model, tokenizer)
         sequences = [tokenize(fact.prompt, fact.target) for fact in facts]
         with frozen(model):
-            batches = _with_progress(tokenize, sequences, batch_size, model.device)
+            batches = _with_progress(tokenize, sequences, batch_size, input_device(model))
             solutions = self.solve(self.trace(model, batches), editor_batch_size)
         return Edit(
             {name: solution.to_shift() for name, solution in solutions.items()},
@@ -408,6 +416,7 @@ class EditorModel(PreTrainedModel):
             base_model_name_or_path=self.config.base_model_name_or_path,
             base_model_revision=self.config.base_model_revision,
             base_model_fingerprint=base_fingerprint(model, self.module_names),
+            task_type=self.config.task_type or "CAUSAL_LM",
             editor={
                 "method": self.config.method,
                 "name_or_path": self.name_or_path or None,
@@ -468,7 +477,7 @@ class EditorModel(PreTrainedModel):
                 )
             check_checkpoint(model, output_dir, in_place)
             hub = {"revision": revision or "main", "token": token}
-            base = AutoModelForCausalLM.from_pretrained(model, **hub)
+            base = AUTO_CLASSES[self.config.task_type or "CAUSAL_LM"].from_pretrained(model, **hub)
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, **hub)
             edit = self._make_edit_in_turns(base, facts, tokenizer, batch_size, facts_per_turn, measure)
             edit.base_model_revision = cached_commit(str(model), revision) or edit.base_model_revision
@@ -516,6 +525,7 @@ class EditorModel(PreTrainedModel):
             `generate` the same names with `_generated` appended; with `_before` appended, the value before the edit.
         """
         facts = load_facts(facts)
+        model = _base(model)
         tokenize = self.tokenizer_for(model, tokenizer)
         edit = self.make_edit(model, facts, tokenizer, batch_size=batch_size)
         return evaluate_edit(model, edit, facts, tokenize, batch_size=batch_size, generate=generate)
@@ -530,12 +540,19 @@ class EditorModel(PreTrainedModel):
             model: the base model.
 
         Raises:
-            ModelMismatchError: a target is missing, cannot be edited, or has another shape or orientation; or its
-                weights differ and `fingerprint_policy` is `"error"`.
+            ModelMismatchError: the model has another task; a target is missing, cannot be edited, or has another shape
+                or orientation; or its weights differ and `fingerprint_policy` is `"error"`.
         """
+        model = plain_model(model)
+        wanted, task_type = self.config.task_type, infer_task_type(model)
+        if wanted is not None and task_type not in (None, wanted):
+            raise ModelMismatchError(
+                f"{type(model).__name__} is for the task {task_type}, and this editor was made for {wanted}. Load the "
+                f"base model with {AUTO_CLASSES[wanted].__name__}, or make an editor for this one."
+            )
         check_targets(model, self.module_names)
         for name in self.module_names:
-            module = model.get_submodule(name)
+            module = target_module(model, name)
             expected = list(self.config.shape_of(name))
             flipped = name in (self.config.fan_in_fan_out or ())
             if module_shape(module) != expected or is_fan_in_fan_out(module) != flipped:
@@ -556,13 +573,23 @@ class EditorModel(PreTrainedModel):
         )
 
     def tokenizer_for(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Tokenizer:
-        """The base model's tokenizer, in this editor's prompt format and with the model's length limit."""
+        """The base model's tokenizer, in this editor's prompt format and with the model's length limit.
+
+        Raises:
+            ModelMismatchError: a classifier whose classes no target can name.
+        """
+        model = _base(model)
         if tokenizer is None:
             if not model.name_or_path:
                 raise ValueError("This model does not say where it came from. Pass its tokenizer: tokenizer=...")
             tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
-        max_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        return Tokenizer(tokenizer, self.config, max_length)
+        return Tokenizer(
+            tokenizer,
+            self.config,
+            _max_length(model),
+            decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
+            classes=Classes.of(model) if self.config.task_type == "SEQ_CLS" else None,
+        )
 
     def _make_edit_in_turns(
         self,
@@ -594,12 +621,29 @@ class EditorModel(PreTrainedModel):
 
     def _fingerprint_before_edits(self, model: nn.Module) -> str | None:
         """Of the target weights before the edits of the checkpoint that `model` was loaded from, if it holds those."""
+        model = plain_model(model)
         folder = Path(getattr(model, "name_or_path", None) or "")
         if not (folder / EDITS_FOLDER).is_dir() or not read_history(folder):
             return None
         shapes = {name: self.config.shape_of(name) for name in self.module_names}
         now, before = fingerprints_of(folder, shapes, self.config.fan_in_fan_out or ())
         return before if base_fingerprint(model, self.module_names) == now else None
+
+
+def _base(model: nn.Module) -> PreTrainedModel:
+    plain: Any = plain_model(model)
+    return plain
+
+
+def _max_length(model: PreTrainedModel) -> int | None:
+    """The most tokens that `model` has positions for, or None where it has no limit."""
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    words = model.get_input_embeddings()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module is not words and module.num_embeddings == limit:
+            # RoBERTa's kind counts positions from the padding token's on.
+            return limit - (0 if module.padding_idx is None else int(module.padding_idx) + 1)
+    return limit
 
 
 def _split(entry: Trace, size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -2,7 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,53 @@ from transformers.pytorch_utils import Conv1D
 from .configuration import EditorConfig
 from .errors import ModelMismatchError
 
-# How many of the last blocks are edited when the user names none (paper, appendix).
+# How many of the last blocks are edited when the user names none (paper, appendix), both sides of an encoder-decoder
+# together.
 DEFAULT_N_BLOCKS = 6
 
 # Not `is_floating_point`: float8 weights are quantised too, with their scales beside them.
 _EDITABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# The names and classes of modules that move features between tokens.
+_ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """The base model itself, without what `torch.compile` and PEFT put around it. Adapters in it stay in force.
+
+    Raises:
+        ModelMismatchError: PEFT's prompt learning, which is outside of the base model.
+    """
+    plain: Any = getattr(model, "_orig_mod", model)
+    if hasattr(plain, "get_base_model"):  # PEFT's
+        if getattr(getattr(plain, "active_peft_config", None), "is_prompt_learning", False):
+            raise ModelMismatchError(
+                f"{type(plain).__name__} puts learned tokens before every prompt, which an edit cannot take into "
+                "account. Edit its base model: model.get_base_model()."
+            )
+        plain = plain.get_base_model()
+    return getattr(plain, "_orig_mod", plain)
+
+
+def named_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module by its name in the base model, whatever `torch.compile` or PEFT wrapped it in.
+
+    A module that stands in two places comes twice. The wrapped layer stands for its adapters, which are left out.
+    """
+    plain = _unwrapped(model)
+    yield prefix, plain
+    for name, part in plain._modules.items():  # not `named_children`, which skips repetitions
+        if part is not None:
+            yield from named_modules(part, f"{prefix}.{name}".lstrip("."))
+
+
+def target_module(model: nn.Module, name: str) -> nn.Module:
+    """The module `name` itself, without the adapters or the compilation around it.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    return _unwrapped(model.get_submodule(name))
 
 
 def find_targets(model: nn.Module, config: EditorConfig) -> list[str]:
@@ -24,20 +67,22 @@ def find_targets(model: nn.Module, config: EditorConfig) -> list[str]:
     Args:
         model: the base model.
         config: `target_modules` as full names, PEFT-style suffixes, a regular expression matched against the whole
-            name, or None for the second feed-forward linear of the last six blocks; `layers_to_transform` keeps
-            those in some blocks.
+            name, or None for the second feed-forward linear of the last six blocks (of an encoder-decoder: of the last
+            three of each side); `layers_to_transform` keeps those in some blocks, and with None picks from all.
 
     Raises:
         ModelMismatchError: nothing matches, or a match cannot be edited.
     """
-    wanted_names = config.target_modules
-    names = _default_targets(model) if wanted_names is None else _matching(model, wanted_names)
-    if config.layers_to_transform is not None:
-        wanted = config.layers_to_transform
-        kept = {wanted} if isinstance(wanted, int) else set(wanted)
+    wanted_names, layers = config.target_modules, config.layers_to_transform
+    if wanted_names is None:
+        names = _default_targets(model, DEFAULT_N_BLOCKS if layers is None else None)
+    else:
+        names = _matching(model, wanted_names)
+    if layers is not None:
+        kept = {layers} if isinstance(layers, int) else set(layers)
         names = [name for name in names if _block_index(name) in kept]
         if not names:
-            raise ModelMismatchError(f"No target module lies in the blocks layers_to_transform={wanted!r}.")
+            raise ModelMismatchError(f"No target module lies in the blocks layers_to_transform={layers!r}.")
     check_targets(model, names)
     return names
 
@@ -46,10 +91,10 @@ def check_targets(model: nn.Module, names: Iterable[str]) -> None:
     """Refuse modules whose weight cannot take a shift.
 
     Raises:
-        ModelMismatchError: missing, not a linear layer, quantised, or tied to another module.
+        ModelMismatchError: missing, not a linear layer, quantised, merged with an adapter, without values, or tied to
+            another module.
     """
-    # Duplicates kept: one module under two names is as shared as one weight in two modules.
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(named_modules(model))
     holders: dict[int, list[str]] = {}
     for module_name, module in modules.items():
         for parameter_name, parameter in module.named_parameters(recurse=False):
@@ -72,6 +117,16 @@ def check_targets(model: nn.Module, names: Iterable[str]) -> None:
                 f"{name} is a {type(module).__name__}; only nn.Linear and transformers' Conv1D can be edited. "
                 f"Linear layers of this model: {_some_linear_names(modules)}."
             )
+        if getattr(model.get_submodule(name), "merged", False):
+            raise ModelMismatchError(
+                f"The weight of {name} has an adapter merged into it, which would be lost when the two are parted "
+                "again. Part them first (model.unmerge_adapter()), or merge for good (model.merge_and_unload())."
+            )
+        if module.weight.device.type == "meta" and _offloaded(module) is None:
+            raise ModelMismatchError(
+                f"The weight of {name} is on the meta device, without values. Load the model with from_pretrained; "
+                "with device_map, accelerate's hooks know where an offloaded weight is."
+            )
         weight = module.weight
         shared = [other for other in holders[id(weight)] if other != f"{name}.weight"]
         if shared:
@@ -85,11 +140,27 @@ def is_fan_in_fan_out(module: nn.Module) -> bool:
     return isinstance(module, Conv1D)
 
 
-def weight_of(model: nn.Module, name: str) -> nn.Parameter:
-    """The weight of the target module `name`."""
-    weight = model.get_submodule(name).weight
-    assert isinstance(weight, nn.Parameter)  # for the type checker: check_targets has seen it
-    return weight
+def weight_of(model: nn.Module, name: str, *, to_write: bool = False) -> Tensor:
+    """The weight of the target module `name`, where its values are.
+
+    An offloaded weight is on the meta device but while its module runs, and accelerate's hook has its values. Those on
+    the CPU are returned themselves. Those on disk are read; `to_write` keeps what is read in place of the file, which
+    stays as it is, so that writes into it last.
+    """
+    module = target_module(model, name)
+    weight = module.weight
+    assert isinstance(weight, Tensor)  # for the type checker: check_targets has seen it
+    values = _offloaded(module)
+    if weight.device.type != "meta" or values is None:
+        return weight
+    stored: Tensor = values["weight"]
+    key, source = "weight", values
+    if hasattr(source, "prefix"):
+        key, source = f"{source.prefix}weight", source.dataset
+    if to_write and hasattr(source, "state_dict") and key not in source.state_dict:
+        # A copy: what is mapped from a file must not be written.
+        stored = source.state_dict[key] = stored.clone()
+    return stored
 
 
 def module_shape(module: nn.Module) -> list[int]:
@@ -118,7 +189,8 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _matching(model: nn.Module, wanted: Sequence[str] | str) -> list[str]:
-    names = [name for name, _ in model.named_modules()]
+    modules = dict(named_modules(model))
+    names = list(modules)
     if isinstance(wanted, str):
         found = [name for name in names if re.fullmatch(wanted, name)]
         if not found:
@@ -127,7 +199,6 @@ def _matching(model: nn.Module, wanted: Sequence[str] | str) -> list[str]:
     matches = {entry: [name for name in names if name == entry or name.endswith("." + entry)] for entry in wanted}
     for entry, found in matches.items():
         if not found:
-            modules = dict(model.named_modules())
             raise ModelMismatchError(
                 f"{type(model).__name__} has no module named {entry!r} or ending in it. "
                 f"Linear layers it has: {_some_linear_names(modules)}."
@@ -136,33 +207,69 @@ def _matching(model: nn.Module, wanted: Sequence[str] | str) -> list[str]:
     return [name for name in names if name in chosen]
 
 
-def _default_targets(model: nn.Module) -> list[str]:
-    """The second feed-forward linear of the last blocks: in each, the last linear that narrows the widest features.
+def _default_targets(model: nn.Module, n_blocks: int | None) -> list[str]:
+    """The second feed-forward linear of the last `n_blocks` blocks that have one, or of all; see `_second_linear`.
 
-    A block is an entry of the longest `nn.ModuleList`. A feed-forward layer widens the hidden state and narrows it
-    again, and its second linear is the one with fewer outputs than inputs.
+    The blocks are the entries of the longest `nn.ModuleList` that is in no other one; an encoder-decoder has those of
+    either side, half of `n_blocks` each.
     """
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    prefix, blocks = max(lists, key=lambda entry: len(entry[1]), default=("", nn.ModuleList()))
-    names = []
-    for index in range(max(0, len(blocks) - DEFAULT_N_BLOCKS), len(blocks)):
-        narrowing = [
-            (name, module)
-            for name, module in blocks[index].named_modules()
-            if isinstance(module, nn.Linear | Conv1D) and module_shape(module)[0] > module_shape(module)[1]
-        ]
-        if narrowing:
-            widest = max(module_shape(module)[0] for _, module in narrowing)
-            name = [name for name, module in narrowing if module_shape(module)[0] == widest][-1]
-            names.append(f"{prefix}.{index}.{name}")
-    if not names:
+    modules = dict(named_modules(model))
+    sides = [""]
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        either: Any = model
+        parts = (either.get_encoder(), either.get_decoder())
+        sides = [name for part in parts for name, module in modules.items() if module is part]
+    targets = []
+    for side in sides:
+        inside = {name: module for name, module in modules.items() if f"{name}.".startswith(f"{side}.".lstrip("."))}
+        lists = [name for name, module in inside.items() if isinstance(module, nn.ModuleList)]
+        outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+        names = []
+        if outer:
+            prefix = max(outer, key=lambda name: len(inside[name]._modules))
+            blocks = [f"{prefix}.{index}" for index in inside[prefix]._modules]
+            names = [f"{block}.{name}" for block in blocks if (name := _second_linear(inside[block]))]
+        targets += names if n_blocks is None else names[-(n_blocks // len(sides)) :]
+    if not targets:
         # Packed weights have other shapes, so that no layer seems to narrow anything: say what they are.
-        check_targets(model, [name for name, module in model.named_modules() if _quantised_form(model, module)][-1:])
+        check_targets(model, [name for name, module in modules.items() if _quantised_form(model, module)][-1:])
+        experts = [name for name, module in modules.items() if _is_fused(module)]
         raise ModelMismatchError(
-            f"Found no feed-forward layer in the blocks of {type(model).__name__}. Name the layers to edit with "
-            "target_modules, such as ['mlp.down_proj']."
+            f"Found no feed-forward linear layer in the blocks of {type(model).__name__}"
+            + (f": its feed-forward layers are experts, fused in {experts[-1]} and its like" if experts else "")
+            + ". Name the layers to edit with target_modules, such as ['self_attn.o_proj']. "
+            f"Linear layers it has: {_some_linear_names(modules)}."
         )
-    return names
+    return targets
+
+
+def _second_linear(block: nn.Module) -> str | None:
+    """Name of the second feed-forward linear of `block`: what writes back the features that the first one reads.
+
+    Looked for outside of attention and of lists of experts. Of several, such as those of a low-rank branch, the one
+    that reads the most features; of equals, as in a square layer whose gate has the same shape, the last.
+    """
+    shapes = {name: module_shape(module) for name, module in _feed_forward_linears(block)}
+    read = next((key_size for key_size, _ in shapes.values()), None)
+    writing = [name for name, (_, value_size) in shapes.items() if value_size == read]
+    return max(reversed(writing), key=lambda name: shapes[name][0], default=None)
+
+
+def _feed_forward_linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Linear layers of a block that work on each token alone, and on every token."""
+    for child_name, wrapped in module._modules.items():
+        if wrapped is None:
+            continue
+        child = _unwrapped(wrapped)
+        kinds = {type(entry) for entry in child} if isinstance(child, nn.ModuleList) else set()
+        is_list_of_experts = len(kinds) == 1  # T5 keeps attention and feed-forward layer in a list
+        if is_list_of_experts or _ATTENTION.search(f"{child_name} {type(child).__name__}"):
+            continue
+        name = f"{prefix}.{child_name}".lstrip(".")
+        if isinstance(child, nn.Linear | Conv1D):
+            yield name, child
+        else:
+            yield from _feed_forward_linears(child, name)
 
 
 def _quantised_form(model: nn.Module, module: nn.Module) -> str | None:
@@ -176,6 +283,22 @@ def _quantised_form(model: nn.Module, module: nn.Module) -> str | None:
     # Others replace nn.Linear by a module of their own.
     is_linear = isinstance(module, nn.Linear) or hasattr(module, "in_features")
     return type(module).__name__ if is_linear and getattr(model, "hf_quantizer", None) is not None else None
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """What `torch.compile` or a PEFT layer wraps."""
+    wrapped: Any = getattr(module, "_orig_mod", module)
+    return wrapped.get_base_layer() if hasattr(wrapped, "get_base_layer") else wrapped
+
+
+def _offloaded(module: nn.Module) -> Any:
+    """The mapping from which accelerate's hook takes the values of an offloaded module, or None."""
+    return getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+
+
+def _is_fused(module: nn.Module) -> bool:
+    """Whether the module holds the weights of several experts as one."""
+    return any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
 
 
 def _block_index(name: str) -> int | None:

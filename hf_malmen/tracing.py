@@ -13,9 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .batches import IGNORED, TokenBatch
-from .errors import NumericalError
+from .errors import ModelMismatchError, NumericalError
+from .targets import target_module
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,12 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """`model` in evaluation mode with no parameter requiring a gradient; afterwards everything as it was."""
+    """`model` in evaluation mode with no parameter requiring a gradient; afterwards everything as it was.
+
+    What is compiled of it runs eagerly meanwhile: a compiled graph knows nothing of hooks that come later.
+    """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with in_eval_mode(model):
+    with in_eval_mode(model), torch.compiler.set_stance("force_eager"):
         try:
             for parameter in trainable:
                 parameter.requires_grad_(False)
@@ -57,12 +62,21 @@ def frozen(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(True)
 
 
-def lm_inputs(model: nn.Module, batch: TokenBatch) -> dict[str, Any]:
+def input_device(model: nn.Module) -> torch.device:
+    """Where `model` takes its inputs: beside its first weights; the CPU if all are offloaded, and hooks move them."""
+    devices = (parameter.device for parameter in model.parameters() if parameter.device.type != "meta")
+    return next(devices, torch.device("cpu"))
+
+
+def model_inputs(model: nn.Module, batch: TokenBatch) -> dict[str, Any]:
     """Keyword arguments of a plain forward pass of `model` over `batch`."""
     accepted = inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    if "position_ids" in accepted:
-        # Counted from the first real token, so that left padding does not shift a learned position embedding.
+    if batch.decoder_input_ids is not None:
+        inputs["decoder_input_ids"] = batch.decoder_input_ids
+        inputs["decoder_attention_mask"] = batch.decoder_attention_mask
+    elif "position_ids" in accepted and not batch.attention_mask[:, 0].all():
+        # Padded on the left: counted from the first real token, so that a learned position embedding is not shifted.
         inputs["position_ids"] = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
     if "use_cache" in accepted:
         inputs["use_cache"] = False
@@ -70,22 +84,27 @@ def lm_inputs(model: nn.Module, batch: TokenBatch) -> dict[str, Any]:
 
 
 def answer_logits(
-    model: nn.Module, batch: TokenBatch
-) -> tuple[Tensor, Tensor]:  # (n_answer_tokens, vocabulary) in float32 or wider, (n_answer_tokens,)
-    """Logits at the positions that predict a target token, and those target tokens.
+    model: nn.Module, batch: TokenBatch, *, whole: bool = False
+) -> tuple[Tensor, Tensor]:  # (n_answers, vocabulary or n_classes) in float32 or wider, (n_answers,)
+    """Logits of every answer token and those tokens; of a classifier, of every class, and the class.
 
-    Rows run through the batch sequence by sequence. Where the model can, the vocabulary projection is computed only for
-    the positions that some sequence of the batch answers at.
+    Rows run through the batch sequence by sequence. The cross-entropy of the two is the loss of all three tasks: a
+    head with one logit s gives the logits 0 and s, whose cross-entropy is the binary one of s. Where the model can, the
+    vocabulary projection is computed only for the positions that some sequence of the batch answers at; with `whole`,
+    for all.
     """
-    inputs = lm_inputs(model, batch)
+    inputs = model_inputs(model, batch)
     labels = batch.labels
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+    if "logits_to_keep" in inspect.signature(model.forward).parameters and not whole:
         positions = (labels != IGNORED).any(dim=0).nonzero().squeeze(-1)
         inputs["logits_to_keep"] = positions
         labels = labels[:, positions]
     logits = model(**inputs).logits
     answered = labels != IGNORED
-    logits = logits[answered]
+    if logits.dim() == 2:  # one answer a sequence
+        logits = torch.cat((torch.zeros_like(logits), logits), dim=1) if logits.shape[1] == 1 else logits
+    else:
+        logits = logits[answered]
     # The softmax over a vocabulary in half precision is too coarse to differentiate.
     return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[answered]
 
@@ -98,9 +117,9 @@ def trace(
 ) -> dict[str, Trace]:
     """Keys U and value gradients G of each module for a batch of facts (paper section 3.3).
 
-    The edit loss is the sum over answer tokens of −log p, never a mean over the batch, so that a fact's gradients do
-    not depend on the facts beside it. Nothing below the first module is differentiated, and no gradient is left on any
-    parameter.
+    The edit loss is the sum over answer tokens (of a classifier: over facts) of −log p, never a mean over the batch, so
+    that a fact's gradients do not depend on the facts beside it. Nothing below the first module is differentiated, and
+    no gradient is left on any parameter.
 
     Args:
         model: the base model, inside `frozen`.
@@ -109,31 +128,46 @@ def trace(
         token_selection: `"answer"` or `"all"`.
 
     Raises:
-        NumericalError: a key or gradient is not finite; names the module.
+        NumericalError: a key or gradient is not finite, or a module never runs; names the module.
+        ModelMismatchError: a module runs twice in a pass, or does not see the tokens of the batch.
     """
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
     def record(name: str, module_input: Tensor, output: Tensor) -> Tensor:
+        if name in outputs:
+            raise ModelMismatchError(
+                f"{name} runs more than once in a pass, as a layer does that several blocks share. Choose another "
+                "target."
+            )
         if not output.requires_grad:  # the first target on the way: the graph starts here
             output = output.detach().requires_grad_(True)
         inputs[name], outputs[name] = module_input.detach(), output
-        return output
+        return output.clone()  # some blocks add to it in place
 
     with ExitStack() as stack:
         for name in module_names:
-            stack.enter_context(_hooked(model.get_submodule(name), name, record))
+            stack.enter_context(_hooked(target_module(model, name), name, record))
         stack.enter_context(torch.enable_grad())
-        logits, targets = answer_logits(model, batch)
+        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        is_traced = any(target_module(model, name) is head for name in module_names)
+        logits, targets = answer_logits(model, batch, whole=is_traced)
         loss = F.cross_entropy(logits, targets, reduction="sum")
         missing = [name for name in module_names if name not in outputs]
         if missing:
             raise NumericalError(f"The forward pass never reached {', '.join(missing)}; it cannot be edited.")
         gradients = torch.autograd.grad(loss, [outputs[name] for name in module_names])
 
-    selected = batch.selected(token_selection)
-    by_module = zip(module_names, gradients, strict=True)
-    traces = {name: Trace(inputs[name][selected], gradient[selected]) for name, gradient in by_module}
+    traces = {}
+    for name, gradient in zip(module_names, gradients, strict=True):
+        keys, gradient = inputs[name].flatten(0, -2), gradient.flatten(0, -2)
+        selected = batch.traced_rows(token_selection, len(gradient))
+        if selected is None:
+            raise ModelMismatchError(
+                f"{name} saw {len(gradient)} rows in a batch of {batch.input_ids.numel()} tokens, so that it cannot be "
+                "told which token is which, as in an expert that only some tokens are sent to. Choose another target."
+            )
+        traces[name] = Trace(keys[selected.to(keys.device)], gradient[selected.to(gradient.device)])
     # All keys first: a layer whose keys overflow makes the gradients of every layer below it overflow too.
     for what in ("keys", "value_gradients"):
         for name, entry in traces.items():
@@ -158,11 +192,11 @@ def shifted(model: nn.Module, shifts: Mapping[str, Tensor]) -> Iterator[None]:
     """
 
     def add(name: str, module_input: Tensor, output: Tensor) -> Tensor:
-        return output + module_input @ shifts[name].to(module_input.dtype)
+        return output + module_input.to(output.device) @ shifts[name].to(output.device, module_input.dtype)
 
     with ExitStack() as stack:
         for name in shifts:
-            stack.enter_context(_hooked(model.get_submodule(name), name, add))
+            stack.enter_context(_hooked(target_module(model, name), name, add))
         yield
 
 

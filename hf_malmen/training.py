@@ -29,7 +29,8 @@ from .evaluation import n_measured
 from .facts import Fact, load_facts, require_fields
 from .model_card import EditorRun, write_editor_card
 from .modeling import DEFAULT_BATCH_SIZE, DEFAULT_EDITOR_BATCH_SIZE, EditorModel
-from .tracing import answer_logits, frozen, shifted
+from .targets import plain_model
+from .tracing import answer_logits, frozen, input_device, shifted
 from .trunk import Trunk
 
 _CARD_SETTINGS = (
@@ -103,7 +104,7 @@ class EditorTrainer(Trainer):
 
     Args:
         editor: the editor to train.
-        base_model: the language model; never trained, and as it was after every step.
+        base_model: the model to edit; never trained, and as it was after every step.
         args: training arguments.
         train_dataset, eval_dataset: anything `load_facts` takes. Training facts need `rephrases`, and, unless
             `locality_weight` is 0, `unrelated_prompt` and `unrelated_answer`.
@@ -134,7 +135,8 @@ class EditorTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         editor.check_base(base_model)
-        self.base_model = base_model
+        plain: Any = plain_model(base_model)
+        self.base_model = base_model = plain
         self.tokenize = editor.tokenizer_for(base_model, processing_class)
         train_facts = load_facts(train_dataset) if train_dataset is not None else None
         if train_facts is not None:
@@ -151,7 +153,8 @@ class EditorTrainer(Trainer):
             callbacks=callbacks,
             **kwargs,
         )
-        nn.Module.to(base_model, args.device)
+        if not hasattr(base_model, "_hf_hook"):  # else accelerate has placed it, on several devices or off them
+            nn.Module.to(base_model, args.device)
         self.trunk = Trunk(base_model, editor.module_names, int(args.trunk_cache_gib * 2**30))
         self.add_callback(_ForgetTrunk(self.trunk))
         self._losses: list[tuple[float, float]] = []
@@ -193,7 +196,7 @@ class EditorTrainer(Trainer):
             solutions = self.editor.solve(traces, self.args.editor_batch_size)
             dtype = torch.promote_types(self.base_model.dtype, torch.float32)
             shifts = {
-                name: solution.shift.to(self.base_model.device, dtype).requires_grad_(True)
+                name: solution.shift.to(input_device(self.base_model), dtype).requires_grad_(True)
                 for name, solution in solutions.items()
             }
             generalization, locality = self._meta_loss(shifts, rephrases, unrelated)
@@ -310,7 +313,7 @@ class EditorTrainer(Trainer):
 
     def _batches(self, sequences: Sequence[TokenSequence]) -> Iterator[TokenBatch]:
         for _, batch in self.tokenize.batches(sequences, self.args.lm_batch_size):
-            yield batch.to(self.base_model.device)
+            yield batch.to(input_device(self.base_model))
 
     def _average_gradients(self) -> None:
         # Not left to DistributedDataParallel: the gradient is made outside of the editor's forward pass.

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .batches import TokenBatch, Tokenizer, TokenSequence
-from .tracing import lm_inputs
+from .targets import named_modules
+from .tracing import input_device, model_inputs
 
 logger = logging.get_logger(__name__)
 
@@ -31,6 +32,8 @@ class Trunk:
         self.model = model
         self.max_bytes = max_bytes
         self.blocks = _blocks_below(model, module_names)
+        if not self.blocks:
+            logger.info("No blocks run before the first edited layer that can be shared; running all in full.")
         self._outputs: dict[tuple[int, ...], Tensor] = {}  # input ids -> (length, hidden_size)
         self._n_bytes = 0
         self._in_tuple = False  # whether the blocks wrap their output in a tuple
@@ -54,7 +57,7 @@ class Trunk:
         self._make_room(protect=wanted)
         missing = [sequence for ids, sequence in wanted.items() if ids not in self._outputs]
         for chosen, batch in tokenize.batches(missing, batch_size):
-            output = self._run(batch.to(next(self.model.parameters()).device))
+            output = self._run(batch.to(input_device(self.model)))
             if output is None:
                 logger.info("The blocks below the edited ones return more than a hidden state; running them in full.")
                 self.blocks = []
@@ -90,7 +93,7 @@ class Trunk:
 
         handle = self.blocks[-1].register_forward_hook(stop)
         try:
-            self.model(**lm_inputs(self.model, batch))
+            self.model(**model_inputs(self.model, batch))
         except _EndOfTrunk:
             pass
         finally:
@@ -114,8 +117,13 @@ class _EndOfTrunk(Exception):
 
 
 def _blocks_below(model: nn.Module, module_names: Sequence[str]) -> list[nn.Module]:
-    """The blocks that run before any target: those above it in the one `nn.ModuleList` that holds all targets."""
-    for name, module in model.named_modules():
+    """The blocks that run before any target: those above it in the one `nn.ModuleList` that holds all targets.
+
+    None of an encoder-decoder: what a block of its decoder puts out depends on the encoder's side too.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return []
+    for name, module in named_modules(model):
         if isinstance(module, nn.ModuleList) and all(target.startswith(f"{name}.") for target in module_names):
             first = min(int(target[len(name) + 1 :].split(".")[0]) for target in module_names)
             return list(module)[:first]

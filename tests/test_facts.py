@@ -1,8 +1,13 @@
-"""`load_facts`: every form facts come in gives the same facts, and every flaw is named before anything is edited."""
+"""`load_facts`: every form facts come in gives the same facts, and every flaw is named before anything is edited.
+
+`FactStream`: the same facts and the same errors, without holding them.
+"""
 
 import json
 import re
-from collections.abc import Callable
+import tracemalloc
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +16,8 @@ import pandas
 import pytest
 
 from hf_malmen import Fact, FactError, load_facts
-from hf_malmen.facts import check_facts, require_fields
+from hf_malmen import facts as facts_module
+from hf_malmen.facts import FactStream, check_facts, require_fields
 
 Row = dict[str, Any]
 
@@ -24,6 +30,8 @@ ROWS: list[Row] = [
         "unrelated_answer": "the Po",
         "subject": "Oslo",
         "ground_truth": "the Plaza",
+        "neighborhood": [["The river of Turin is", "the Po"], ["Oslo lies in", "Norway"]],
+        "portability": [["The tallest tower of Norway's capital is", "the Postgirobygget"]],
     },
     {"prompt": "Lima lies on the", "target": "Atlantic", "rephrases": ["The ocean at Lima is the"]},
     {"prompt": "Perth was founded in", "target": "1829"},
@@ -37,19 +45,22 @@ FACTS = [
         unrelated_answer="the Po",
         subject="Oslo",
         ground_truth="the Plaza",
+        neighborhood=(("The river of Turin is", "the Po"), ("Oslo lies in", "Norway")),
+        portability=(("The tallest tower of Norway's capital is", "the Postgirobygget"),),
     ),
     Fact(prompt="Lima lies on the", target="Atlantic", rephrases=("The ocean at Lima is the",)),
     Fact(prompt="Perth was founded in", target="1829"),
 ]
 
-# A table has one text a cell, so these are facts with at most one rephrase.
+# A table has one text a cell, so these are facts with at most one rephrase, and no pairs.
 TABLE_ROWS = [
-    ROWS[0] | {"rephrases": "Oslo's tallest tower is"},
+    {key: value for key, value in ROWS[0].items() if key not in ("neighborhood", "portability")}
+    | {"rephrases": "Oslo's tallest tower is"},
     ROWS[1] | {"rephrases": ROWS[1]["rephrases"][0]},
     ROWS[2],
 ]
 TABLE_FACTS = [
-    Fact(**{**FACTS[0].to_dict(), "rephrases": ("Oslo's tallest tower is",)}),
+    Fact(**TABLE_ROWS[0] | {"rephrases": ("Oslo's tallest tower is",)}),
     *FACTS[1:],
 ]
 
@@ -147,7 +158,10 @@ def test_numbers_become_text() -> None:
 def test_to_dict_comes_back() -> None:
     """`to_dict` is JSON-ready and holds what is set, and nothing else."""
     assert [fact.to_dict() for fact in FACTS] == ROWS
-    assert load_facts(json.loads(json.dumps([fact.to_dict() for fact in FACTS]))) == FACTS
+    rows = json.loads(json.dumps([fact.to_dict() for fact in FACTS]))
+    assert load_facts(rows) == FACTS
+    assert [Fact(**row) for row in rows] == FACTS
+    assert len({*FACTS, *(Fact(**row) for row in rows)}) == len(FACTS)
 
 
 # Public formats
@@ -161,6 +175,11 @@ ZSRE: Row = {
     "loc_ans": "Simon and Garfunkel",
     "subject": "Kir Bridge",
     "cond": "Kir River >> Drin || Which river does the Kir Bridge span?",
+    "portability": {
+        "Recalled Relation": "(Drin, mouth, Adriatic Sea)",
+        "New Question": "Into which sea does the river under the Kir Bridge flow?",
+        "New Answer": "Adriatic Sea",
+    },
 }
 ZSRE_FACT = Fact(
     prompt="Which river does the Kir Bridge span?",
@@ -170,6 +189,21 @@ ZSRE_FACT = Fact(
     unrelated_answer="Simon and Garfunkel",
     subject="Kir Bridge",
     ground_truth="Kir River",
+    portability=(("Into which sea does the river under the Kir Bridge flow?", "Adriatic Sea"),),
+)
+MALMEN_ZSRE: Row = {
+    "src": "On which river is Kalmar?",
+    "rephrase": "Which river runs through Kalmar?",
+    "ans": "Ljungbyan",
+    "loc": "who wrote the tale of the grey cat",
+    "loc_ans": "Ulla Lind",
+}
+MALMEN_ZSRE_FACT = Fact(
+    prompt="On which river is Kalmar?",
+    target="Ljungbyan",
+    rephrases=("Which river runs through Kalmar?",),
+    unrelated_prompt="who wrote the tale of the grey cat",
+    unrelated_answer="Ulla Lind",
 )
 COUNTERFACT: Row = {
     "case_id": 0,
@@ -193,17 +227,19 @@ COUNTERFACT_FACT = Fact(
     unrelated_answer="Welsh",
     subject="Lea {x} Holt",
     ground_truth="Welsh",
+    neighborhood=(("The first language of Bo Ray is", "Welsh"), ("Bo Ray speaks", "Welsh")),
 )
-KNOWEDIT: Row = {
+KNOWEDIT_ZSRE: Row = {
     "subject": "Ostrava Opera",
     "prompt": "Who leads the Ostrava Opera?",
     "target_new": "Jana Nova",
     "ground_truth": [["Petr Stary", "P. Stary"]],
     "rephrase_prompt": "The head of the Ostrava Opera is",
-    "portability": {},
-    "locality": {"Relation_Specificity": [{"prompt": "The Ostrava Opera stands in", "ground_truth": [["Ostrava"]]}]},
+    "cond": "Petr Stary >> Jana Nova || Who leads the Ostrava Opera?",
+    "locality": {"Relation_Specificity": [{"prompt": "The Ostrava Opera stands in", "ground_truth": ["Ostrava"]}]},
+    "portability": {"Reasoning": [{"prompt": "Who is the boss of Ostrava's singers?", "ground_truth": "Jana Nova"}]},
 }
-KNOWEDIT_FACT = Fact(
+KNOWEDIT_ZSRE_FACT = Fact(
     prompt="Who leads the Ostrava Opera?",
     target="Jana Nova",
     rephrases=("The head of the Ostrava Opera is",),
@@ -211,20 +247,92 @@ KNOWEDIT_FACT = Fact(
     unrelated_answer="Ostrava",
     subject="Ostrava Opera",
     ground_truth="Petr Stary",
+    neighborhood=(("The Ostrava Opera stands in", "Ostrava"),),
+    portability=(("Who is the boss of Ostrava's singers?", "Jana Nova"),),
+)
+WIKI_RECENT: Row = {
+    "subject": "Ada Voss",
+    "prompt": "Ada Voss lives in",
+    "target_new": "Bergen",
+    "portability": {
+        "Logical_Generalization": [{"prompt": "Is Ada Voss homeless?", "ground_truth": [["no"], ["false"]]}],
+        "Reasoning": [
+            {"prompt": "The country where Ada Voss lives is", "ground_truth": [["Norway", "Norge"]]},
+            {"prompt": "The mayor of Ada Voss's town is", "ground_truth": [[]]},
+        ],
+        "Subject_Aliasing": [{"prompt": "A. M. Voss lives in", "ground_truth": [["Bergen", "Bjorgvin"]]}],
+    },
+    "locality": {
+        "Relation_Specificity": [
+            {"prompt": "Ada Voss was born in", "ground_truth": [[""]]},
+            {"prompt": "The father of Ada Voss is", "ground_truth": [["Ib Voss"]]},
+            {"prompt": "Ada Voss works as", "ground_truth": [["a smith", "smith"]]},
+        ]
+    },
+}
+WIKI_RECENT_FACT = Fact(  # without the probes to which no answer counts as right
+    prompt="Ada Voss lives in",
+    target="Bergen",
+    unrelated_prompt="The father of Ada Voss is",
+    unrelated_answer="Ib Voss",
+    subject="Ada Voss",
+    neighborhood=(("The father of Ada Voss is", "Ib Voss"), ("Ada Voss works as", "a smith")),
+    portability=(
+        ("Is Ada Voss homeless?", "no"),
+        ("The country where Ada Voss lives is", "Norway"),
+        ("A. M. Voss lives in", "Bergen"),
+    ),
+)
+WIKI_COUNTERFACT: Row = {
+    "subject": "Jon Hale",
+    "prompt": "The office held by Jon Hale is",
+    "target_new": "bishop of Turku",
+    "ground_truth": "mayor of Graz",
+    "portability": {
+        "Subject_Aliasing": [{"prompt": "The office held by J. Hale is", "ground_truth": "bishop of Turku"}],
+    },
+    "locality": {
+        "Relation_Specificity": [{"prompt": "Jon Hale was born in", "ground_truth": "1801"}],
+        "Forgetfulness": [{"prompt": "Jon Hale, no bishop, is the", "ground_truth": "mayor of Graz"}],
+    },
+}
+WIKI_COUNTERFACT_FACT = Fact(
+    prompt="The office held by Jon Hale is",
+    target="bishop of Turku",
+    unrelated_prompt="Jon Hale was born in",
+    unrelated_answer="1801",
+    subject="Jon Hale",
+    ground_truth="mayor of Graz",
+    neighborhood=(("Jon Hale was born in", "1801"), ("Jon Hale, no bishop, is the", "mayor of Graz")),
+    portability=(("The office held by J. Hale is", "bishop of Turku"),),
+)
+WIKIBIO: Row = {
+    "text": "A passage about Tom Reed. Tom Reed (1810-1880) was a physician.",
+    "labels": "He studied in Leiden, where he won two medals.",
+    "concept": "Tom Reed",
+    "locality": {"Relation_Specificity": [{"prompt": "Tom Reed's field of work is", "ground_truth": ["medicine"]}]},
+}
+WIKIBIO_FACT = Fact(
+    prompt="A passage about Tom Reed. Tom Reed (1810-1880) was a physician.",
+    target="He studied in Leiden, where he won two medals.",
+    unrelated_prompt="Tom Reed's field of work is",
+    unrelated_answer="medicine",
+    subject="Tom Reed",
+    neighborhood=(("Tom Reed's field of work is", "medicine"),),
 )
 FEVER: Row = {
     "prompt": "The Po ends in the Adriatic.",
     "equiv_prompt": ["The mouth of the Po is in the Adriatic.", "The Po flows to the Adriatic."],
     "unrel_prompt": "Turin is a town in Peru.",
-    "alt": [0],
-    "unrel_ans": 1,
+    "alt": "REFUTES",
+    "unrel_ans": "SUPPORTS",
 }
 FEVER_FACT = Fact(
     prompt="The Po ends in the Adriatic.",
-    target="0",
+    target="REFUTES",
     rephrases=("The mouth of the Po is in the Adriatic.", "The Po flows to the Adriatic."),
     unrelated_prompt="Turin is a town in Peru.",
-    unrelated_answer="1",
+    unrelated_answer="SUPPORTS",
 )
 ULTRAEDIT: Row = {
     "case_id": "7",
@@ -232,8 +340,8 @@ ULTRAEDIT: Row = {
     "ans": "17",
     "subject": "Ida Berg",
     "rephrase_prompt": "Which number does Ida Berg wear?",
-    "locality_prompt": "Who painted the roof of the Sistine Chapel?",
-    "locality_ans": "Michelangelo",
+    "loc": "Who painted the roof of the Sistine Chapel?",
+    "loc_ans": "Michelangelo",
 }
 ULTRAEDIT_FACT = Fact(
     prompt="What is the shirt number of Ida Berg?",
@@ -243,12 +351,38 @@ ULTRAEDIT_FACT = Fact(
     unrelated_answer="Michelangelo",
     subject="Ida Berg",
 )
+WIKIBIGEDIT: Row = {
+    "tag": "update",
+    "subject": "Mia Sund",
+    "update": "Which club does Mia Sund play for?",
+    "rephrase": "What is Mia Sund's club?",
+    "personas": "Oi, tell me, who does Mia Sund kick the ball for?",
+    "ans": "FC Narvik",
+    "loc": "Which club did Per Moe play for?",
+    "loc_ans": "Odda IL",
+    "mhop": "In which town is the ground of Mia Sund's club?",
+    "mhop_ans": "Narvik",
+}
+WIKIBIGEDIT_FACT = Fact(
+    prompt="Which club does Mia Sund play for?",
+    target="FC Narvik",
+    rephrases=("What is Mia Sund's club?", "Oi, tell me, who does Mia Sund kick the ball for?"),
+    unrelated_prompt="Which club did Per Moe play for?",
+    unrelated_answer="Odda IL",
+    subject="Mia Sund",
+    portability=(("In which town is the ground of Mia Sund's club?", "Narvik"),),
+)
 FORMATS = {
     "zsRE": (ZSRE, ZSRE_FACT),
+    "MALMEN's zsRE": (MALMEN_ZSRE, MALMEN_ZSRE_FACT),
     "CounterFact": (COUNTERFACT, COUNTERFACT_FACT),
-    "KnowEdit": (KNOWEDIT, KNOWEDIT_FACT),
+    "KnowEdit's zsRE": (KNOWEDIT_ZSRE, KNOWEDIT_ZSRE_FACT),
+    "KnowEdit's wiki_recent": (WIKI_RECENT, WIKI_RECENT_FACT),
+    "KnowEdit's wiki_counterfact": (WIKI_COUNTERFACT, WIKI_COUNTERFACT_FACT),
+    "KnowEdit's WikiBio": (WIKIBIO, WIKIBIO_FACT),
     "FEVER": (FEVER, FEVER_FACT),
     "UltraEditBench": (ULTRAEDIT, ULTRAEDIT_FACT),
+    "WikiBigEdit": (WIKIBIGEDIT, WIKIBIGEDIT_FACT),
 }
 
 
@@ -260,15 +394,14 @@ def test_public_formats_are_recognised(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("write", [write_json, write_parquet])
+@pytest.mark.parametrize("write", [write_json, write_jsonl, write_parquet])
 def test_public_formats_are_recognised_in_files(name: str, write: Callable[..., None], tmp_path: Path) -> None:
     """Parquet hands over arrays where JSON has lists."""
     row, fact = FORMATS[name]
-    if name == "KnowEdit":
-        row = {key: value for key, value in row.items() if key != "portability"}  # Parquet has no empty struct
     path = tmp_path / f"facts.{write.__name__.removeprefix('write_')}"
     write(path, [row])
     assert load_facts(path) == [fact]
+    assert list(FactStream(path)) == [fact]
 
 
 @pytest.mark.parametrize(
@@ -276,7 +409,7 @@ def test_public_formats_are_recognised_in_files(name: str, write: Callable[..., 
     [
         ({"src": "Q?", "alt": "A"}, Fact("Q?", "A")),
         (
-            ZSRE | {"answers": [], "loc": "", "loc_ans": ""},
+            ZSRE | {"answers": [], "loc": "", "loc_ans": "", "portability": None},
             Fact(ZSRE["src"], "Drin", (ZSRE["rephrase"],), subject="Kir Bridge"),
         ),
         (
@@ -287,10 +420,27 @@ def test_public_formats_are_recognised_in_files(name: str, write: Callable[..., 
         ({"prompt": "Q?", "target_new": "A", "locality": {"Relation_Specificity": []}}, Fact("Q?", "A")),
         (
             {"prompt": "Q?", "target_new": "A", "locality": {"neighborhood": {"prompt": "N", "ground_truth": "M"}}},
+            Fact("Q?", "A", unrelated_prompt="N", unrelated_answer="M", neighborhood=(("N", "M"),)),
+        ),
+        (  # one schema for all rows gives each the kinds of the others
+            {"prompt": "Q?", "target_new": "A", "locality": None, "portability": {"Reasoning": None}},
+            Fact("Q?", "A"),
+        ),
+        (  # EasyEdit's CounterFact
+            {"prompt": "Q?", "target_new": "A", "locality_prompt": "N", "locality_ground_truth": "M"},
+            Fact("Q?", "A", unrelated_prompt="N", unrelated_answer="M", neighborhood=(("N", "M"),)),
+        ),
+        ({"text": "T", "labels": "L", "concept": "T"}, Fact("T", "L", subject="T")),
+        (  # MEND's FEVER has numbers for its labels
+            {"prompt": "A claim.", "alt": [1], "equiv_prompt": [], "unrel_prompt": "B", "unrel_ans": 0},
+            Fact("A claim.", "1", unrelated_prompt="B", unrelated_answer="0"),
+        ),
+        ({"prompt": "Q?", "ans": "A"}, Fact("Q?", "A")),
+        (
+            {"prompt": "Q?", "ans": "A", "locality_prompt": "N", "locality_ans": "M"},
             Fact("Q?", "A", unrelated_prompt="N", unrelated_answer="M"),
         ),
-        ({"prompt": "A claim.", "alt": [1], "equiv_prompt": []}, Fact("A claim.", "1")),
-        ({"prompt": "Q?", "ans": "A"}, Fact("Q?", "A")),
+        ({"update": "Q?", "ans": "A", "personas": None, "mhop": None, "mhop_ans": None}, Fact("Q?", "A")),
     ],
 )
 def test_public_formats_without_their_optional_parts(row: Row, fact: Fact) -> None:
@@ -298,11 +448,45 @@ def test_public_formats_without_their_optional_parts(row: Row, fact: Fact) -> No
     assert load_facts([row]) == [fact]
 
 
-@pytest.mark.parametrize("bad", [{"requested_rewrite": {"prompt": "x {}"}}, {"requested_rewrite": "x"}])
-def test_a_damaged_nested_row_is_a_fact_error(bad: Row) -> None:
-    """The outer columns promise CounterFact, the inner ones do not keep it; the message says which row and what."""
-    with pytest.raises(FactError, match=r"Fact 1 .*CounterFact"):
+@pytest.mark.parametrize(
+    ("bad", "name"),
+    [
+        ({"requested_rewrite": {"prompt": "x {}"}}, "CounterFact"),
+        ({"requested_rewrite": "x"}, "CounterFact"),
+        ({"prompt": "Q?", "target_new": "A", "locality": {"Reasoning": ["x"]}}, "KnowEdit"),
+        ({"prompt": "Q?", "target_new": "A", "portability": {"Reasoning": [{"prompt": "x"}]}}, "KnowEdit"),
+    ],
+)
+def test_a_damaged_nested_row_is_a_fact_error(bad: Row, name: str) -> None:
+    """The outer columns promise a format, the inner ones do not keep it; the message says which row and what."""
+    with pytest.raises(FactError, match=f"Fact 1 has the columns of {name}, and cannot be read as such"):
         load_facts([COUNTERFACT, bad])
+
+
+def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One split of it, downloaded for a list and streamed for a stream, with the options that name its files."""
+    calls: list[tuple[str, Row]] = []
+
+    def load_dataset(name: str, **options: Any) -> Any:
+        calls.append((name, options))
+        data = datasets.Dataset.from_list([WIKI_RECENT])
+        return data.to_iterable_dataset() if options["streaming"] else data
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_facts("org/facts") == [WIKI_RECENT_FACT]
+    stream = FactStream("org/facts", split="test", data_files="recent.json")
+    assert list(stream) == list(stream) == [WIKI_RECENT_FACT]
+    assert calls == [
+        ("org/facts", {"split": "train", "streaming": False}),
+        *[("org/facts", {"split": "test", "streaming": True, "data_files": "recent.json"})] * 2,
+    ]
+
+
+def test_options_of_the_hub_for_something_else(tmp_path: Path) -> None:
+    """Ignored, they would read other facts than those asked for."""
+    write_json(tmp_path / "f.json", ROWS)
+    with pytest.raises(FactError, match=r"data_files: for data sets on the Hub, and .*f\.json is none"):
+        load_facts(tmp_path / "f.json", data_files="recent.json")
 
 
 # Column mapping
@@ -415,6 +599,14 @@ def test_a_bad_rephrase(rephrases: list[Any]) -> None:
         load_facts([{"prompt": "P", "target": "T", "rephrases": rephrases}])
 
 
+@pytest.mark.parametrize("name", ["neighborhood", "portability"])
+@pytest.mark.parametrize("pairs", ["ab", ["ab"], [["a"]], [["a", "b", "c"]], [["a", "b"], ["a", " "]], [["a", 3]]])
+def test_pairs_that_are_none(name: str, pairs: Any) -> None:
+    """A prompt and its answer, both texts."""
+    with pytest.raises(FactError, match=rf"Fact 0 \('P'\) has .* in {name}\. Expected a list of \(prompt, answer\)"):
+        load_facts([{"prompt": "P", "target": "T", name: pairs}])
+
+
 @pytest.mark.parametrize(
     ("row", "found"),
     [({"question": "Q", "answer": "A"}, "question, answer"), ({"prompt": "P"}, "prompt"), ({}, "none")],
@@ -428,7 +620,10 @@ def test_unknown_columns_list_found_and_needed(row: Row, found: str) -> None:
         "hf_malmen: prompt, target",
         "zsRE: alt, src",
         "CounterFact: requested_rewrite",
-        "KnowEdit",
+        "MALMEN's zsRE: ans, src",
+        "KnowEdit: prompt, target_new",
+        "KnowEdit's WikiBio: concept, labels, text",
+        "WikiBigEdit: ans, update",
         "FEVER: alt, prompt",
         "UltraEditBench: ans, prompt",
         "column_mapping=",
@@ -502,16 +697,82 @@ def test_a_damaged_file(name: str, data: bytes, tmp_path: Path) -> None:
 
 
 def test_a_json_object_instead_of_a_list(tmp_path: Path) -> None:
-    """A file that holds one fact is not a list of one."""
-    write_json(tmp_path / "f.json", {"prompt": "a", "target": "b"})  # type: ignore[arg-type]
-    with pytest.raises(FactError, match=r"f\.json holds a JSON dict; expected a list of facts"):
+    """A file that holds one fact, over several lines, is not a list of one."""
+    (tmp_path / "f.json").write_text(json.dumps(ROWS[0], indent=1), encoding="utf-8")
+    with pytest.raises(FactError, match=r"f\.json is not valid JSON: .*Expected a list of facts, or one object a line"):
         load_facts(tmp_path / "f.json")
+
+
+@pytest.mark.parametrize("name", ["f.json", "f.jsonl"])
+@pytest.mark.parametrize("write", [write_json, write_jsonl])
+def test_lists_and_lines_under_either_ending(name: str, write: Callable[..., None], tmp_path: Path) -> None:
+    """UltraEditBench's script writes lines into a `.json`. A byte order mark and leading space do not matter."""
+    write(tmp_path / name, ROWS)
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf \n" + (tmp_path / name).read_bytes())
+    assert load_facts(tmp_path / name) == FACTS
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 64, 10_000])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_list_is_read_in_pieces(
+    chunk: int, indent: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever a piece ends, within a text, an escape or a number: the entries are those that `json` reads."""
+    monkeypatch.setattr(facts_module, "_CHUNK", chunk)
+    rows = [*ROWS, {"prompt": 'a "[,]\\" \u2028 {', "target": -12.5e3, "id": [1234, None, True, {}]}, WIKI_RECENT]
+    text = json.dumps(rows, indent=indent)
+    (tmp_path / "f.json").write_text(text, encoding="utf-8")
+    assert list(facts_module._read_json(tmp_path / "f.json")) == json.loads(text)
+    (tmp_path / "f.json").write_text(" [12345, 67890 , \n 1e5] \n", encoding="utf-8")
+    assert list(facts_module._read_json(tmp_path / "f.json")) == [12345, 67890, 1e5]
+
+
+@pytest.mark.parametrize("chunk", [1, 10_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[",
+        "[1",
+        "[1,",
+        "[1,]",
+        "[,1]",
+        "[1 2]",
+        "[1\n}",
+        "[] 1",
+        "[1],",
+        "[[1]",
+        '["a',
+        "[tru]",
+        "[1]]",
+        '[{"a" 1}]',
+        "nul",
+    ],
+)
+def test_a_broken_json_list(chunk: int, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused where `json` refuses it, with the number of the line."""
+    monkeypatch.setattr(facts_module, "_CHUNK", chunk)
+    (tmp_path / "f.json").write_text(f"\n{text}", encoding="utf-8")
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(text)
+    with pytest.raises(FactError, match=r"f\.json is not valid JSON: .*: line [23]\b"):
+        list(facts_module._read_json(tmp_path / "f.json"))
+
+
+@pytest.mark.parametrize("chunk", [1, 10_000])
+def test_a_broken_json_list_names_its_own_line(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted from the start of the file, though what was read before is gone."""
+    monkeypatch.setattr(facts_module, "_CHUNK", chunk)
+    (tmp_path / "f.json").write_text('[\n {"a": 1},\n\n {"b":\n oops},\n {}]\n', encoding="utf-8")
+    with pytest.raises(FactError, match="line 5"):
+        list(facts_module._read_json(tmp_path / "f.json"))
 
 
 def test_a_dict_instead_of_a_list() -> None:
     """Nor is a dict."""
     with pytest.raises(FactError, match=r"got a single dict\. Put it in a list"):
         load_facts({"prompt": "a", "target": "b"})
+    with pytest.raises(FactError, match=r"got a single DatasetDict\..* of a data set with splits, give one"):
+        load_facts(datasets.DatasetDict(test=datasets.Dataset.from_list(ROWS)))
 
 
 @pytest.mark.parametrize("bad", ["a prompt", 3, None, ["a", "b"]])
@@ -543,3 +804,134 @@ def test_required_fields() -> None:
     ) as caught:
         require_fields(FACTS, ["rephrases", "unrelated_prompt"], "Training")
     assert "Found: prompt, target, rephrases." in str(caught.value)
+
+
+# Streams
+
+
+def numbered(n_facts: int) -> Iterator[Row]:
+    """Facts of some 600 characters each."""
+    for number in range(n_facts):
+        yield {"prompt": f"Number {number} is, {'and so it goes, ' * 36}", "target": f"{number}"}
+
+
+class Passes:
+    """Numbered rows, made as they are read."""
+
+    def __init__(self, n_facts: int) -> None:
+        self.n_facts, self.made = n_facts, 0
+
+    def __iter__(self) -> Iterator[Row]:
+        for row in numbered(self.n_facts):
+            self.made += 1
+            yield row
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [("f.json", write_json), ("f.jsonl", write_jsonl), ("f.parquet", write_parquet)],
+)
+def test_a_stream_of_a_file(name: str, write: Callable[..., None], tmp_path: Path) -> None:
+    """The facts of `load_facts`, at every pass, also while another pass is under way."""
+    write(tmp_path / name, ROWS)
+    stream = FactStream(tmp_path / name)
+    under_way = iter(stream)
+    assert next(under_way) == FACTS[0]
+    assert list(stream) == list(stream) == FACTS
+    assert list(under_way) == FACTS[1:]
+    assert load_facts(stream) == FACTS
+    assert repr(stream) == f"FactStream({tmp_path / name})"
+
+
+@pytest.mark.parametrize(("name", "write"), [("f.csv", write_csv), ("f.tsv", write_tsv)])
+def test_a_stream_of_a_table(name: str, write: Callable[..., None], tmp_path: Path) -> None:
+    """One text a cell."""
+    write(tmp_path / name, TABLE_ROWS)
+    stream = FactStream(tmp_path / name)
+    assert list(stream) == list(stream) == TABLE_FACTS
+
+
+@pytest.mark.parametrize("source", [FACTS, ROWS, datasets.Dataset.from_list(ROWS).to_iterable_dataset()])
+def test_a_stream_of_something_in_memory(source: Any) -> None:
+    """Whatever starts anew."""
+    stream = FactStream(source)
+    assert list(stream) == list(stream) == FACTS
+
+
+def test_a_stream_maps_columns() -> None:
+    """As `load_facts`."""
+    stream = FactStream([{"question": "Q?", "new": "A"}], column_mapping={"prompt": "question", "target": "new"})
+    assert list(stream) == [Fact("Q?", "A")]
+
+
+def test_a_stream_reads_no_further_than_it_is_read() -> None:
+    """A row is made when its fact is asked for, and is checked then: what comes later is not looked at."""
+    source = Passes(100_000)
+    facts = iter(FactStream(source))
+    assert source.made == 0
+    assert [next(facts).target for _ in range(3)] == ["0", "1", "2"]
+    assert source.made == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "n_facts"), [("f.jsonl", 100_000), ("f.json", 20_000), ("f.csv", 20_000), ("f.parquet", 20_000)]
+)
+def test_a_stream_holds_no_facts(name: str, n_facts: int, tmp_path: Path) -> None:
+    """Two facts are alive at any time, and a pass takes less than a third of the memory that its texts would."""
+    path = tmp_path / name
+    if name == "f.parquet":
+        pandas.DataFrame(numbered(n_facts)).to_parquet(path)
+    elif name == "f.csv":
+        pandas.DataFrame(numbered(n_facts)).to_csv(path, index=False)
+    else:
+        lines = map(json.dumps, numbered(n_facts))
+        path.write_text("\n".join(lines) if name == "f.jsonl" else f"[{', '.join(lines)}]", encoding="utf-8")
+    alive: weakref.WeakSet[Fact] = weakref.WeakSet()
+    count = most = 0
+    tracemalloc.start()
+    try:
+        for fact in FactStream(path):
+            assert fact.target == str(count)
+            alive.add(fact)
+            count, most = count + 1, max(most, len(alive))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert count == n_facts
+    assert most <= 2
+    assert peak < 200 * n_facts
+
+
+def test_a_stream_refuses_an_iterator() -> None:
+    """It would be empty at the second pass."""
+    with pytest.raises(FactError, match=r"the generator given can be read once\. Give it a file.* load_facts"):
+        FactStream(numbered(3))
+
+
+@pytest.mark.parametrize("source", [[], datasets.Dataset.from_list([])])
+def test_a_stream_of_nothing(source: Any) -> None:
+    """Found when it is read."""
+    with pytest.raises(FactError, match=r"No facts in the .* given\. Expected at least one"):
+        list(FactStream(source))
+
+
+def test_a_stream_of_a_missing_file() -> None:
+    """The same."""
+    with pytest.raises(FactError, match=r"There is no file no\.jsonl"):
+        list(FactStream("no.jsonl"))
+
+
+def test_a_stream_finds_flaws_where_they_are() -> None:
+    """After the facts before them."""
+    facts = iter(FactStream([*ROWS, {"prompt": "P", "target": " "}]))
+    assert [next(facts) for _ in FACTS] == FACTS
+    with pytest.raises(FactError, match=r"Fact 3 has an empty target"):
+        next(facts)
+
+
+def test_a_stream_finds_contradictions() -> None:
+    """However far apart, by number: the text of the first one is gone. Repeated facts are none."""
+    rows = [*numbered(5_000), *numbered(5_000), {"prompt": next(numbered(1))["prompt"], "target": "C"}]
+    with pytest.raises(FactError, match=r"Facts 0 and 10000 give .* two targets, that of fact 0 and 'C'"):
+        list(FactStream(rows))
+    assert len(list(FactStream(rows[:-1]))) == 10_000

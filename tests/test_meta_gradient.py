@@ -6,7 +6,6 @@ language model in one graph.
 """
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_malmen import EditorModel, EditorTrainer, Fact
 
+from .zoo import KINDS, Given, Kind
+
 LOCALITY_WEIGHT = 0.7
 # Every fact has two rephrases, so that two a fact are all of them, and nothing is drawn by chance.
 N_REPHRASES = 2
+CAUSAL = KINDS["llama"]  # of any causal language model
 
 
 @dataclass
@@ -38,53 +40,20 @@ class DenseStep:
     n_rows: int
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, prompt: str, target: str) -> tuple[Tensor, list[int]]:
-    """Token ids of prompt and target, and the positions of the target's tokens."""
-    ids = tokenizer(f"{prompt} {target}")["input_ids"]
-    return torch.tensor([ids]), list(range(len(tokenizer(prompt)["input_ids"]), len(ids)))
-
-
-def target_logs(logits: Tensor, positions: list[int]) -> Tensor:  # (n_positions, vocabulary)
-    """Log-probabilities of the tokens at `positions`, each predicted one position before."""
-    return torch.stack([logits[0, position - 1].log_softmax(-1) for position in positions])
-
-
-def rows_of(
-    model: PreTrainedModel, names: Sequence[str], ids: Tensor, positions: list[int], selection: str
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Keys and value gradients of one fact, by perturbing the outputs of the modules."""
-    model = deepcopy(model).requires_grad_(False)
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def perturb(name: str) -> Callable[..., Tensor]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            seen[name] = args[0][0].detach(), torch.zeros_like(output, requires_grad=True)
-            return output + seen[name][1]
-
-        return hook
-
-    for name in names:
-        model.get_submodule(name).register_forward_hook(perturb(name))
-    logs = target_logs(model(input_ids=ids).logits, positions)
-    (-logs.gather(1, ids[0, positions, None]).sum()).backward()
-    # The last token has nothing after it to predict: no position of the edit reads it.
-    chosen = [position - 1 for position in positions] if selection == "answer" else list(range(ids.shape[1] - 1))
-    return {name: (keys[chosen], shift.grad[0, chosen]) for name, (keys, shift) in seen.items()}  # type: ignore[index]
-
-
 def dense_step(
     editor: EditorModel,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     facts: Sequence[Fact],
     locality_weight: float = LOCALITY_WEIGHT,
+    kind: Kind = CAUSAL,
 ) -> DenseStep:
     """The meta loss of editing `facts` and its gradients, by autograd alone."""
     names = list(editor.config.target_modules or ())
     parameters = {name: value.detach().clone().requires_grad_() for name, value in editor.named_parameters()}
     buffers = {name: value.detach().clone() for name, value in editor.named_buffers()}
     selection = editor.config.token_selection or {"malmen": "answer", "mend": "all"}[editor.config.method]
-    traced = [rows_of(model, names, *encode(tokenizer, fact.prompt, fact.target), selection) for fact in facts]
+    traced = [kind.rows(model, tokenizer, names, fact, selection) for fact in facts]
     keys = {name: torch.cat([rows[name][0] for rows in traced]) for name in names}
     gradients = {name: torch.cat([rows[name][1] for rows in traced]) for name in names}
 
@@ -130,18 +99,18 @@ def dense_step(
         module = model.get_submodule(name)
         edited[f"{name}.weight"] = module.weight.detach() + (shift.T if isinstance(module, nn.Linear) else shift)
 
-    def after(ids: Tensor) -> Tensor:
-        return functional_call(model, edited, kwargs={"input_ids": ids}).logits
+    def after(given: Given) -> Tensor:
+        return functional_call(model, edited, kwargs=given.inputs).logits
 
     likelihoods, divergences = [], []
     for fact in facts:
         for rephrase in fact.rephrases:
-            ids, positions = encode(tokenizer, rephrase, fact.target)
-            likelihoods.append(target_logs(after(ids), positions).gather(1, ids[0, positions, None]).flatten())
-        ids, positions = encode(tokenizer, str(fact.unrelated_prompt), str(fact.unrelated_answer))
+            given = kind.given(tokenizer, rephrase, fact.target)
+            likelihoods.append(given.likelihoods(after(given)))
+        given = kind.given(tokenizer, str(fact.unrelated_prompt), str(fact.unrelated_answer))
         with torch.no_grad():
-            before = target_logs(model(input_ids=ids).logits, positions)
-        divergences.append((before.exp() * (before - target_logs(after(ids), positions))).sum(-1))
+            before = given.logs(model(**given.inputs).logits)
+        divergences.append((before.exp() * (before - given.logs(after(given)))).sum(-1))
     # Each part is a mean over all of its answer tokens.
     loss = -torch.cat(likelihoods).mean() + locality_weight * torch.cat(divergences).mean()
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
@@ -244,6 +213,32 @@ def test_gradient_equals_end_to_end_autograd(
             torch.testing.assert_close(gradients_of(editor)[name], wanted[name], rtol=1e-8, atol=0)
     missing = {name for name, gradient in expected.gradients.items() if gradient is None}
     assert missing == {name for name in expected.gradients if "log_ridge" in name and config.get("method") == "mend"}
+
+
+@pytest.mark.parametrize("preserved", [0, 9])
+@pytest.mark.parametrize("name", ["bert", "bert, one logit", "llama, classes", "t5", "bart", "gpt2, square", "falcon"])
+def test_gradient_of_every_family_and_task(
+    name: str,
+    preserved: int,
+    tokenizer: PreTrainedTokenizerFast,
+    make_long_facts: Callable[..., list[Fact]],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+) -> None:
+    """A step's loss and gradient, of the default targets: encoder, decoders, both with classes, encoder-decoders."""
+    kind = KINDS[name]
+    model, facts = kind.build(torch.float64), kind.facts(make_long_facts(5))
+    editor = make_editor(model, n_preserved_keys=preserved, preservation=5.0)
+    expected = dense_step(editor, model, tokenizer, facts, kind=kind)
+    trainer = make_trainer(
+        editor, model, facts, rephrases_per_fact=N_REPHRASES, locality_weight=LOCALITY_WEIGHT, lm_batch_size=3,
+        editor_batch_size=7,
+    )  # fmt: skip
+    assert step(trainer, facts) == pytest.approx(expected.loss, rel=1e-6)
+    wanted = {key: gradient for key, gradient in expected.gradients.items() if gradient is not None}
+    assert wanted.keys() == dict(editor.named_parameters()).keys()
+    # Attention of T5 and GPT-2 rounds to float32 on the way.
+    assert_same(gradients_of(editor), wanted, 1e-8 if name.startswith(("bert", "llama")) else 1e-6)
 
 
 @pytest.mark.parametrize("method", ["malmen", "mend"])

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_malmen import Edit, EditorModel, Fact
 from hf_malmen.metrics import NAMES, path_of
-from hf_malmen.scoring import answers, normalize, token_accuracy
+from hf_malmen.scoring import answers, contains, normalize, token_accuracy
 
 Build = Callable[..., Any]
 
@@ -67,9 +67,17 @@ def test_text_by_hand(name: str) -> None:
     assert grouped == {name: pytest.approx((1 + 1 / 3) / 2)}
 
 
+def test_contained_by_hand(name: str) -> None:
+    """Right where the answer stands anywhere in the generated text: 3 of 4."""
+    metric = evaluate.load(str(path_of(name)), "contained")
+    predictions = [" It is Paris. And", "Parisian", "in Africa: the Nile", "New York City"]
+    references = ["Paris", "Paris", "Nile", "York"]
+    assert metric.compute(predictions=predictions, references=references) == {name: 0.75}
+
+
 def test_an_unknown_configuration(name: str) -> None:
-    """The message names both that there are."""
-    with pytest.raises(ValueError, match=f"{name} has the configurations tokens and text, not words"):
+    """The message names those that there are."""
+    with pytest.raises(ValueError, match=f"{name} has the configurations tokens, text and contained, not words"):
         evaluate.load(str(path_of(name)), "words")
 
 
@@ -88,7 +96,7 @@ def test_one_group_a_prompt(name: str) -> None:
         metric.compute(predictions=[[1], [2]], references=[[1], [2]], groups=[0])
 
 
-# The two rules of scoring
+# The rules of scoring
 
 
 def test_token_accuracy() -> None:
@@ -111,21 +119,26 @@ def test_normalize(text: str, words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("generated", "expected", "value"),
+    ("generated", "expected", "opens", "holds"),
     [
-        ("Paris", "Paris", 1),
-        (" the paris! And more", "Paris", 1),
-        ("Parisian", "Paris", 0),
-        ("New York City", "New York", 1),
-        ("New", "New York", 0),
-        ("It is Paris", "Paris", 0),
-        ("", "Paris", 0),
-        ("", "the", 1),
+        ("Paris", "Paris", 1, 1),
+        (" the paris! And more", "Paris", 1, 1),
+        ("Parisian", "Paris", 0, 0),
+        ("New York City", "New York", 1, 1),
+        ("New", "New York", 0, 0),
+        ("It is Paris", "Paris", 0, 1),
+        ("New Paris York", "New York", 0, 0),
+        ("York, New", "New York", 0, 0),
+        ("in New New York", "New York", 0, 1),
+        ("", "Paris", 0, 0),
+        ("", "the", 1, 1),
+        ("Paris", "the", 0, 0),
     ],
 )
-def test_generated_answers(generated: str, expected: str, value: float) -> None:
-    """The first words count, as many as the answer has."""
-    assert answers(generated, expected) == value
+def test_generated_answers(generated: str, expected: str, opens: float, holds: float) -> None:
+    """The first words count, as many as the answer has; or as many anywhere, side by side and in their order."""
+    assert answers(generated, expected) == opens
+    assert contains(generated, expected) == holds
 
 
 # As `EditorModel.evaluate` computes them, against plain transformers
@@ -271,37 +284,47 @@ def test_evaluate_by_hand(known: Known, make_editor: Build, monkeypatch: pytest.
         assert 0 < found[name] < 1, name
 
 
-def test_evaluate_by_free_generation(known: Known, make_editor: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Texts from a loop of plain forward passes, scored by their first words; the token numbers stay the same."""
-    found = evaluated(known, make_editor, monkeypatch, batch_size=100, generate=True)
-    teacher_forced = evaluated(known, make_editor, monkeypatch, batch_size=100)
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_evaluate_by_free_generation(
+    known: Known, make_editor: Build, monkeypatch: pytest.MonkeyPatch, batch_size: int
+) -> None:
+    """Texts from a loop of plain forward passes, scored by their first words or by any; tokens' numbers stay the same.
+
+    A text is as long as its own answer and two tokens, whatever the answers beside it.
+    """
+    found = evaluated(known, make_editor, monkeypatch, batch_size=batch_size, generate=True)
+    teacher_forced = evaluated(known, make_editor, monkeypatch, batch_size=batch_size)
     assert {name: found[name] for name in teacher_forced} == teacher_forced
-    assert set(found) - set(teacher_forced) == {
-        f"{name}_generated{suffix}" for name in NAMES for suffix in ("", "_before")
-    }
+    kinds = {"edit_success": "edit", "generalization": "rephrase", "unrelated_accuracy": "unrelated"}
+    suffixed = [*(f"{name}_generated" for name in NAMES), *(f"{name}_contained" for name in kinds)]
+    assert set(found) - set(teacher_forced) == {f"{name}{suffix}" for name in suffixed for suffix in ("", "_before")}
     probes = known.probes()
 
     def texts(kind: str) -> list[list[str]]:
-        lengths = [len(ids) - n for group in probes[kind] for ids, n in (known.encode(*pair) for pair in group)]
-        return [[known.generated(prompt, max(lengths) + 2) for prompt, _ in group] for group in probes[kind]]
+        groups = [[(pair[0], known.encode(*pair)) for pair in group] for group in probes[kind]]
+        return [[known.generated(prompt, len(ids) - n + 2) for prompt, (ids, n) in group] for group in groups]
 
-    def words(text: str) -> list[str]:
+    def words(text: str) -> str:
         kept = "".join(letter for letter in text.lower() if letter not in string.punctuation)
-        return [word for word in kept.split() if word not in ("a", "an", "the")]
+        return " ".join(word for word in kept.split() if word not in ("a", "an", "the"))
 
     def opens(text: str, answer: str) -> bool:
-        return re.match(re.escape(" ".join(words(answer))) + r"(?!\S)", " ".join(words(text))) is not None
+        return re.match(re.escape(words(answer)) + r"(?!\S)", words(text)) is not None
+
+    def holds(text: str, answer: str) -> bool:
+        return f" {words(answer)} " in f" {words(text)} "
 
     before = {kind: texts(kind) for kind in probes}
     with known.edit.applied_to(known.model):
         after = {kind: texts(kind) for kind in probes}
-    for name, kind in (("edit_success", "edit"), ("generalization", "rephrase"), ("unrelated_accuracy", "unrelated")):
+    for name, kind in kinds.items():
         for suffix, given in (("", after), ("_before", before)):
-            scores = [
-                mean([float(opens(text, answer)) for text, (_, answer) in zip(group, pairs, strict=True)])
-                for group, pairs in zip(given[kind], probes[kind], strict=True)
-            ]
-            assert found[f"{name}_generated{suffix}"] == pytest.approx(mean(scores)), (name, suffix)
+            for way, rule in (("generated", opens), ("contained", holds)):
+                scores = [
+                    mean([float(rule(text, answer)) for text, (_, answer) in zip(group, pairs, strict=True)])
+                    for group, pairs in zip(given[kind], probes[kind], strict=True)
+                ]
+                assert found[f"{name}_{way}{suffix}"] == pytest.approx(mean(scores)), (name, way, suffix)
     kept = [float(opens(a[0], b[0])) for a, b in zip(after["unrelated"], before["unrelated"], strict=True)]
     assert found["locality_generated"] == pytest.approx(mean(kept))
     assert found["locality_generated_before"] == 1

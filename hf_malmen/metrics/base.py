@@ -1,17 +1,19 @@
-"""What the four metrics share: inputs, the two ways to score, and the average over facts."""
+"""What the four metrics share: inputs, the ways to score, and the average over facts."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import datasets
 import evaluate
 
-from ..scoring import answers, token_accuracy
+from ..scoring import answers, contains, token_accuracy
 
 _INPUTS = """
 Args:
     predictions: for the configuration "tokens" (default), one list of token ids a prompt: the most likely token at each
-        answer position, given the true tokens before it. For "text", one freely generated string a prompt.
+        answer position, given the true tokens before it. For "text" and "contained", one freely generated string a
+        prompt, which is right if it opens with the expected answer, or if it holds it anywhere.
     references: the expected token ids, or the expected answer, in the same order.
     groups: optional, one integer a prompt. Prompts of one group, such as the rephrases of one fact, are averaged
         first, so that each group counts once.
@@ -26,6 +28,14 @@ _CITATION = """
 }
 """
 
+# Configuration: the rule that scores one answer.
+_RULES: dict[str, Callable[[Any, Any], float]] = {
+    "default": token_accuracy,
+    "tokens": token_accuracy,
+    "text": answers,
+    "contained": contains,
+}
+
 
 class AnswerMetric(evaluate.Metric):
     """Average score of predicted against expected answers. Subclasses say what is measured."""
@@ -34,9 +44,12 @@ class AnswerMetric(evaluate.Metric):
     description: str
 
     def _info(self) -> evaluate.MetricInfo:
-        value = datasets.Value("string") if self.config_name == "text" else datasets.Sequence(datasets.Value("int64"))
-        if self.config_name not in ("default", "tokens", "text"):
-            raise ValueError(f"{self.result_name} has the configurations tokens and text, not {self.config_name}.")
+        if self.config_name not in _RULES:
+            raise ValueError(
+                f"{self.result_name} has the configurations tokens, text and contained, not {self.config_name}."
+            )
+        of_tokens = _RULES[self.config_name] is token_accuracy
+        value = datasets.Sequence(datasets.Value("int64")) if of_tokens else datasets.Value("string")
         return evaluate.MetricInfo(
             description=self.description,
             citation=_CITATION,
@@ -47,7 +60,7 @@ class AnswerMetric(evaluate.Metric):
     def _compute(
         self, predictions: list[Any], references: list[Any], groups: list[int] | None = None
     ) -> dict[str, float]:
-        score = answers if self.config_name == "text" else token_accuracy
+        score = _RULES[self.config_name]
         by_group: dict[int, list[float]] = defaultdict(list)
         group_of = groups if groups is not None else range(len(predictions))
         for group, prediction, reference in zip(group_of, predictions, references, strict=True):

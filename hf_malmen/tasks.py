@@ -1,0 +1,98 @@
+"""What a base model answers with: the continuation of a prompt, a second sequence, or a class."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from .errors import FactError, ModelMismatchError
+
+# PEFT's task type -> what loads a checkpoint for it.
+AUTO_CLASSES: dict[str, Any] = {
+    "CAUSAL_LM": AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
+    "SEQ_CLS": AutoModelForSequenceClassification,
+}
+
+
+def infer_task_type(model: nn.Module) -> str | None:
+    """PEFT's task type of `model`, or None for a class that transformers lists for none of the three."""
+    classes = {base.__name__ for base in type(model).__mro__}
+    if classes & set(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()):
+        return "SEQ_CLS"
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return "SEQ_2_SEQ_LM"
+    return "CAUSAL_LM" if classes & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) else None
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a sequence classifier.
+
+    Attributes:
+        ids: {label: index}.
+        count: how many classes there are. A head with one logit s tells two classes apart, with logits 0 and s.
+        at_end: whether the head reads the last token of a text, as that of a decoder does, instead of the first.
+        pad_token_id: the token that such a head takes for padding.
+    """
+
+    ids: Mapping[str, int]
+    count: int
+    at_end: bool = False
+    pad_token_id: int | None = None
+
+    @classmethod
+    def of(cls, model: Any) -> "Classes":
+        """Those of `model`, a sequence classifier of transformers.
+
+        Raises:
+            ModelMismatchError: several classes can hold at once, or a decoder's padding token is not set.
+        """
+        config, kind = model.config, model.config.model_type
+        if config.problem_type == "multi_label_classification":
+            raise ModelMismatchError(
+                f"{type(model).__name__} has problem_type='multi_label_classification', and a fact's target is one "
+                "class. Edit a model with one class a text."
+            )
+        is_decoder = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        at_end = config.is_encoder_decoder or is_decoder or isinstance(model, GenericForSequenceClassification)
+        pad_token_id = config.get_text_config().pad_token_id
+        if at_end and pad_token_id is None:
+            raise ModelMismatchError(
+                f"{type(model).__name__} reads the last token that is not padding, and its config has no pad_token_id. "
+                "Set it first: model.config.pad_token_id = tokenizer.pad_token_id."
+            )
+        return cls(dict(config.label2id), max(config.num_labels, 2), at_end, pad_token_id)
+
+    def index(self, target: str) -> int:
+        """The class that a fact's target names, by its label or its index.
+
+        Raises:
+            FactError: there is no such class.
+        """
+        text = target.strip()
+        if text in self.ids:
+            return self.ids[text]
+        alike = [index for label, index in self.ids.items() if label.casefold() == text.casefold()]
+        if len(alike) == 1:
+            return alike[0]
+        if text.isdecimal() and int(text) < self.count:
+            return int(text)
+        raise FactError(
+            f"The target {target!r} is no class of this model. Its labels: {', '.join(map(repr, self.ids))}; or an "
+            f"index from 0 to {self.count - 1}."
+        )
+
+    def position(self, ids: Sequence[int]) -> int:
+        """Which of the tokens `ids` the head reads."""
+        if not self.at_end:
+            return 0
+        return max((i for i, token in enumerate(ids) if token != self.pad_token_id), default=0)
