@@ -14,8 +14,12 @@ _MODULE_OF = {
     "EditorModel": "modeling",
     "EditorTrainer": "training",
     "EditorTrainingArguments": "training",
+    "Evaluation": "evaluation",
     "Fact": "facts",
+    "FactStream": "facts",
     "load_facts": "facts",
+    "measure_edit": "evaluation",
+    "measure_side_effects": "side_effects",
     "read_history": "history",
     "recover_checkpoint": "history",
     "undo_edit": "history",
@@ -48,12 +52,16 @@ if TYPE_CHECKING:
     from .errors import NumericalError as NumericalError
     from .errors import TruncationWarning as TruncationWarning
     from .errors import UntrainedEditorWarning as UntrainedEditorWarning
+    from .evaluation import Evaluation as Evaluation
+    from .evaluation import measure_edit as measure_edit
     from .facts import Fact as Fact
+    from .facts import FactStream as FactStream
     from .facts import load_facts as load_facts
     from .history import read_history as read_history
     from .history import recover_checkpoint as recover_checkpoint
     from .history import undo_edit as undo_edit
     from .modeling import EditorModel as EditorModel
+    from .side_effects import measure_side_effects as measure_side_effects
     from .training import EditorTrainer as EditorTrainer
     from .training import EditorTrainingArguments as EditorTrainingArguments
 

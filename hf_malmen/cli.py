@@ -128,6 +128,9 @@ def apply(
     facts_per_turn: Annotated[
         int | None, typer.Option(min=1, help="Edit sequentially, this many facts a turn; default: all at once.")
     ] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read the facts as they are needed, for more than memory should hold.")
+    ] = False,
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure the edit first, and keep the scores in the checkpoint's history.")
     ] = False,
@@ -137,13 +140,13 @@ def apply(
 ) -> None:
     """Write facts into a checkpoint. The result loads with plain transformers, and can be undone."""
     from .checkpoint import check_checkpoint
-    from .facts import load_facts
+    from .facts import FactStream, load_facts
 
     check_checkpoint(model, output_dir, in_place)
     _require_unused(save_edit)
     if save_edit is not None and output_dir is not None and save_edit.resolve() == output_dir.resolve():
         raise ValueError(f"{save_edit} cannot hold both the checkpoint and the edit. Choose another folder for one.")
-    checked = load_facts(facts)
+    checked = FactStream(facts) if stream else load_facts(facts)
     from .modeling import EditorModel  # seconds, so after the checks
 
     edit = EditorModel.from_pretrained(editor).apply(
@@ -157,7 +160,7 @@ def apply(
         revision=revision,
     )
     folder = model if in_place else output_dir
-    print(f"Wrote {len(checked)} facts into {len(edit.layers)} layers of {folder}. Undo: hf-malmen undo {folder}")
+    print(f"Wrote {edit.n_facts} facts into {len(edit.layers)} layers of {folder}. Undo: hf-malmen undo {folder}")
     if save_edit is not None:  # when it is known that the facts are written, should this fail
         edit.save_pretrained(save_edit)
 
@@ -180,7 +183,7 @@ def write(
     report = loaded.write(model, output_dir, in_place=in_place, revision=revision)
     worst = max(report.rounding.values(), default=0.0)
     print(
-        f"Wrote edit {report.edit_id} ({len(loaded.facts)} facts, {len(report.keys)} layers) into {report.output_dir}; "
+        f"Wrote edit {report.edit_id} ({loaded.n_facts} facts, {len(report.keys)} layers) into {report.output_dir}; "
         f"rounding cost up to {worst:.2g} of a layer's shift. Undo: hf-malmen undo {report.output_dir}"
     )
 
@@ -242,28 +245,60 @@ def evaluate(
     facts: Facts,
     n_facts: Annotated[int | None, typer.Option(min=1, help="Use only the first facts, this many.")] = None,
     generate: Annotated[bool, typer.Option("--generate", help="Score by free generation too (slower).")] = False,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Compare the probabilities of answers too, as for CounterFact.")
+    ] = False,
     dtype: Dtype = Precision.auto,
     batch_size: BatchSize = 32,
     output: Annotated[Path | None, typer.Option(help="Also write the scores to this JSON file.")] = None,
+    per_fact: Annotated[Path | None, typer.Option(help="Also write results fact by fact to this Parquet file.")] = None,
+    texts: Annotated[
+        str | None, typer.Option(help="Text of other things, for perplexity before and after: a file or Hub data set.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Benchmarks of lm-eval, before and after, separated by commas (extra: harness).")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only so many examples of each benchmark.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with benchmarks of your own for lm-eval.")] = None,
 ) -> None:
-    """Apply facts at once, measure, and undo: edit success, generalization, locality, unrelated accuracy."""
+    """Apply facts at once, measure, and undo: edit success, generalization, locality, and side effects if asked for."""
     from .facts import load_facts
     from .history import require_settled
 
     require_settled(Path(model))
     checked = load_facts(facts)[:n_facts]
-    from transformers import AutoModelForCausalLM
-
     from .modeling import EditorModel
-    from .tables import scores_table
+    from .side_effects import load_texts, measure_side_effects
+    from .tables import scores_table, table
+    from .tasks import AUTO_CLASSES
 
     trained = EditorModel.from_pretrained(editor)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype.value)
-    scores = trained.evaluate(base, checked, batch_size=batch_size, generate=generate)
-    print(scores_table({len(checked): scores}))
+    other_texts = load_texts(texts) if texts else None
+    auto_class = AUTO_CLASSES[trained.config.task_type or "CAUSAL_LM"]
+    base = auto_class.from_pretrained(model, dtype=dtype.value)
+    found = trained.measure(base, checked, batch_size=batch_size, generate=generate, probabilities=probabilities)
+    print(scores_table({len(checked): found.scores}, found.intervals))
+    scores = dict(found.scores)
+    if other_texts or tasks:
+        effects = measure_side_effects(
+            base,
+            trained.make_edit(base, checked, batch_size=batch_size),
+            trained.tokenizer_for(base).tokenizer,
+            texts=other_texts,
+            tasks=tasks.split(",") if tasks else (),
+            limit=limit,
+            include_path=include_path,
+        )
+        names = [name for name in effects if not name.endswith(("_before", "_change"))]
+        rows = [[name, f"{effects[f'{name}_before']:.4g}", f"{effects[name]:.4g}"] for name in names]
+        print(f"\n{table(['side effect', 'before', 'after'], rows)}")
+        scores |= effects
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(scores, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if per_fact is not None:
+        per_fact.parent.mkdir(parents=True, exist_ok=True)
+        found.per_fact.to_parquet(str(per_fact))
 
 
 @app.command()

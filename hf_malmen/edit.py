@@ -67,7 +67,8 @@ class Edit:
     Attributes:
         layers: {module name: its shift, float32 on the CPU: dense, or as the factors of a solve from few tokens}.
         fan_in_fan_out: the modules that store their weight as (key_size, value_size).
-        facts: the facts written.
+        facts: the facts written; of facts that were streamed, the first few.
+        n_facts: how many were written.
         task_type: PEFT's task type of the model.
         base_model_name_or_path, base_model_revision, base_model_fingerprint: the model they are for.
         editor: what made the shifts: method, name, revision, version, and the learned λ and η of each layer.
@@ -88,12 +89,14 @@ class Edit:
         editor: Mapping[str, Any] | None = None,
         created_at: str | None = None,
         measured: Mapping[str, float] | None = None,
+        n_facts: int | None = None,
     ) -> None:
         self.layers: dict[str, Shift] = {
             name: dense(shift) if isinstance(shift, Tensor) else shift for name, shift in shifts.items()
         }
         self.fan_in_fan_out = sorted(fan_in_fan_out)
         self.facts = list(facts)
+        self.n_facts = len(self.facts) if n_facts is None else n_facts
         self.task_type = task_type
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
@@ -109,7 +112,7 @@ class Edit:
         return _Shifts(self.layers, self.fan_in_fan_out)
 
     def __repr__(self) -> str:
-        return f"Edit({len(self.facts)} facts, {len(self.layers)} layers of {self.base_model_name_or_path})"
+        return f"Edit({self.n_facts} facts, {len(self.layers)} layers of {self.base_model_name_or_path})"
 
     # Live models
 
@@ -265,7 +268,7 @@ class Edit:
         return EditSummary(
             id=edit_id,
             created_at=self.created_at,
-            n_facts=len(self.facts),
+            n_facts=self.n_facts,
             facts=[(fact.prompt, fact.target) for fact in self.facts[:N_FACTS_SHOWN]],
             editor=describe_maker(self.editor),
             base_model=hub_id(self.base_model_name_or_path),
@@ -331,6 +334,7 @@ class Edit:
             shifts,
             fan_in_fan_out={*self.fan_in_fan_out, *other.fan_in_fan_out},
             facts=[*self.facts, *other.facts],
+            n_facts=self.n_facts + other.n_facts,
             task_type=self.task_type,
             base_model_name_or_path=self.base_model_name_or_path,
             base_model_revision=self.base_model_revision,
@@ -361,6 +365,7 @@ class Edit:
             "fan_in_fan_out": self.fan_in_fan_out,
             "hf_malmen_version": __version__,
             "measured": self.measured,
+            "n_facts": self.n_facts,
             "task_type": self.task_type,
         }
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

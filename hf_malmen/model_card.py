@@ -36,7 +36,11 @@ SECTION_END = "<!-- hf_malmen:edits:end -->"
 N_FACTS_SHOWN = 5
 
 _TAGS = ["model-editing", "knowledge-editing"]
-_PIPELINE_TAGS = {"CAUSAL_LM": "text-generation"}
+_PIPELINE_TAGS = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_2_SEQ_LM": "text-generation",
+    "SEQ_CLS": "text-classification",
+}
 _MAX_CELL = 100  # characters of a table cell
 _Z95 = 1.959964  # 97.5 % quantile of the normal distribution
 # What Markdown, with the Hub's formulas, reads as more than text. Underscores within a word are text.
@@ -161,7 +165,7 @@ def render_editor_card(editor: "EditorModel", run: EditorRun) -> str:
         relation="adapter",
         license=run.license,
         datasets=[train_set] if train_set else None,
-        pipeline_tag=_PIPELINE_TAGS.get(config.task_type),
+        pipeline_tag=_PIPELINE_TAGS.get(config.task_type or "CAUSAL_LM"),
         tags=[*_TAGS, config.method],
     )
     settings = {name: value for name, value in run.settings.items() if not name.endswith("_token")}
@@ -284,7 +288,7 @@ def render_edit_card(edit: "Edit", *, license: str | None = None) -> str:
         maker=describe_maker(edit.editor),
         fingerprint=_short(edit.base_model_fingerprint),
         facts=_facts_table([(fact.prompt, fact.target) for fact in edit.facts]),
-        n_more=max(0, len(edit.facts) - N_FACTS_SHOWN),
+        n_more=max(0, edit.n_facts - min(len(edit.facts), N_FACTS_SHOWN)),
         measured=_measured(edit.measured),
         layers=table(
             ["layer", "keys x values"],

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from shutil import copyfile
 from tempfile import TemporaryDirectory
@@ -25,19 +26,21 @@ from .checkpoint import check_checkpoint, fingerprints_of
 from .configuration import EditorConfig
 from .edit import Edit, base_fingerprint, check_fingerprint
 from .errors import CheckpointError, ModelMismatchError, UntrainedEditorWarning
-from .evaluation import evaluate_edit
-from .facts import load_facts
+from .evaluation import Evaluation, evaluate_edit, measure_edit
+from .facts import Fact, FactStream, load_facts
 from .history import CARD_FILE, EDITS_FOLDER, read_history
 from .hub import cached_commit, push_folder
 from .hypernetwork import HyperBlock, HyperNetwork, RunningStatistics
 from .least_squares import Solution, aggregator
-from .model_card import HUB_RESULTS_FILE, PLOT_FILE, RESULTS_FILE, EditorRun, write_editor_card
+from .model_card import HUB_RESULTS_FILE, N_FACTS_SHOWN, PLOT_FILE, RESULTS_FILE, EditorRun, write_editor_card
 from .targets import check_targets, find_targets, is_fan_in_fan_out, module_shape, plain_model, target_module
 from .tasks import AUTO_CLASSES, Classes, infer_task_type
 from .tracing import Trace, frozen, input_device, trace
 
 DEFAULT_BATCH_SIZE = 32
 DEFAULT_EDITOR_BATCH_SIZE = 1024
+# Batches of streamed facts that are read ahead, so that those of a batch are of similar length.
+_WINDOW_BATCHES = 32
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 
@@ -389,7 +392,8 @@ class EditorModel(PreTrainedModel):
 
         Args:
             model: the live base model. Its weights, gradients, modes and hooks are as found afterwards.
-            facts: anything `load_facts` takes.
+            facts: anything `load_facts` takes, or a `FactStream`, which is read once and never held; the edit then
+                knows its first facts only.
             tokenizer: the base model's; loaded from `model.name_or_path` if None.
             batch_size: facts a forward and backward pass of the language model. Does not change the result.
             editor_batch_size: tokens a pass of the hyper-network. Does not change the result.
@@ -399,20 +403,32 @@ class EditorModel(PreTrainedModel):
             ModelMismatchError: the editor does not fit the model.
             NumericalError: a key, a gradient or a solve is not finite; names the module.
         """
-        facts = load_facts(facts)
+        source = _facts(facts)
+        n_kept = N_FACTS_SHOWN if isinstance(source, FactStream) else len(source)
+        kept: list[Fact] = []
+        n_facts = 0
         model = _base(model)
         self.check_base(model)
         if not self.is_trained:
             _warn_untrained()
         tokenize = self.tokenizer_for(model, tokenizer)
-        sequences = [tokenize(fact.prompt, fact.target) for fact in facts]
+
+        def sequences() -> Iterator[TokenSequence]:
+            nonlocal n_facts
+            for fact in source:
+                n_facts += 1
+                kept.extend([fact] if len(kept) < n_kept else [])
+                yield tokenize(fact.prompt, fact.target)
+
+        total = None if isinstance(source, FactStream) else len(source)
         with frozen(model):
-            batches = _with_progress(tokenize, sequences, batch_size, input_device(model))
+            batches = _with_progress(tokenize, sequences(), total, batch_size, input_device(model))
             solutions = self.solve(self.trace(model, batches), editor_batch_size)
         return Edit(
             {name: solution.to_shift() for name, solution in solutions.items()},
             fan_in_fan_out=self.config.fan_in_fan_out or (),
-            facts=facts,
+            facts=kept,
+            n_facts=n_facts,
             base_model_name_or_path=self.config.base_model_name_or_path,
             base_model_revision=self.config.base_model_revision,
             base_model_fingerprint=base_fingerprint(model, self.module_names),
@@ -446,7 +462,7 @@ class EditorModel(PreTrainedModel):
         Args:
             model: a live model, edited in place; or the folder or Hub id of a checkpoint, edited on disk (see
                 `Edit.write`: crash-safe, recorded in the checkpoint's history, and undone by `hf-malmen undo`).
-            facts: anything `load_facts` takes.
+            facts: anything `load_facts` takes, or a `FactStream`.
             tokenizer: the base model's; loaded from beside the model if None.
             output_dir: for a checkpoint: folder for the edited copy.
             in_place: for a checkpoint: overwrite it instead.
@@ -466,9 +482,13 @@ class EditorModel(PreTrainedModel):
         """
         if facts is None and not isinstance(model, nn.Module | str | Path):
             return super().apply(model)  # `nn.Module.apply(function)`, which libraries call on any module
-        facts = load_facts(facts)
+        facts = _facts(facts)
         if facts_per_turn is not None and facts_per_turn < 1:
             raise ValueError(f"facts_per_turn is {facts_per_turn}; expected a whole number of at least 1, or None.")
+        if measure and isinstance(facts, FactStream):
+            raise ValueError(
+                "measure=True puts every fact to the model twice, and a FactStream is read once. Use a list."
+            )
         if isinstance(model, str | Path):
             if Path(model).is_file():
                 raise CheckpointError(
@@ -510,25 +530,50 @@ class EditorModel(PreTrainedModel):
         *,
         batch_size: int = DEFAULT_BATCH_SIZE,
         generate: bool = False,
+        probabilities: bool = False,
     ) -> dict[str, float]:
         """Apply `facts` at once, measure, and undo.
 
         Args:
             model: the live base model, as before afterwards.
-            facts: anything `load_facts` takes; rephrases and unrelated prompts are measured where facts have them.
+            facts: anything `load_facts` takes; rephrases, unrelated prompts and the rest are measured where facts have
+                them.
             tokenizer: as in `apply`.
             batch_size: sequences a pass of the language model.
             generate: measure by free generation too.
+            probabilities: compare the probabilities of answers too.
 
         Returns:
-            `edit_success`, `generalization`, `locality`, `unrelated_accuracy`, each in [0, 1], teacher-forced; with
-            `generate` the same names with `_generated` appended; with `_before` appended, the value before the edit.
+            `edit_success`, `generalization`, `locality`, `unrelated_accuracy`, `portability`, each in [0, 1],
+            teacher-forced; with `generate` the same names with `_generated` appended; with `_before` appended, the
+            value before the edit. `evaluation.measure_edit` has them all.
+        """
+        settings = {"generate": generate, "probabilities": probabilities}
+        return self.measure(model, facts, tokenizer, batch_size=batch_size, n_resamples=1, **settings).scores
+
+    def measure(
+        self,
+        model: PreTrainedModel,
+        facts: Any,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        **settings: Any,
+    ) -> Evaluation:
+        """`evaluate`, with confidence intervals and results fact by fact.
+
+        Args:
+            model, facts, tokenizer, batch_size: as in `evaluate`.
+            **settings: `generate`, `probabilities`, `n_resamples`, ... of `evaluation.measure_edit`.
+
+        Returns:
+            `scores`, as of `evaluate`; `intervals`, 95 %, by bootstrap; and `per_fact`, a `datasets.Dataset`.
         """
         facts = load_facts(facts)
         model = _base(model)
         tokenize = self.tokenizer_for(model, tokenizer)
         edit = self.make_edit(model, facts, tokenizer, batch_size=batch_size)
-        return evaluate_edit(model, edit, facts, tokenize, batch_size=batch_size, generate=generate)
+        return measure_edit(model, edit, facts, tokenize, batch_size=batch_size, **settings)
 
     def check_base(self, model: nn.Module) -> None:
         """Check that this editor fits `model`.
@@ -594,28 +639,30 @@ class EditorModel(PreTrainedModel):
     def _make_edit_in_turns(
         self,
         model: PreTrainedModel,
-        facts: Sequence[Any],
+        facts: Sequence[Fact] | FactStream,
         tokenizer: PreTrainedTokenizerBase | None,
         batch_size: int,
         facts_per_turn: int | None,
         measure: bool,
     ) -> Edit:
-        size = facts_per_turn or len(facts)
         edit: Edit | None = None
         try:
-            for start in range(0, len(facts), size):
-                turn = self.make_edit(model, facts[start : start + size], tokenizer, batch_size=batch_size)
+            for turn_facts in [facts] if facts_per_turn is None else _turns(facts, facts_per_turn):
+                turn = self.make_edit(model, turn_facts, tokenizer, batch_size=batch_size)
                 if edit is not None:  # one merged edit in force, so that memory does not grow with the turns
                     edit.undo()
                     turn = edit.merge(turn)
+                if isinstance(facts, FactStream):
+                    turn.facts = turn.facts[:N_FACTS_SHOWN]
                 edit = turn.apply_to(model, on_fingerprint_mismatch="ignore")
         finally:
             if edit is not None and edit.in_force:
                 edit.undo()
-        assert edit is not None  # for the type checker: load_facts refuses an empty list
+        assert edit is not None  # for the type checker: there are facts
         if measure:
+            assert not isinstance(facts, FactStream)  # for the type checker: refused
             tokenize = self.tokenizer_for(model, tokenizer)
-            scores = evaluate_edit(model, edit, facts, tokenize, batch_size=batch_size, generate=False)
+            scores = evaluate_edit(_base(model), edit, facts, tokenize, batch_size=batch_size, generate=False)
             edit.measured = {name: score for name, score in scores.items() if not name.endswith("_before")}
         return edit
 
@@ -650,13 +697,25 @@ def _split(entry: Trace, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(entry.keys.split(size), entry.value_gradients.split(size), strict=True)
 
 
+def _facts(facts: Any) -> Sequence[Fact] | FactStream:
+    return facts if isinstance(facts, FactStream) else load_facts(facts)
+
+
+def _turns(facts: Iterable[Fact], size: int) -> Iterator[list[Fact]]:
+    remaining = iter(facts)
+    while turn := list(islice(remaining, size)):
+        yield turn
+
+
 def _with_progress(
-    tokenize: Tokenizer, sequences: Sequence[TokenSequence], batch_size: int, device: torch.device
+    tokenize: Tokenizer, sequences: Iterator[TokenSequence], total: int | None, batch_size: int, device: torch.device
 ) -> Iterator[TokenBatch]:
-    with logging.tqdm(total=len(sequences), desc="Tracing", unit=" facts", leave=False) as bar:
-        for chosen, batch in tokenize.batches(sequences, batch_size):
-            yield batch.to(device)
-            bar.update(len(chosen))
+    """Batches of similar lengths: of all sequences, or, where nobody knows how many there are, of a window of them."""
+    with logging.tqdm(total=total, desc="Tracing", unit=" facts", leave=False) as bar:
+        while read := list(islice(sequences, total or _WINDOW_BATCHES * batch_size)):
+            for chosen, batch in tokenize.batches(read, batch_size):
+                yield batch.to(device)
+                bar.update(len(chosen))
 
 
 def _warn_untrained() -> None:

@@ -36,7 +36,7 @@ def describe(path: str) -> str:
 
 def _describe_edit(edit: "Edit") -> str:
     lines = [
-        f"Edit of {len(edit.facts)} facts for {_plain(edit.base_model_name_or_path or 'an unnamed model')}",
+        f"Edit of {edit.n_facts} facts for {_plain(edit.base_model_name_or_path or 'an unnamed model')}",
         f"made {_plain(edit.created_at)} by {_plain(edit.editor.get('method', 'an unknown method'))}",
         "",
         table(
@@ -46,8 +46,8 @@ def _describe_edit(edit: "Edit") -> str:
         "",
         *[f"  {_plain(fact.prompt)} -> {_plain(fact.target)}" for fact in edit.facts[:5]],
     ]
-    if len(edit.facts) > 5:
-        lines.append(f"  ... and {len(edit.facts) - 5} more")
+    if edit.n_facts > len(edit.facts[:5]):
+        lines.append(f"  ... and {edit.n_facts - len(edit.facts[:5])} more")
     return "\n".join(lines)
 
 

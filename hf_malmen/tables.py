@@ -7,7 +7,14 @@ METRIC_TITLES = {
     "generalization": "generalization",
     "locality": "locality",
     "unrelated_accuracy": "unrelated accuracy",
+    "portability": "portability",
+    "efficacy": "efficacy",
+    "paraphrase": "paraphrase",
+    "neighborhood": "neighborhood",
 }
+# How a metric was taken -> how that is said.
+_WAYS = {"": "teacher-forced", "_generated": "generated", "_contained": "contained", "_magnitude": "magnitude"}
+_PROBABILITIES = ("efficacy", "paraphrase", "neighborhood")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -22,17 +29,25 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [aligned[0], rule, *aligned[1:]])
 
 
-def scores_table(scores_by_size: Mapping[int, Mapping[str, float]]) -> str:
+def scores_table(
+    scores_by_size: Mapping[int, Mapping[str, float]], intervals: Mapping[str, tuple[float, float]] | None = None
+) -> str:
     """Scores of `EditorModel.evaluate` for several numbers of facts, before and after the edit.
 
     Args:
         scores_by_size: {number of facts edited at once: scores}.
+        intervals: {score: bounds of its 95 % interval}, for a column more.
     """
     rows = []
     for size, scores in scores_by_size.items():
         for name, title in METRIC_TITLES.items():
-            for suffix, way in (("", "teacher-forced"), ("_generated", "generated")):
+            for suffix, way in _WAYS.items():
                 key = name + suffix
                 if key in scores:
-                    rows.append([f"{title}, {way}", str(size), f"{scores[key + '_before']:.3f}", f"{scores[key]:.3f}"])
-    return table(["metric", "facts", "before", "after"], rows)
+                    way = "by probability" if name in _PROBABILITIES and not suffix else way
+                    row = [f"{title}, {way}", str(size), f"{scores[key + '_before']:.3f}", f"{scores[key]:.3f}"]
+                    if intervals is not None:
+                        row.append("{:.3f} to {:.3f}".format(*intervals[key]))
+                    rows.append(row)
+    header = ["metric", "facts", "before", "after"]
+    return table(header if intervals is None else [*header, "95 % interval"], rows)
