@@ -49,8 +49,8 @@ def save_lora(
         shifts: {module name: its shift}.
         fan_in_fan_out: modules stored as (key_size, value_size).
         base_model_name_or_path, revision: the base model, for the adapter's configuration.
-        task_type: PEFT's. An adapter for `"SEQ_CLS"` names none: PEFT would want a trained head in it, and an edit leaves
-            the head as it is.
+        task_type: PEFT's. An adapter for `"SEQ_CLS"` names none: PEFT would want a trained head in it, and an edit
+            leaves the head as it is.
         rank: at most this rank; None takes 512.
 
     Returns:

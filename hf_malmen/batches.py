@@ -117,7 +117,7 @@ class Tokenizer:
 
     Args:
         tokenizer: the base model's.
-        config: supplies `task_type` (None counts as `"CAUSAL_LM"`), `prompt_template` or `use_chat_template`.
+        config: supplies `task_type`, and `prompt_template` or `use_chat_template`.
         max_length: the most tokens the base model reads, or None for no limit.
         decoder_start_token_id: what the decoder of an encoder-decoder reads first.
         classes: those of a sequence classifier.

@@ -53,7 +53,7 @@ class EditorConfig(PreTrainedConfig):
         base_model_fingerprint: SHA-256 of the target weights it was made for. Filled by `EditorModel.from_base`.
         fingerprint_policy: what `apply` does when the base's target weights differ: `"warn"`, `"error"` or `"ignore"`.
         task_type: PEFT's: `"CAUSAL_LM"`, `"SEQ_2_SEQ_LM"` (an encoder-decoder) or `"SEQ_CLS"` (a sequence
-            classifier). `None` is read off the base model by `EditorModel.from_base`.
+            classifier). `EditorModel.from_base` reads it off a base model of transformers' own.
         target_modules: names or PEFT-style suffixes of the layers to edit, such as `["mlp.down_proj"]`. `None` picks
             the second feed-forward linear of the last six blocks, of an encoder-decoder that of the last three blocks
             of each side. Expanded to full names by `EditorModel.from_base`.
@@ -87,7 +87,7 @@ class EditorConfig(PreTrainedConfig):
     base_model_revision: str | None = None
     base_model_fingerprint: str | None = None
     fingerprint_policy: str = "warn"
-    task_type: str | None = None
+    task_type: str = "CAUSAL_LM"
     target_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     module_shapes: dict[str, list[int]] | None = None
@@ -168,7 +168,7 @@ class EditorConfig(PreTrainedConfig):
     def _check_choices(self) -> None:
         allowed = {
             "method": tuple(METHODS),
-            "task_type": (None, *TASK_TYPES),
+            "task_type": TASK_TYPES,
             "token_selection": (None, *TOKEN_SELECTIONS),
             "fingerprint_policy": FINGERPRINT_POLICIES,
             "use_chat_template": (True, False),

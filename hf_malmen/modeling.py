@@ -111,11 +111,18 @@ class EditorModel(PreTrainedModel):
             config: copied, not changed. Defaults to `EditorConfig()`.
 
         Raises:
-            ModelMismatchError: no target module found, or one that cannot be edited.
+            ModelMismatchError: no target module found, or one that cannot be edited; or a model for another task than
+                `config` names.
         """
         config = EditorConfig.from_dict((config or EditorConfig()).to_dict())
         model = plain_model(model)
-        config.task_type = config.task_type or infer_task_type(model) or "CAUSAL_LM"
+        task_type = infer_task_type(model) or config.task_type
+        if config.task_type not in ("CAUSAL_LM", task_type):  # the default says nothing
+            raise ModelMismatchError(
+                f"EditorConfig.task_type is {config.task_type!r}, and {type(model).__name__} is for {task_type!r}. "
+                f"Leave task_type out, or load the base model with {AUTO_CLASSES[config.task_type].__name__}."
+            )
+        config.task_type = task_type
         names = find_targets(model, config)
         config.target_modules = names
         config.layers_to_transform = None
@@ -432,7 +439,7 @@ class EditorModel(PreTrainedModel):
             base_model_name_or_path=self.config.base_model_name_or_path,
             base_model_revision=self.config.base_model_revision,
             base_model_fingerprint=base_fingerprint(model, self.module_names),
-            task_type=self.config.task_type or "CAUSAL_LM",
+            task_type=self.config.task_type,
             editor={
                 "method": self.config.method,
                 "name_or_path": self.name_or_path or None,
@@ -497,7 +504,7 @@ class EditorModel(PreTrainedModel):
                 )
             check_checkpoint(model, output_dir, in_place)
             hub = {"revision": revision or "main", "token": token}
-            base = AUTO_CLASSES[self.config.task_type or "CAUSAL_LM"].from_pretrained(model, **hub)
+            base = AUTO_CLASSES[self.config.task_type].from_pretrained(model, **hub)
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, **hub)
             edit = self._make_edit_in_turns(base, facts, tokenizer, batch_size, facts_per_turn, measure)
             edit.base_model_revision = cached_commit(str(model), revision) or edit.base_model_revision
@@ -589,11 +596,11 @@ class EditorModel(PreTrainedModel):
                 or orientation; or its weights differ and `fingerprint_policy` is `"error"`.
         """
         model = plain_model(model)
-        wanted, task_type = self.config.task_type, infer_task_type(model)
-        if wanted is not None and task_type not in (None, wanted):
+        wanted, found = self.config.task_type, infer_task_type(model)
+        if found not in (None, wanted):
             raise ModelMismatchError(
-                f"{type(model).__name__} is for the task {task_type}, and this editor was made for {wanted}. Load the "
-                f"base model with {AUTO_CLASSES[wanted].__name__}, or make an editor for this one."
+                f"{type(model).__name__} is for the task {found}, and this editor was made for {wanted}. "
+                f"Load the base model with {AUTO_CLASSES[wanted].__name__}, or make an editor for this one."
             )
         check_targets(model, self.module_names)
         for name in self.module_names:

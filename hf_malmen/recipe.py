@@ -9,13 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from .configuration import EditorConfig
@@ -25,6 +19,7 @@ from .hub import cached_commit
 from .model_card import EditorRun, Measurement, write_editor_card
 from .modeling import DEFAULT_BATCH_SIZE, EditorModel
 from .tables import METRIC_TITLES
+from .tasks import AUTO_CLASSES
 from .training import EditorTrainer, EditorTrainingArguments
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -35,7 +30,7 @@ class Recipe:
     """One training run.
 
     Attributes:
-        base_model: folder or Hub id of the language model.
+        base_model: folder or Hub id of the base model.
         train_facts: anything `load_facts` takes by name: a file or a Hub data set.
         eval_facts: held-out facts, measured during training and for the card.
         max_eval_facts: use only the first of them, this many; None uses all.
@@ -43,7 +38,7 @@ class Recipe:
             takes `per_device_eval_batch_size`, or all held-out facts if they are fewer.
         dtype: precision of the base model: `"auto"`, `"float32"`, `"bfloat16"` or `"float16"`.
         license: licence of the editor for its card, as the Hub names it, such as `"apache-2.0"`; None names none.
-        editor: fields of `EditorConfig`.
+        editor: fields of `EditorConfig`. Its `task_type` says what the base model is loaded as; None: `"CAUSAL_LM"`.
         training: fields of `EditorTrainingArguments`; needs `output_dir`.
     """
 
@@ -130,7 +125,8 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> Path:
         )
     config = EditorConfig(**recipe.editor)
     hub = {"revision": config.base_model_revision or "main"}
-    model = AutoModelForCausalLM.from_pretrained(recipe.base_model, dtype=recipe.dtype, **hub)
+    auto_class = AUTO_CLASSES[config.task_type or "CAUSAL_LM"]
+    model = auto_class.from_pretrained(recipe.base_model, dtype=recipe.dtype, **hub)
     tokenizer = AutoTokenizer.from_pretrained(recipe.base_model, **hub)
     config.base_model_revision = cached_commit(recipe.base_model, **hub) or config.base_model_revision
     set_seed(args.seed)

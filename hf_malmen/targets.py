@@ -96,9 +96,9 @@ def check_targets(model: nn.Module, names: Iterable[str]) -> None:
     """
     modules = dict(named_modules(model))
     holders: dict[int, list[str]] = {}
-    for module_name, module in modules.items():
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            holders.setdefault(id(parameter), []).append(f"{module_name}.{parameter_name}".lstrip("."))
+    for holder, holding in modules.items():
+        for parameter_name, parameter in holding.named_parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append(f"{holder}.{parameter_name}".lstrip("."))
     for name in names:
         module = modules.get(name)
         if module is None:

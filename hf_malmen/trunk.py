@@ -33,7 +33,7 @@ class Trunk:
         self.max_bytes = max_bytes
         self.blocks = _blocks_below(model, module_names)
         if not self.blocks:
-            logger.info("No blocks run before the first edited layer that can be shared; running all in full.")
+            logger.info("No blocks below the first edited layer can be run apart from it; running all in full.")
         self._outputs: dict[tuple[int, ...], Tensor] = {}  # input ids -> (length, hidden_size)
         self._n_bytes = 0
         self._in_tuple = False  # whether the blocks wrap their output in a tuple

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-from hf_malmen import EditorConfig, EditorModel, Fact
+from hf_malmen import Edit, EditorConfig, EditorModel, Fact, FactError, ModelMismatchError, UntrainedEditorWarning
 from hf_malmen.tasks import AUTO_CLASSES
 from hf_malmen.tracing import answer_logits, frozen
 
@@ -246,3 +246,80 @@ def test_training_and_evaluation(
     assert {"edit_success", "generalization", "locality", "unrelated_accuracy"} <= scores.keys()
     assert all(0 <= score <= 1 for score in scores.values())
     assert bits_of(model) == before
+
+
+# Whole runs of the new tasks
+
+
+@pytest.mark.parametrize("name", ["bert", "llama, classes", "t5", "bart"])
+def test_apply_to_a_checkpoint(
+    name: str, make_editor: Build, tokenizer: PreTrainedTokenizerFast, make_long_facts: Build, tmp_path: Path
+) -> None:
+    """A saved editor edits a folder as it edits the live model; the edit knows its task when it is loaded again."""
+    kind = KINDS[name]
+    facts, source = kind.facts(make_long_facts(5)), tmp_path / "source"
+    kind.build().save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    model = AUTO_CLASSES[kind.task].from_pretrained(source)
+    editor_for(kind, model, make_editor).save_pretrained(tmp_path / "editor")
+    editor = EditorModel.from_pretrained(tmp_path / "editor")
+    edit = editor.apply(source, facts, output_dir=tmp_path / "edited", measure=True)
+    assert set(edit.measured) >= {"edit_success", "generalization", "locality", "unrelated_accuracy"}
+    editor.apply(model, facts)
+    reloaded = AUTO_CLASSES[kind.task].from_pretrained(tmp_path / "edited")
+    assert torch.equal(logits_of(kind, reloaded), logits_of(kind, model))
+    edit.save_pretrained(tmp_path / "edit")
+    assert Edit.from_pretrained(tmp_path / "edit").task_type == edit.merge(edit).task_type == kind.task
+
+
+@pytest.mark.parametrize("name", ["bert", "bert, one logit", "llama, classes", "t5"])
+def test_a_strong_edit_gives_the_answers(
+    name: str, make_editor: Build, tokenizer: PreTrainedTokenizerFast, make_facts: Build
+) -> None:
+    """Steps along the gradient alone, applied as an edit, lower the loss of the facts, in every task."""
+    kind = KINDS[name]
+    model, facts = kind.build(), kind.facts(make_facts(4))
+    editor = make_editor(model, seed=None, edit_lr=1e-3)
+    tokenize = editor.tokenizer_for(model, tokenizer)
+    batch = tokenize.pad([tokenize(fact.prompt, fact.target) for fact in facts])
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float(F.cross_entropy(*answer_logits(model, batch)))
+
+    before = loss()
+    with pytest.warns(UntrainedEditorWarning), editor.applied(model, facts, tokenizer=tokenizer):
+        assert loss() < before
+    assert loss() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "length"), [("bert", 64), ("roberta", 63), ("llama", 64), ("gpt2", 64), ("bart", 64), ("t5", None)]
+)
+def test_the_longest_prompt_that_a_model_reads(
+    name: str, length: int | None, tokenizer: PreTrainedTokenizerFast, make_facts: Build
+) -> None:
+    """RoBERTa counts positions from its padding token on; T5 has no limit. What is accepted runs."""
+    kind = KINDS[name]
+    model, target = kind.build(), kind.facts(make_facts(1))[0].target
+    tokenize = EditorModel.from_base(model, EditorConfig(rank=8)).tokenizer_for(model, tokenizer)
+    assert tokenize.max_length == length
+    word = len(tokenize(" Lyon" * 2, target)) - len(tokenize(" Lyon", target))
+    free = (length or 100) - len(tokenize(" Lyon", target)) + word
+    longest = tokenize(" Lyon" * (free // word), target)
+    assert (length or 100) - word < len(longest) <= (length or 100)
+    with torch.no_grad():
+        assert torch.isfinite(answer_logits(model, tokenize.pad([longest]))[0]).all()
+    if length is not None:
+        with pytest.raises(FactError, match=f"at most {length}"):
+            tokenize(" Lyon" * (free // word + 1), target)
+
+
+def test_classes_that_no_target_can_name(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Several at once; and a decoder that could not find the last token of a padded text."""
+    several = KINDS["bert"].build(problem_type="multi_label_classification")
+    with pytest.raises(ModelMismatchError, match="multi_label_classification"):
+        EditorModel.from_base(several).tokenizer_for(several, tokenizer)
+    decoder = KINDS["llama, classes"].build(pad_token_id=None)
+    with pytest.raises(ModelMismatchError, match=r"config\.pad_token_id = tokenizer\.pad_token_id"):
+        EditorModel.from_base(decoder).tokenizer_for(decoder, tokenizer)

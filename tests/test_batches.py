@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase, PreTraine
 
 from hf_malmen import EditorConfig, FactError
 from hf_malmen.batches import IGNORED, TokenBatch, Tokenizer, TokenSequence
+from hf_malmen.tasks import Classes
 
 CORPUS = ["The country of Lyon is France", "Quito lies in Ecuador, high up", "Is it true? It is.", "naïve 東京 café"]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -404,3 +405,129 @@ def test_batches_of_an_impossible_size(batch_size: int) -> None:
     """The message names the argument and its value."""
     with pytest.raises(ValueError, match=f"batch_size is {batch_size}; expected a whole number of at least 1"):
         list(Tokenizer(byte_level(), EditorConfig()).batches(sequences_of([1]), batch_size))
+
+
+# Encoder-decoders and classifiers
+
+
+def two_sided(tokenizer: PreTrainedTokenizerBase, **config: Any) -> Tokenizer:
+    """For an encoder-decoder whose decoder starts with token 0."""
+    return Tokenizer(tokenizer, EditorConfig(task_type="SEQ_2_SEQ_LM", **config), decoder_start_token_id=0)
+
+
+def test_encoder_decoder_sequences(any_tokenizer: PreTrainedTokenizerFast) -> None:
+    """The encoder reads the prompt as the tokenizer writes it; the decoder what it must answer, shifted by one."""
+    for prompt, target in TEXTS:
+        sequence = two_sided(any_tokenizer)(prompt, target)
+        assert list(sequence.input_ids) == any_tokenizer(prompt)["input_ids"] == list(sequence.prompt_ids)
+        answer = ids_without_end(any_tokenizer, target.strip())
+        assert list(sequence.decoder_input_ids) == [0, *answer[:-1]]
+        # Special tokens before the answer, as BART has them, are read and not asked.
+        begin = answer[0] == any_tokenizer.bos_token_id
+        assert list(sequence.labels) == [IGNORED] * begin + answer[begin:]
+        assert list(sequence.target_ids) == answer[begin:]
+
+
+def test_encoder_decoder_batches() -> None:
+    """By hand: each side with its own mask, labels as long as the decoder's side, and sides of different lengths."""
+    tokenize = two_sided(byte_level())
+    long = TokenSequence((11, 12, 13), (21, 22), (0, 21))
+    batch = tokenize.pad([long, TokenSequence((14,), (IGNORED, 23, 24), (0, 1, 23))])
+    assert batch.input_ids.tolist() == [[11, 12, 13], [14, 0, 0]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch.decoder_input_ids is not None and batch.decoder_attention_mask is not None
+    assert batch.decoder_input_ids.tolist() == [[0, 21, 0, 0], [0, 1, 23, 0]]
+    assert batch.decoder_attention_mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]
+    assert batch.labels.tolist() == [[21, 22, IGNORED, IGNORED], [IGNORED, 23, 24, IGNORED]]
+    for selection in ("answer", "all"):
+        assert batch.traced_rows(selection, 6).tolist() == [True, True, True, True, False, False]  # type: ignore[union-attr]
+        decoder = batch.traced_rows(selection, 8)
+        assert decoder is not None and decoder.tolist() == [True, True, False, False, True, True, True, False]
+        assert batch.traced_rows(selection, 7) is None
+    assert tokenize.pad([long]).decoder_input_ids.shape == (1, 2)  # type: ignore[union-attr]
+    moved = batch.to("cpu")
+    assert moved.decoder_input_ids is not None and moved.decoder_input_ids.equal(batch.decoder_input_ids)
+    assert batch.to("meta") is batch
+
+
+def test_an_encoder_decoder_that_does_not_say_how_it_starts() -> None:
+    """T5's configuration has no default."""
+    tokenize = Tokenizer(byte_level(), EditorConfig(task_type="SEQ_2_SEQ_LM"))
+    with pytest.raises(ValueError, match=r"config\.decoder_start_token_id"):
+        tokenize("It lies in", "Lyon")
+
+
+def test_an_encoder_decoders_target_without_tokens() -> None:
+    """As of a causal language model."""
+    tokenizer = byte_level("<s> $A </s>")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    with pytest.raises(FactError, match=r"The target '\\u200b' gives the tokens \[1, 2\], none of them its own"):
+        two_sided(tokenizer)("It lies in", "\u200b")
+
+
+def classifier(tokenizer: PreTrainedTokenizerBase, **classes: Any) -> Tokenizer:
+    """For a classifier with two labels."""
+    settings: dict[str, Any] = {"ids": {"REFUTES": 0, "SUPPORTS": 1}, "count": 2} | classes
+    return Tokenizer(tokenizer, EditorConfig(task_type="SEQ_CLS"), max_length=12, classes=Classes(**settings))
+
+
+def test_class_at_the_token_that_the_head_reads() -> None:
+    """The first token of an encoder's text; of a decoder's the last that is not padding in its eyes."""
+    tokenizer = byte_level("<s> $A </s>")
+    ids = tokenizer("It is")["input_ids"]
+    rest = [IGNORED] * (len(ids) - 1)
+    assert classifier(tokenizer)("It is", "SUPPORTS") == TokenSequence(tuple(ids), (1, *rest))
+    assert classifier(tokenizer, at_end=True, pad_token_id=0)("It is", "REFUTES").labels == (*rest, 0)
+    assert classifier(tokenizer, at_end=True, pad_token_id=2)("It is", "1").labels == (*rest[1:], 1, IGNORED)
+    assert classifier(tokenizer, at_end=True, pad_token_id=2).pad_token_id == 2
+    sequence = classifier(tokenizer)("It is", "SUPPORTS")
+    assert sequence.target_ids == (1,) and classifier(tokenizer).pad([sequence]).decoder_input_ids is None
+
+
+@pytest.mark.parametrize(
+    ("target", "index"), [("REFUTES", 0), ("SUPPORTS", 1), (" supports ", 1), ("0", 0), ("1", 1)]
+)  # fmt: skip
+def test_targets_that_name_a_class(target: str, index: int) -> None:
+    """By label, by label in another case, or by index."""
+    assert classifier(byte_level())("It is", target).target_ids == (index,)
+
+
+@pytest.mark.parametrize("target", ["true", "2", "-1", "1.0", "²"])
+def test_targets_that_name_no_class(target: str) -> None:
+    """The labels are listed."""
+    with pytest.raises(
+        FactError, match=r"is no class of this model\. Its labels: 'REFUTES', 'SUPPORTS'; or an index from 0 to 1"
+    ):
+        classifier(byte_level())("It is", target)
+
+
+def test_labels_before_indices() -> None:
+    """A label may be a number; two that differ in case alone are told apart by it."""
+    assert Classes({"1": 0, "0": 1}, 2).index("1") == 0
+    twins = Classes({"us": 0, "US": 1}, 2)
+    assert (twins.index("us"), twins.index("US")) == (0, 1)
+    with pytest.raises(FactError, match="no class"):
+        twins.index("Us")
+
+
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", "SEQ_2_SEQ_LM"])
+def test_templates_and_limits_of_a_prompt_alone(
+    task_type: str, make_tokenizer: Callable[..., PreTrainedTokenizerFast]
+) -> None:
+    """Nothing of the target is in what the model reads; too long a prompt, or none, is refused."""
+    tokenizer = make_tokenizer(add_bos=True)
+
+    def read(prompt: str, **config: Any) -> str:
+        classes = Classes({"France": 0, "Italy": 1}, 2)
+        settings = EditorConfig(task_type=task_type, **config)
+        tokenize = Tokenizer(tokenizer, settings, 20, decoder_start_token_id=0, classes=classes)
+        return tokenizer.decode(list(tokenize(prompt, "France").input_ids))
+
+    assert read("Lyon is in") == "<s>Lyon is in"
+    assert read("Lyon is in", prompt_template="Q: {prompt} {}?") == "<s>Q: Lyon is in {}?"
+    assert read("Lyon is in", use_chat_template=True) == "<|user|>Lyon is in<|end|><|assistant|>"
+    with pytest.raises(FactError, match=r"takes \d+ tokens.*at most 20"):
+        read("Lyon " * 30)
+    tokenizer = make_tokenizer()
+    with pytest.raises(FactError, match="gives no tokens"):
+        read("")

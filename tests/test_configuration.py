@@ -17,7 +17,7 @@ def test_defaults_are_the_documented_ones() -> None:
     config = EditorConfig()
     assert (config.method, config.traced_tokens, config.aggregation) == ("malmen", "answer", "least_squares")
     assert (config.rank, config.n_blocks, config.edit_lr, config.ridge) == (512, 2, 1e-6, 1.0)
-    assert (config.task_type, config.fingerprint_policy, config.use_chat_template) == (None, "warn", False)
+    assert (config.task_type, config.fingerprint_policy, config.use_chat_template) == ("CAUSAL_LM", "warn", False)
     for name in ("base_model_name_or_path", "base_model_revision", "base_model_fingerprint", "target_modules",
                  "layers_to_transform", "module_shapes", "fan_in_fan_out", "prompt_template"):  # fmt: skip
         assert getattr(config, name) is None, name
@@ -37,7 +37,7 @@ def test_a_method_decides_tokens_and_aggregation_unless_told() -> None:
     [
         ("method", "memit", "'malmen', 'mend'"),
         ("method", ["malmen"], "'malmen', 'mend'"),
-        ("task_type", "TOKEN_CLS", "None, 'CAUSAL_LM', 'SEQ_2_SEQ_LM', 'SEQ_CLS'"),
+        ("task_type", "TOKEN_CLS", "'CAUSAL_LM', 'SEQ_2_SEQ_LM', 'SEQ_CLS'"),
         ("token_selection", "last", "None, 'answer', 'all'"),
         ("fingerprint_policy", "strict", "'warn', 'error', 'ignore'"),
         ("rank", 0, "a whole number of at least 1"),

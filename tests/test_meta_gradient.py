@@ -318,6 +318,35 @@ def test_trunk_does_not_change_the_gradient(
             assert_same(found, expected, tolerance)
 
 
+@pytest.mark.parametrize(
+    ("name", "n_blocks"), [("bert", 1), ("llama, classes", 1), ("modernbert", 1), ("t5", 0), ("bart", 0)]
+)
+def test_trunk_of_other_architectures(
+    name: str,
+    n_blocks: int,
+    make_facts: Callable[..., list[Fact]],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Shared where there is one stack of blocks, which changes nothing; else all runs in full, and the log says so."""
+    kind = KINDS[name]
+    model, facts = kind.build(torch.float64), kind.facts(make_facts(4))
+    results = []
+    for blocks in (None, []):
+        editor = make_editor(model)
+        with caplog.at_level("INFO", logger="hf_malmen.trunk"):
+            trainer = make_trainer(editor, model, facts, rephrases_per_fact=N_REPHRASES, lm_batch_size=3)
+        assert len(trainer.trunk.blocks) == n_blocks
+        assert ("running all in full" in caplog.text) == (n_blocks == 0)
+        if blocks is not None:
+            trainer.trunk.blocks = blocks
+        step(trainer, facts)
+        assert trainer.trunk.is_usable == (n_blocks > 0 and blocks is None)
+        results.append(gradients_of(editor))
+    assert_same(results[0], results[1], 1e-7)
+
+
 @pytest.mark.parametrize("method", ["malmen", "mend"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_batch_sizes_do_not_change_the_gradient(

@@ -104,7 +104,7 @@ def test_the_last_blocks_that_have_a_feed_forward_layer() -> None:
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_fused_experts_name_what_can_be_edited_instead(name: str) -> None:
     """By default, and asked for by name."""
-    message = "experts, fused in model.layers.6.mlp.experts.*target_modules.*self_attn.o_proj.*model.layers.6.self_attn.q_proj"
+    message = r"experts, fused in model\.layers\.6\.mlp\.experts.*target_modules.*model\.layers\.6\.self_attn\.q_proj"
     with pytest.raises(ModelMismatchError, match=message):
         targets(name)
     with pytest.raises(ModelMismatchError, match=r"mlp\.experts is a \w+Experts; only nn\.Linear.*self_attn\.q_proj"):
@@ -210,6 +210,9 @@ def test_an_editor_for_another_task(editor: str, other: str, make_editor: Build)
     """The layers fit, the task does not."""
     wanted, found = KINDS[editor].task, KINDS[other].task
     loader = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification"}[wanted]
+    if wanted == "SEQ_CLS":
+        with pytest.raises(ModelMismatchError, match=f"task_type is '{wanted}', and .* is for '{found}'.*{loader}"):
+            EditorModel.from_base(KINDS[other].build(), EditorConfig(task_type=wanted))
     with pytest.raises(ModelMismatchError, match=rf"is for the task {found}, .* made for {wanted}.*{loader}"):
         make_editor(KINDS[editor].build()).check_base(KINDS[other].build())
 

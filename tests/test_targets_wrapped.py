@@ -248,7 +248,7 @@ def test_gradient_checkpointing(
         assert torch.equal(found[module], shift)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "bert", "modernbert", "bart"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "bert", "modernbert", "bart"])
 def test_attention_implementations(
     name: str, make_editor: Build, tokenizer: PreTrainedTokenizerFast, make_facts: Build
 ) -> None:

@@ -39,7 +39,7 @@ WIDE_HEADS = {"head_dim": 16}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 T5 = {
     "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": N_SIDE, "num_decoder_layers": N_SIDE, "num_heads": 4,
-    "decoder_start_token_id": 0, "initializer_factor": 1.0, "dropout_rate": 0.0,
+    "decoder_start_token_id": 0, "initializer_factor": 1.0, "dropout_rate": 0.0, "max_position_embeddings": None,
 }  # fmt: skip
 BART = {
     "d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "encoder_layers": N_SIDE, "decoder_layers": N_SIDE,
@@ -214,11 +214,16 @@ KINDS: dict[str, Kind] = {
     ),
     "falcon": causal("falcon", "transformer.h.{}.mlp.dense_4h_to_h", ffn_hidden_size=48, parallel_attn=True),
     "falcon, new": causal(
-        "falcon", "transformer.h.{}.mlp.dense_4h_to_h", ffn_hidden_size=48, new_decoder_architecture=True, num_kv_heads=2
+        "falcon", "transformer.h.{}.mlp.dense_4h_to_h", ffn_hidden_size=48, new_decoder_architecture=True,
+        num_kv_heads=2,
     ),
-    "mpt": causal("mpt", "transformer.blocks.{}.ffn.down_proj", d_model=32, n_heads=4, n_layers=N_LAYERS, max_seq_len=64),
+    "mpt": causal(
+        "mpt", "transformer.blocks.{}.ffn.down_proj", d_model=32, n_heads=4, n_layers=N_LAYERS, max_seq_len=64
+    ),
     "opt": causal("opt", "model.decoder.layers.{}.fc2", ffn_dim=48, word_embed_proj_dim=32),
-    "opt, projected": causal("opt", "model.decoder.layers.{}.fc2", ffn_dim=32, word_embed_proj_dim=16, do_layer_norm_before=False),
+    "opt, projected": causal(
+        "opt", "model.decoder.layers.{}.fc2", ffn_dim=32, word_embed_proj_dim=16, do_layer_norm_before=False
+    ),
     # Decoders with Conv1D
     "gpt2": causal("gpt2", "transformer.h.{}.mlp.c_proj", n_inner=48),
     "gpt2, square": causal("gpt2", "transformer.h.{}.mlp.c_proj", n_inner=32),
@@ -243,7 +248,9 @@ KINDS: dict[str, Kind] = {
         "deberta-v2", "deberta.encoder.layer.{}.output.dense", **NO_DROPOUT, relative_attention=True,
         pos_att_type=["p2c", "c2p"], position_buckets=16, conv_kernel_size=3, type_vocab_size=0,
     ),
-    "modernbert": classifier("modernbert", "model.layers.{}.mlp.Wo", classifier_pooling="cls", global_attn_every_n_layers=3),
+    "modernbert": classifier(
+        "modernbert", "model.layers.{}.mlp.Wo", classifier_pooling="cls", global_attn_every_n_layers=3
+    ),
     # Decoders that classify
     "llama, classes": classifier("llama", LLAMA, at_end=True),
     "gpt2, classes": classifier("gpt2", "transformer.h.{}.mlp.c_proj", at_end=True, n_inner=48),
