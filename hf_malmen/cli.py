@@ -274,7 +274,7 @@ def evaluate(
 
     trained = EditorModel.from_pretrained(editor)
     other_texts = load_texts(texts) if texts else None
-    auto_class = AUTO_CLASSES[trained.config.task_type or "CAUSAL_LM"]
+    auto_class = AUTO_CLASSES[trained.config.task_type]
     base = auto_class.from_pretrained(model, dtype=dtype.value)
     found = trained.measure(base, checked, batch_size=batch_size, generate=generate, probabilities=probabilities)
     print(scores_table({len(checked): found.scores}, found.intervals))

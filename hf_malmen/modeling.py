@@ -613,10 +613,10 @@ class EditorModel(PreTrainedModel):
                     f"{type(module).__name__}; this editor was made for {expected[0]} to {expected[1]} in a "
                     f"{'Conv1D' if flipped else 'Linear'}. Its base model is {self.config.base_model_name_or_path}."
                 )
-        wanted = self.config.base_model_fingerprint
+        fingerprint = self.config.base_model_fingerprint
         check_fingerprint(
             model,
-            None if wanted is None or wanted == self._fingerprint_before_edits(model) else wanted,
+            None if fingerprint is None or fingerprint == self._fingerprint_before_edits(model) else fingerprint,
             self.module_names,
             self.config.fingerprint_policy,
             "This editor",
