@@ -1,22 +1,31 @@
 """The recipes run: the demo end to end on the real model with very little training, and the YAML runs load."""
 
 import json
+import math
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from huggingface_hub import ModelCard
+from transformers import AutoConfig
 
 from hf_malmen import EditorConfig, EditorModel, EditorTrainingArguments, Fact
 from hf_malmen.recipe import load_recipe, measure, run_recipe
+from hf_malmen.tasks import AUTO_CLASSES
+
+from .zoo import SIZES, T5
 
 ROOT = Path(__file__).parent.parent
 YAML_RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+README = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", YAML_RECIPES, ids=lambda path: path.stem)
@@ -26,8 +35,9 @@ def test_yaml_recipe_builds_its_configuration(path: Path, tmp_path: Path) -> Non
     config = EditorConfig(**recipe.editor)
     arguments = EditorTrainingArguments(**recipe.training)
     assert config.rank == recipe.editor["rank"]
-    assert arguments.max_steps == recipe.training["max_steps"]
-    assert path.read_text(encoding="utf-8").startswith("# hf-malmen train --config")
+    lengths = {name: recipe.training[name] for name in ("max_steps", "num_train_epochs") if name in recipe.training}
+    assert lengths == {name: getattr(arguments, name) for name in lengths} != {}
+    assert path.read_text(encoding="utf-8").startswith(f"# hf-malmen train --config recipes/{path.name}\n")
 
 
 def test_unknown_names_in_a_recipe_are_refused(tmp_path: Path) -> None:
@@ -156,3 +166,220 @@ def test_demo_edits_smollm2_and_the_written_checkpoint_answers_alike(tmp_path: P
     card = (tmp_path / "editor" / "README.md").read_text(encoding="utf-8")
     assert "Learned step size" in card and "| edit success       |       8 |" in card
     assert (tmp_path / "editor" / "results.png").is_file()
+
+
+# The paper's experiments and today's models: two steps on a narrow model of the same architecture and depth
+
+PLACES = [("Lyon", "France", "Rhone"), ("Turin", "Italy", "Po"), ("Osaka", "Japan", "Yodo"), ("Quito", "Peru", "Napo")]
+# Rows as they are published: MALMEN's FEVER and zsRE, and CounterFact.
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "fever": [
+        {
+            "prompt": f"{city} is in {country}.", "equiv_prompt": [f"{city} lies in {country}."],
+            "alt": ("REFUTES", "SUPPORTS")[i % 2], "unrel_prompt": f"The {river} is a river.", "unrel_ans": "SUPPORTS",
+        }
+        for i, (city, country, river) in enumerate(PLACES)
+    ],
+    "zsre": [
+        {
+            "src": f"What country is {city} in?", "rephrase": f"In which country is {city}?", "ans": country,
+            "loc": f"nq question: where does the {river} flow", "loc_ans": f"to the sea of {river}",
+        }
+        for city, country, river in PLACES
+    ],
+    "counterfact": [
+        {
+            "case_id": i,
+            "requested_rewrite": {
+                "prompt": "{} is a city in", "subject": city, "target_new": {"str": country},
+                "target_true": {"str": "Ghana"},
+            },
+            "paraphrase_prompts": [f"The country of {city} is"],
+            "neighborhood_prompts": [f"{river} is a river in"],
+        }
+        for i, (city, country, river) in enumerate(PLACES)
+    ],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Base:
+    """A published base model.
+
+    Attributes:
+        model_type: transformers'.
+        n_blocks: how many blocks it has, of each side.
+        targets: names of the layers that its recipes edit, with `{}` for the block's index.
+        blocks: their indices.
+        settings: fields of the tiny model's configuration, over `SIZES`.
+        task: PEFT's task type.
+    """
+
+    model_type: str
+    n_blocks: int
+    targets: tuple[str, ...]
+    blocks: range
+    settings: dict[str, Any] = field(default_factory=dict)
+    task: str = "CAUSAL_LM"
+
+    def save(self, folder: Path) -> None:
+        """Write a tiny model of the architecture, with random weights."""
+        settings = SIZES | {"num_hidden_layers": self.n_blocks} | self.settings
+        if self.model_type == "gemma3":
+            settings = {"text_config": settings, "vision_config": VISION, "mm_tokens_per_image": 4}
+        config = AutoConfig.for_model(self.model_type, **settings)
+        AUTO_CLASSES[self.task].from_config(config).save_pretrained(folder)
+
+
+DOWN = ("model.layers.{}.mlp.down_proj",)
+VISION = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 27, "num_attention_heads": 2, "image_size": 28,
+}  # fmt: skip
+BASES = {
+    "data/bert-base-fever": Base(
+        "bert", 12, ("bert.encoder.layer.{}.output.dense",), range(6, 12),
+        {"id2label": {0: "REFUTES", 1: "SUPPORTS"}, "label2id": {"REFUTES": 0, "SUPPORTS": 1}}, "SEQ_CLS",
+    ),
+    "openai-community/gpt2": Base("gpt2", 12, ("transformer.h.{}.mlp.c_proj",), range(6, 12)),
+    "google/t5-xl-ssm-nq": Base(
+        "t5", 24,
+        (
+            "encoder.block.{}.layer.1.DenseReluDense.wi_0", "encoder.block.{}.layer.1.DenseReluDense.wo",
+            "decoder.block.{}.layer.2.DenseReluDense.wi_0", "decoder.block.{}.layer.2.DenseReluDense.wo",
+        ),
+        range(22, 24), T5 | {"num_layers": 24, "num_decoder_layers": 24, "feed_forward_proj": "gated-gelu"},
+        "SEQ_2_SEQ_LM",
+    ),
+    "EleutherAI/gpt-j-6b": Base("gptj", 28, ("transformer.h.{}.mlp.fc_out",), range(22, 28), {"rotary_dim": 4}),
+    "meta-llama/Llama-3.1-8B": Base("llama", 32, DOWN, range(26, 32)),
+    "Qwen/Qwen3-8B": Base("qwen3", 36, DOWN, range(30, 36)),
+    "mistralai/Mistral-7B-v0.3": Base("mistral", 32, DOWN, range(26, 32)),
+    "google/gemma-3-4b-pt": Base(
+        "gemma3", 34, ("model.language_model.layers.{}.mlp.down_proj",), range(28, 34),
+        {"head_dim": 8, "query_pre_attn_scalar": 8},
+    ),
+}  # fmt: skip
+PUBLISHED = [path for path in YAML_RECIPES if path.stem != "geography"]
+
+
+def test_there_is_a_recipe_for_each_experiment() -> None:
+    """The paper's four, and today's four models on two data sets."""
+    modern = {f"{model}-{data}" for model in ("llama-3.1-8b", "qwen3-8b", "mistral-7b", "gemma-3-4b")
+              for data in ("counterfact", "zsre")}  # fmt: skip
+    paper = {"paper-bert-fever", "paper-gpt2-zsre", "paper-t5-xl-zsre", "paper-gptj-zsre"}
+    assert {path.stem for path in PUBLISHED} == modern | paper
+
+
+@pytest.mark.parametrize("path", [path for path in PUBLISHED if path.stem.startswith("paper-")], ids=lambda p: p.stem)
+def test_experiments_of_the_paper_have_its_numbers(path: Path, tmp_path: Path) -> None:
+    """As they take effect, defaults included."""
+    recipe = load_recipe(path, {"output_dir": str(tmp_path)})
+    config, training = EditorConfig(**recipe.editor), EditorTrainingArguments(**recipe.training)
+    assert (config.method, config.rank, config.n_blocks, config.traced_tokens) == ("malmen", 1920, 2, "answer")
+    assert (config.edit_lr, config.ridge, config.n_preserved_keys) == (1e-6, 1.0, 0)
+    assert training.per_device_train_batch_size == (1024 if "fever" in path.stem else 512)
+    assert (training.num_train_epochs, training.max_steps, training.editor_batch_size) == (1, -1, 1024)
+    assert (training.learning_rate, training.locality_weight, training.max_grad_norm) == (1e-5, 1.0, 1.0)
+    # AdamW without weight decay is Adam.
+    assert (training.lr_scheduler_type, training.optim.value[:5], training.weight_decay) == ("constant", "adamw", 0.0)
+    assert recipe.dtype == ("bfloat16" if path.stem in ("paper-t5-xl-zsre", "paper-gptj-zsre") else "float32")
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_recipe_runs_on_a_tiny_model_of_its_architecture(
+    path: Path, tmp_path: Path, make_tokenizer: Callable[..., Any]
+) -> None:
+    """From data as published: trains, saves an editor of the right layers, evaluates, writes the card."""
+    recipe = load_recipe(path)
+    base = BASES[recipe.base_model]
+    base.save(tmp_path / "base")
+    make_tokenizer(add_bos=True).save_pretrained(tmp_path / "base")
+    facts = tmp_path / Path(recipe.train_facts).name
+    facts.write_text(json.dumps(ROWS[path.stem.rsplit("-", 1)[1]]), encoding="utf-8")
+    editor = recipe.editor | {"rank": 4, "n_preserved_keys": min(4, recipe.editor.get("n_preserved_keys", 0))}
+    quick = {"max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True, "disable_tqdm": True}
+    training = recipe.training | quick | {"output_dir": str(tmp_path / "editor"), "save_strategy": "no"}
+    files = {"base_model": str(tmp_path / "base"), "train_facts": str(facts), "eval_facts": str(facts)}
+    folder = run_recipe(replace(recipe, **files, eval_sizes=[4, 2], editor=editor, training=training))
+
+    saved = EditorModel.from_pretrained(folder)
+    assert saved.is_trained and saved.config.task_type == base.task
+    assert set(saved.module_names) == {target.format(block) for target in base.targets for block in base.blocks}
+    assert json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"] == 2
+    results = json.loads((folder / "eval_results.json").read_text(encoding="utf-8"))["measurements"]
+    assert [entry["n_at_once"] for entry in results] == [4, 2]
+    for entry in results:
+        assert {"edit_success", "generalization", "locality", "unrelated_accuracy"} <= entry["scores"].keys()
+        assert all(0 <= score <= 1 for score in entry["scores"].values())
+    assert "| edit success       |       4 |" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+# What recipes/README.md says
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_its_configuration(path: Path) -> None:
+    """Every name in it is known to accelerate, and to `accelerate launch`, where typos in nested ones pass unseen."""
+    config = load_config_from_file(str(path))  # refuses unknown names
+    kinds = {"one_gpu": "NO", "multi_gpu": "MULTI_GPU", "fsdp": "FSDP", "deepspeed_zero3": "DEEPSPEED"}
+    assert config.distributed_type == kinds[path.stem]
+    options = {action.dest for action in launch_command_parser()._actions}
+    assert config.fsdp_config.keys() <= options
+    assert config.deepspeed_config.keys() <= options
+    assert f"--config_file recipes/accelerate/{path.name}" in path.read_text(encoding="utf-8").splitlines()[0]
+    assert f"`accelerate/{path.name}`" in README
+
+
+def test_counterfact_is_split_as_the_readme_does(tmp_path: Path) -> None:
+    """The snippet of the README, run on a file of its own: no fact is lost, and none is in both parts."""
+    snippet = next(text for text in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "counterfact" in text)
+    (tmp_path / "data" / "counterfact").mkdir(parents=True)
+    rows = [{"case_id": i} for i in range(5000)]
+    (tmp_path / "data/counterfact/multi_counterfact.json").write_text(json.dumps(rows), encoding="utf-8")
+    subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, check=True)
+    train, held_out = (json.loads((tmp_path / f"data/counterfact/{n}.json").read_text()) for n in ("train", "eval"))
+    assert len(held_out) == 2048
+    assert sorted(row["case_id"] for row in train + held_out) == list(range(5000))
+
+
+# Edited layers of the published models: (key size, value size, how many).
+SHAPES = {
+    "paper-bert": [(3072, 768, 6)], "paper-gpt2": [(3072, 768, 6)], "paper-gptj": [(16384, 4096, 6)],
+    "paper-t5-xl": [(2048, 5120, 4), (5120, 2048, 4)], "llama-3.1-8b": [(14336, 4096, 6)],
+    "mistral-7b": [(14336, 4096, 6)], "qwen3-8b": [(12288, 4096, 6)], "gemma-3-4b": [(10240, 2560, 6)],
+}  # fmt: skip
+N_TRAIN = {"fever": 104_996, "zsre": 163_196, "counterfact": 20_877 - 2048}
+ROWS_A_FACT = {"fever": 1, "zsre": 3, "counterfact": 2}
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_estimates_are_what_their_formula_gives(path: Path) -> None:
+    """The README's table of estimates follows from its own first columns, the recipe, and the formulas below it."""
+    recipe, (model, data) = load_recipe(path), path.stem.rsplit("-", 1)
+    line = next(line for line in README.splitlines() if line.startswith(f"| [{path.stem}]({path.name}) |"))
+    cells = [float(cell.replace(",", "")) for cell in line.strip("|").split("|")[1:]]
+    everything, total, top, length, at_once, steps, *teraflop, seconds, hours, memory, memory_of_card = cells
+    assert at_once == recipe.training["per_device_train_batch_size"]
+    epochs = recipe.training.get("num_train_epochs")
+    assert steps == (epochs * math.ceil(N_TRAIN[data] / at_once) if epochs else recipe.training["max_steps"])
+
+    editor = solve = shifts = held = 0.0
+    n_card = max(recipe.eval_sizes or [0])
+    for k, v, n_layers in SHAPES[model]:
+        sides = [15, 3] if model == "paper-t5-xl" else [ROWS_A_FACT[data]]
+        for rows in (side for side in sides for _ in range(n_layers // len(sides))):
+            n = at_once * rows + recipe.editor.get("n_preserved_keys", 0)
+            editor += 8 * at_once * rows * 4 * recipe.editor["rank"] * (k + v) / 1e12
+            solve += (2 * n * k * min(n, k) + 6 * n * k * v) / 1e12
+            shifts += 20 * k * v / 1e9
+            n = n_card * rows + recipe.editor.get("n_preserved_keys", 0)
+            held += 8 * min(n, k) * (k + v) / 1e9
+    passes = 3 * at_once * length * 2 * (total + top) / 1e3
+    assert teraflop == pytest.approx([passes, editor, solve], abs=0.051)
+    in_half = recipe.dtype == "bfloat16"
+    second = 1.11 * passes / (0.3 * (312 if in_half else 19.5)) + editor / (0.3 * 19.5) + solve / (0.3 * 9.7)
+    assert seconds == pytest.approx(second, abs=0.051)
+    assert hours == pytest.approx(steps * second / 3600, abs=0.0051)
+    n_editor = sum(4 * recipe.editor["rank"] * (k + v) for k, v, _ in SHAPES[model]) / 1e9
+    gigabytes = everything * (2 if in_half else 4) + 16 * n_editor + shifts + 4
+    assert [memory, memory_of_card] == pytest.approx([gigabytes, gigabytes + held], abs=0.51)
