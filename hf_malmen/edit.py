@@ -466,7 +466,9 @@ def _check_provenance(edit: Edit) -> None:
     Raises:
         AttributeError, TypeError, ValueError: it is.
     """
-    texts = [edit.created_at, *edit.fan_in_fan_out]
+    texts = [edit.created_at, edit.task_type, *edit.fan_in_fan_out]
+    if isinstance(edit.n_facts, bool) or not isinstance(edit.n_facts, int) or edit.n_facts < len(edit.facts):
+        raise ValueError(f"its n_facts is {edit.n_facts!r}")
     optional = [edit.base_model_name_or_path, edit.base_model_revision, edit.base_model_fingerprint]
     for fact in edit.facts:
         texts += [fact.prompt, fact.target, *fact.rephrases]
