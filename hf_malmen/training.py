@@ -155,6 +155,11 @@ class EditorTrainer(Trainer):
         )
         if not hasattr(base_model, "_hf_hook"):  # else accelerate has placed it, on several devices or off them
             nn.Module.to(base_model, args.device)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "EditorTrainer keeps the whole editor on each device, and FSDP and DeepSpeed would shard it. It takes "
+                "some GB at most: launch several plain processes instead (recipes/accelerate/multi_gpu.yaml)."
+            )
         self.trunk = Trunk(base_model, editor.module_names, int(args.trunk_cache_gib * 2**30))
         self.add_callback(_ForgetTrunk(self.trunk))
         self._losses: list[tuple[float, float]] = []

@@ -688,3 +688,23 @@ def test_two_processes_train_one_editor(
         for name, value in expected.items():
             assert value is not None
             assert float((rank["gradients"][0][name] - value).norm()) < 1e-5 * whole, name
+
+
+def test_sharding_the_editor_is_refused(
+    make_llama: Callable[..., PreTrainedModel],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+    facts: list[Fact],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its parameters are read outside of a forward pass, where a shard is all there would be."""
+    model = make_llama()
+    real = EditorTrainer.create_accelerator_and_postprocess
+
+    def sharded(self: EditorTrainer) -> None:
+        real(self)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(EditorTrainer, "create_accelerator_and_postprocess", sharded)
+    with pytest.raises(ValueError, match=r"FSDP and DeepSpeed would shard it.*multi_gpu\.yaml"):
+        make_trainer(make_editor(model, seed=None), model, facts)
