@@ -115,7 +115,7 @@ def verdicts(model: Any, tokenizer: Any, claims: Iterable[str]) -> dict[str, str
 
 
 def train_head(model: Any, tokenizer: Any, claims: dict[str, str], epochs: int, seed: int, whole: bool) -> None:
-    """Train pooler and classifier, and with `whole` the encoder below them too; then freeze all of it."""
+    """Train pooler and classifier, and with `whole` the encoder below them too."""
     for part in (model.bert.embeddings, model.bert.encoder):
         part.requires_grad_(whole)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-5 if whole else 1e-3)
@@ -130,7 +130,21 @@ def train_head(model: Any, tokenizer: Any, claims: dict[str, str], epochs: int, 
             F.cross_entropy(model(**batch).logits, wanted).backward()
             optimizer.step()
             optimizer.zero_grad()
-    model.eval().requires_grad_(False)
+
+
+def with_head(claims: dict[str, str], options: argparse.Namespace) -> Path:
+    """The folder of the classifier, which is trained unless it is there from an earlier run."""
+    folder: Path = options.output_dir / "base"
+    if not (folder / "model.safetensors").is_file():
+        torch.manual_seed(options.seed)
+        encoder = options.encoder or wheel_folder()
+        names = {"id2label": dict(enumerate(LABELS)), "label2id": {label: i for i, label in enumerate(LABELS)}}
+        model = AutoModelForSequenceClassification.from_pretrained(encoder, dtype=torch.float32, **names)
+        tokenizer = AutoTokenizer.from_pretrained(encoder)
+        train_head(model, tokenizer, claims, options.epochs, options.seed, options.train_encoder)
+        tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder)
+    return folder
 
 
 def make_facts(said: dict[str, str], split: str, seed: int) -> list[Fact]:
@@ -149,18 +163,13 @@ def make_facts(said: dict[str, str], split: str, seed: int) -> list[Fact]:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Head, editor and scores; what is returned is also written to `results.json`."""
-    start = time.perf_counter()
-    torch.manual_seed(options.seed)
     claims = read(options.claims)
     unseen = read(options.unseen, without=claims)
-    encoder = options.encoder or wheel_folder()
-    names = {"id2label": dict(enumerate(LABELS)), "label2id": {label: i for i, label in enumerate(LABELS)}}
-    model = AutoModelForSequenceClassification.from_pretrained(encoder, dtype=torch.float32, **names)
-    tokenizer = AutoTokenizer.from_pretrained(encoder)
-    train_head(model, tokenizer, claims, options.epochs, options.seed, options.train_encoder)
-    model.save_pretrained(options.output_dir / "base")
-    tokenizer.save_pretrained(options.output_dir / "base")
+    start = time.perf_counter()
+    folder = with_head(claims, options)
     head_seconds = time.perf_counter() - start
+    model = AutoModelForSequenceClassification.from_pretrained(folder).requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
 
     facts, accuracy = {}, {}
     for split, rows in (("train", claims), ("unseen", unseen)):
@@ -172,6 +181,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     )
 
     held_out = facts["unseen"][: options.n_measured]
+    torch.manual_seed(options.seed)
     editor = EditorModel.from_base(
         model,
         EditorConfig(
@@ -179,7 +189,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             edit_lr=1e-3,
             n_preserved_keys=options.preserved_keys,
             layers_to_transform=list(range(model.config.num_hidden_layers // 2, model.config.num_hidden_layers)),
-            base_model_name_or_path=str(options.output_dir / "base"),
+            base_model_name_or_path=str(folder),
         ),
     )
     arguments = EditorTrainingArguments(
@@ -188,6 +198,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         per_device_train_batch_size=options.facts_per_step,
         learning_rate=options.learning_rate,
         lr_scheduler_type="cosine",
+        locality_weight=options.locality_weight,
         lm_batch_size=64,
         logging_steps=25,
         save_strategy="no",
@@ -249,6 +260,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150, help="training steps of the editor")
     parser.add_argument("--facts-per-step", type=int, default=64, help="claims flipped together in a step")
     parser.add_argument("--learning-rate", type=float, default=2e-4, help="of the hyper-network's matrices")
+    parser.add_argument("--locality-weight", type=float, default=1.0, help="weight of the locality loss")
     parser.add_argument("--rank", type=int, default=256, help="of the hyper-network")
     parser.add_argument("--preserved-keys", type=int, default=512, help="keys a layer to keep in place")
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 256], help="unseen claims flipped at once")
