@@ -158,11 +158,14 @@ def write_shifts(
             ThreadPoolExecutor(1) as background,
         ):
             sums: dict[str, list[float]] = {name: [0.0, 0.0] for name in keys}
+            synced = []
             for key, shift in plan.items():
                 done = add_in_place(tensors[key], shift)
-                background.submit(sync_file, tensors[key].file)  # so that less is left to wait for at the end
+                synced.append(background.submit(sync_file, tensors[key].file))  # while the next one is computed
                 record.checksums[key] = done.checksum
                 sums[shift.module] = [a + b for a, b in zip(sums[shift.module], (done.error, done.norm), strict=True)]
+            for done_syncing in synced:
+                done_syncing.result()  # the system tells of a failing disk once, and not again at the last sync
             record.rounding.update({name: (e / n) ** 0.5 if n else 0.0 for name, (e, n) in sums.items()})
         return WriteReport(place.folder, record.id, keys, record.rounding)
 

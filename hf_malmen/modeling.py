@@ -187,10 +187,10 @@ class EditorModel(PreTrainedModel):
         Returns:
             The URL of the commit, or of the pull request.
         """
-        source = Path(self.name_or_path or "/dev/null")
+        source = Path(self.name_or_path or "")
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            if (source / CARD_FILE).is_file():
+            if self.name_or_path and (source / CARD_FILE).is_file():
                 for name in (CARD_FILE, PLOT_FILE, RESULTS_FILE, HUB_RESULTS_FILE):
                     if (source / name).is_file():
                         (Path(folder) / name).parent.mkdir(exist_ok=True)

@@ -468,6 +468,21 @@ def test_a_disk_that_fails(
     assert state_of(folder) in (old, new)
 
 
+def test_a_disk_that_fails_in_the_background(
+    make_llama: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights are synced beside the computation of the next ones; the system tells of a failure once, and there."""
+    model = make_llama()
+    folder = save(model, tmp_path / "source")
+
+    def failing(_: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(hf_malmen.checkpoint, "sync_file", failing)
+    action = lambda: edit_of(model, 0).write(folder, in_place=True)  # noqa: E731
+    refused(folder, action, CheckpointWriteError, "Input/output error.*as it was before")
+
+
 def test_ctrl_c_in_the_middle(make_llama: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_llama()
     folder = save(model, tmp_path / "source")
