@@ -5,6 +5,7 @@ With ∇ = ∂L/∂S they share one rule: the gradient of the rows is that of �
 M = ∇ for the sum and M = (UᵀU + λI)⁻¹ ∇ for least squares (whose P, the keys, is constant).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -13,16 +14,34 @@ import torch
 from torch import Tensor
 
 from .errors import NumericalError
-from .shifts import Shift, dense, factored
+from .shifts import Shift, dense, factored, is_small
 
 # Keys have outliers, so UᵀU is ill-conditioned: float32 is off by up to 0.7 % in the last layer of a 135M model, and
 # the gradient of λ by a factor of two. Float64 costs little next to the language model's passes.
 SOLVE_DTYPE = torch.float64
+# Rows folded into UᵀU at a time: enough for matrix products at full speed, few beside k × k numbers.
+_FOLD_ROWS = 1024
 
 
 def solve_device(device: torch.device) -> torch.device:
     """Where float64 lives: `device` itself, or the CPU beside a device that has none."""
     return torch.device("cpu") if device.type == "mps" else device
+
+
+def state_bytes(
+    aggregation: str,
+    shape: tuple[int, int],  # (key_size, value_size)
+    n_rows: int,
+) -> int:
+    """The most memory that the aggregation of `n_rows` float32 rows of one layer holds until S is found in place."""
+    key_size, value_size = shape
+    rows = 4 * (key_size + value_size)
+    if n_rows > key_size:
+        folded = key_size * value_size + (0 if aggregation == "sum" else key_size**2)
+        return 8 * folded + 3 * rows * min(_FOLD_ROWS, key_size)
+    # The rows, once more in float64; then beside those UUᵀ, and P or S.
+    wide = 2 * rows * n_rows
+    return wide + max(rows * n_rows, 8 * n_rows**2 + 8 * key_size * min(2 * n_rows, value_size))
 
 
 @dataclass(frozen=True)
@@ -100,8 +119,8 @@ class PrimalSolution:
     factor: Tensor  # (key_size, key_size), lower Cholesky factor of UᵀU + λI
 
     def adjoint(self, gradient: Tensor) -> Adjoint:
-        multiplier = torch.cholesky_solve(gradient.to(self.shift), self.factor)
-        return Adjoint(-(multiplier * self.shift).sum(), multiplier=multiplier)
+        multiplier = _solved_in_place(self.factor, gradient.to(self.shift, copy=True))
+        return Adjoint(-torch.tensordot(multiplier, self.shift), multiplier=multiplier)
 
     def to_shift(self) -> Shift:
         return dense(self.shift)
@@ -120,6 +139,11 @@ class DualSolution:
         """C."""
         return torch.cholesky_solve(self.differences, self.factor)
 
+    @property
+    def shift_shape(self) -> tuple[int, int]:
+        """(key_size, value_size)."""
+        return self.keys.shape[1], self.differences.shape[1]
+
     @cached_property
     def shift(self) -> Tensor:  # (key_size, value_size)
         return self.keys.T @ self.coefficients
@@ -135,6 +159,8 @@ class DualSolution:
         Unlike the pair U, C this one is safe to round: no entry of P is larger than 1 / (2√λ), so nothing cancels.
         """
         moved = self.differences.any(dim=1)
+        if not is_small(int(moved.sum()), *self.shift_shape):
+            return dense(self.shift)
         if not moved.all():
             selection = torch.eye(len(self.keys), dtype=self.keys.dtype, device=self.keys.device)[:, moved]
             left = torch.cholesky_solve(selection, self.factor).T @ self.keys
@@ -148,10 +174,12 @@ class RowSum:
 
     Args:
         name: the layer, for error messages.
+        n_expected: how many rows will come, if that is known: more than k are multiplied from the first on.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, n_expected: int = 0) -> None:
         self.name = name
+        self._n_expected = n_expected
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._n_kept = 0
         self._product: Tensor | None = None  # (key_size, value_size)
@@ -163,16 +191,16 @@ class RowSum:
     ) -> None:
         """Take in rows, in any order and grouping."""
         device = solve_device(left.device)
-        self._kept.append((left.to(device, SOLVE_DTYPE), value_differences.to(device, SOLVE_DTYPE)))
+        self._kept.append((left.to(device), value_differences.to(device)))
         self._n_kept += len(left)
-        if self._product is not None or self._n_kept > left.shape[1]:
+        if self._product is not None or max(self._n_kept, self._n_expected) > left.shape[1]:
             rows, differences = _stacked(self._kept)
             product = rows.T @ differences
             self._product = product if self._product is None else self._product.add_(product)
             self._kept = []
 
-    def solve(self, ridge: float) -> SumSolution:
-        """The shift so far. `ridge` has no part in a sum.
+    def solve(self, ridge: float, *, in_place: bool = False) -> SumSolution:
+        """The shift so far. `ridge` has no part in a sum, and there is nothing to save by `in_place`.
 
         Raises:
             NumericalError: the shift is not finite.
@@ -187,19 +215,21 @@ class RowSum:
 class RidgeLeastSquares:
     """Aggregation `"least_squares"`: S = argmin ‖U S − D‖² + λ ‖S‖² over all rows added.
 
-    Up to k rows are kept and solved in the dual (n × n). Beyond that, every k rows are folded into UᵀU and UᵀD, so
-    memory does not grow with the number of facts.
+    Up to k rows are kept and solved in the dual (n × n). Beyond that, rows are folded into UᵀU and UᵀD, so memory does
+    not grow with the number of facts. UᵀU is symmetric: only its upper triangle is computed, in half of the time.
 
     Args:
         name: the layer, for error messages.
+        n_expected: how many rows will come, if that is known: more than k are folded from the first on.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, n_expected: int = 0) -> None:
         self.name = name
         self.n_rows = 0
+        self._n_expected = n_expected
         self._n_kept = 0
         self._kept: list[tuple[Tensor, Tensor]] = []
-        self._gram: Tensor | None = None  # (key_size, key_size)
+        self._gram: Tensor | None = None  # (key_size, key_size), what is below the diagonal does not count
         self._moment: Tensor | None = None  # (key_size, value_size)
 
     def add(
@@ -209,14 +239,20 @@ class RidgeLeastSquares:
     ) -> None:
         """Take in rows, in any order and grouping."""
         device = solve_device(keys.device)
-        self._kept.append((keys.to(device, SOLVE_DTYPE), value_differences.to(device, SOLVE_DTYPE)))
+        # In their own precision, which is exact, and half as large as what they are solved in.
+        self._kept.append((keys.to(device), value_differences.to(device)))
         self.n_rows += len(keys)
         self._n_kept += len(keys)
-        if self._n_kept > keys.shape[1]:
+        is_folding = self._gram is not None or self._n_expected > keys.shape[1]
+        if self._n_kept > (min(keys.shape[1], _FOLD_ROWS) if is_folding else keys.shape[1]):
             self._fold()
 
-    def solve(self, ridge: float) -> PrimalSolution | DualSolution:
+    def solve(self, ridge: float, *, in_place: bool = False) -> PrimalSolution | DualSolution:
         """The minimiser at λ = `ridge`.
+
+        Args:
+            ridge: λ.
+            in_place: give the memory of UᵀU and UᵀD, or of the rows, to the solution; the aggregation is empty then.
 
         Raises:
             NumericalError: no rows, a key or value difference that is not finite, or a matrix that is not positive
@@ -224,58 +260,91 @@ class RidgeLeastSquares:
         """
         if not self.n_rows:
             raise NumericalError(f"{self.name}: no rows to solve for.")
-        if self._gram is not None:
-            if self._kept:
-                self._fold()
-            return self._solve_primal(ridge)
-        return self._solve_dual(ridge)
+        if self._gram is not None and self._kept:
+            self._fold()
+        gram, moment, n_rows = self._gram, self._moment, self.n_rows
+        keys, differences = _stacked(self._kept) if gram is None else (None, None)
+        if in_place:
+            self._kept, self._n_kept, self.n_rows, self._gram, self._moment = [], 0, 0, None, None
+        if keys is not None and differences is not None:
+            _require_finite(keys, self.name, "its keys")
+            _require_finite(differences, self.name, "its value differences")
+            return DualSolution(keys, differences, self._factor(keys @ keys.T, ridge, n_rows))
+        assert gram is not None  # for the type checker: both are set in _fold
+        assert moment is not None
+        # Where a key is not finite, neither is its square.
+        _require_finite(gram.diagonal(), self.name, "the product of its keys")
+        _require_finite(moment, self.name, "the product of keys and value differences")
+        if not in_place:
+            gram, moment = gram.clone(), moment.clone()
+        factor = self._factor(gram, ridge, n_rows)
+        return PrimalSolution(_solved_in_place(factor, moment), factor)
 
     def _fold(self) -> None:
-        keys, differences = _stacked(self._kept)
-        gram, moment = keys.T @ keys, keys.T @ differences
-        self._gram = gram if self._gram is None else self._gram.add_(gram)
-        self._moment = moment if self._moment is None else self._moment.add_(moment)
-        self._kept, self._n_kept = [], 0
+        for keys, differences in self._folds():
+            if self._gram is None or self._moment is None:
+                self._gram = keys.new_zeros(keys.shape[1], keys.shape[1])
+                self._moment = keys.new_zeros(keys.shape[1], differences.shape[1])
+            self._moment.addmm_(keys.T, differences)
+            step = max(512, len(self._gram) // 8)
+            for start in range(0, len(self._gram), step):
+                self._gram[start : start + step, start:].addmm_(keys[:, start : start + step].T, keys[:, start:])
 
-    def _solve_primal(self, ridge: float) -> PrimalSolution:
-        assert self._gram is not None  # for the type checker: both are set in _fold
-        assert self._moment is not None
-        _require_finite(self._gram, self.name, "the product of its keys")
-        _require_finite(self._moment, self.name, "the product of keys and value differences")
-        factor = self._factor(self._gram, ridge)
-        return PrimalSolution(torch.cholesky_solve(self._moment, factor), factor)
+    def _folds(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The kept rows in float64, some at a time; those that were handed out are kept no more."""
+        waiting, self._kept, self._n_kept = self._kept[::-1], [], 0
+        while waiting:
+            chosen = [waiting.pop()]
+            n_chosen = len(chosen[0][0])
+            while waiting and n_chosen + len(waiting[-1][0]) <= _FOLD_ROWS:
+                chosen.append(waiting.pop())
+                n_chosen += len(chosen[-1][0])
+            yield _stacked(chosen)
 
-    def _solve_dual(self, ridge: float) -> DualSolution:
-        keys, differences = _stacked(self._kept)
-        _require_finite(keys, self.name, "its keys")
-        _require_finite(differences, self.name, "its value differences")
-        return DualSolution(keys, differences, self._factor(keys @ keys.T, ridge))
-
-    def _factor(self, gram: Tensor, ridge: float) -> Tensor:
-        regularised = gram.clone()
-        regularised.diagonal().add_(ridge)
-        factor, info = torch.linalg.cholesky_ex(regularised)
-        if info.item() != 0 or not torch.isfinite(factor).all():
+    def _factor(
+        self,
+        gram: Tensor,  # (n, n), symmetric; only its upper triangle is read
+        ridge: float,
+        n_rows: int,
+    ) -> Tensor:
+        """The lower Cholesky factor of the matrix + λI, in its memory."""
+        gram.diagonal().add_(ridge)
+        lower = gram.mT  # columns are contiguous, as LAPACK has them, so that it needs no copy
+        factor, info = torch.linalg.cholesky_ex(lower, out=(lower, torch.empty((), dtype=torch.int32).to(gram.device)))
+        if info.item() != 0 or not torch.isfinite(factor.diagonal()).all():
             raise NumericalError(
-                f"{self.name}: the least-squares matrix ({self.n_rows} rows, ridge λ = {ridge:.3g}) is not positive "
+                f"{self.name}: the least-squares matrix ({n_rows} rows, ridge λ = {ridge:.3g}) is not positive "
                 "definite. Its keys are too large next to λ for float64; raise EditorConfig.ridge, or leave this layer "
                 "out of target_modules."
             )
         return factor
 
 
-def aggregator(aggregation: str, name: str) -> RowSum | RidgeLeastSquares:
-    """The aggregation of that name for the layer `name`."""
-    return RowSum(name) if aggregation == "sum" else RidgeLeastSquares(name)
+def aggregator(aggregation: str, name: str, n_expected: int = 0) -> RowSum | RidgeLeastSquares:
+    """The aggregation of that name for the layer `name`, to which about `n_expected` rows will come."""
+    return RowSum(name, n_expected) if aggregation == "sum" else RidgeLeastSquares(name, n_expected)
 
 
 def _stacked(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """All rows together, in the precision that they are solved in."""
     left, right = zip(*rows, strict=True)
-    return torch.cat(left), torch.cat(right)
+    return torch.cat([part.to(SOLVE_DTYPE) for part in left]), torch.cat([part.to(SOLVE_DTYPE) for part in right])
+
+
+def _solved_in_place(
+    factor: Tensor,  # (n, n), lower
+    right: Tensor,  # (n, m)
+) -> Tensor:  # (n, m)
+    """(L Lᵀ)⁻¹ times a matrix whose rows are contiguous, in its memory. `torch.cholesky_solve` copies both."""
+    columns = right.mT  # X Lᵀ = Rᵀ, then Y L = X: rows of R are columns here, as BLAS has them
+    torch.linalg.solve_triangular(factor.mT, columns, upper=True, left=False, out=columns)
+    torch.linalg.solve_triangular(factor, columns, upper=False, left=False, out=columns)
+    return right
 
 
 def _require_finite(tensor: Tensor, name: str, what: str) -> None:
-    if not torch.isfinite(tensor).all():
+    # The sum, since `isfinite` of a large matrix needs as much memory again: it is finite if all values are.
+    if not torch.isfinite(tensor.sum()):
         raise NumericalError(
             f"{name}: {what} are not finite. The editor's η for this layer may have grown too large, or the base model "
             "overflows in its dtype; load it in bfloat16 or float32."

@@ -82,13 +82,17 @@ def dense(tensor: Tensor) -> DenseShift:
     return DenseShift(tensor.detach().to("cpu", torch.float32).contiguous())
 
 
+def is_small(n: int, key_size: int, value_size: int) -> bool:
+    """Whether a shift from `n` rows is kept as factors."""
+    return n <= _ALWAYS_FACTORED or n * (key_size + value_size) <= key_size * value_size
+
+
 def factored(
     left: Tensor,  # (n, key_size)
     right: Tensor,  # (n, value_size)
 ) -> Shift:
     """A shift S = PᵀD: as factors where they are small, else dense (multiplied in the factors' precision)."""
-    n, (key_size, value_size) = len(left), (left.shape[1], right.shape[1])
-    if n > _ALWAYS_FACTORED and n * (key_size + value_size) > key_size * value_size:
+    if not is_small(len(left), left.shape[1], right.shape[1]):
         return dense(left.T @ right)
     return FactoredShift(
         left.detach().to("cpu", torch.float32).contiguous(), right.detach().to("cpu", torch.float32).contiguous()

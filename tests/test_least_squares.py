@@ -127,6 +127,44 @@ def test_memory_of_the_stream_does_not_grow() -> None:
     assert max(held) <= KEY_SIZE
 
 
+@pytest.mark.parametrize("n", [5, KEY_SIZE, 40])
+def test_a_solve_in_place_is_the_same_and_leaves_nothing(n: int) -> None:
+    """S and its adjoint as without; the rows are gone, and others can be added."""
+    keys, differences = rows(n)
+    aggregation = solve(keys, differences, 0.4, [3] * (n // 3) + [n % 3] * (n % 3 > 0))
+    expected, gradient = aggregation.solve(0.4), torch.ones(KEY_SIZE, VALUE_SIZE, dtype=torch.float64)
+    found = aggregation.solve(0.4, in_place=True)
+    assert type(found) is type(expected)
+    assert torch.equal(found.shift, expected.shift)
+    assert torch.equal(pulled_rows(found.adjoint(gradient), keys), pulled_rows(expected.adjoint(gradient), keys))
+    assert aggregation.n_rows == 0
+    with pytest.raises(NumericalError, match=r"no rows"):
+        aggregation.solve(0.4)
+    aggregation.add(keys[:2], differences[:2])
+    assert relative_error(aggregation.solve(0.4).shift, augmented(keys[:2], differences[:2], 0.4)) < 1e-10
+
+
+@pytest.mark.parametrize("expected", [0, 5, 1000])
+@pytest.mark.parametrize("name", ["least_squares", "sum"])
+def test_a_wrong_guess_of_the_number_of_rows_changes_nothing(name: str, expected: int) -> None:
+    """It says whether rows are kept first, and that alone."""
+    for n in (4, 40):
+        keys, differences = rows(n)
+        aggregation = aggregator(name, LAYER, expected)
+        for part in zip(keys.split(3), differences.split(3), strict=True):
+            aggregation.add(*part)
+        dense = keys.T @ differences if name == "sum" else augmented(keys, differences, 0.4)
+        assert relative_error(aggregation.solve(0.4).shift, dense) < 1e-10
+
+
+def test_rows_are_folded_in_blocks_of_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The triangle of UᵀU that is computed is made of blocks; here 1,030 columns, so that there are three."""
+    generator = torch.Generator().manual_seed(0)
+    keys, differences = (torch.randn(1040, size, generator=generator, dtype=torch.float64) for size in (1030, 2))
+    monkeypatch.setattr("hf_malmen.least_squares._FOLD_ROWS", 100)
+    assert relative_error(solve(keys, differences, 1.0).solve(1.0).shift, augmented(keys, differences, 1.0)) < 1e-9
+
+
 @pytest.mark.parametrize("n", [1, 4, KEY_SIZE, KEY_SIZE + 1, 40])
 def test_adjoint_equals_autograd(n: int) -> None:
     """U M is ∂L/∂D, and the second value ∂L/∂λ, of any loss L of S (here L = ‖S‖³ + ⟨C, S⟩)."""
