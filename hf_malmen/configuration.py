@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from os import PathLike
 from typing import Any
 
@@ -17,37 +17,75 @@ FORMAT_VERSION = 1
 
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")
 TOKEN_SELECTIONS = ("answer", "all")
+STATISTICS = ("frozen", "following")
 FINGERPRINT_POLICIES = ("warn", "error", "ignore")
 # How alike a keyword must be to a field to be taken for a slip: two letters swapped in a word of four ("rnak") are.
 _TYPO_CUTOFF = 0.75
 
 
+# Stands for "what the method has" until `EditorConfig` is constructed; a number from then on.
+_OF_METHOD: Any = None
+
+
 @dataclass(frozen=True)
 class Method:
-    """One row of the method table: what a preset decides, and nothing else.
+    """One row of the method table: what a preset decides, and nothing else. No code asks for a method's name.
 
     Attributes:
         token_selection: which tokens of a fact are traced, `"answer"` or `"all"`.
+        value_differences: how keys and value gradients become value differences: by a trained `"network"`, or as they
+            are, `"standardised"` or `"whitened"` (see `HyperNetwork.rows`).
         aggregation: how the rows of all facts become one weight shift, `"least_squares"` or `"sum"`.
         reference: the paper.
+        is_trained: whether there is anything to train. A method without is ready as `EditorModel.from_base` makes it.
+        statistics: `"frozen"`: keys and gradients are standardised by the statistics of the training data; or
+            `"following"`: the rows of every edit are merged into a copy of them first (see `EditorConfig.statistics`).
+        maker: which function of `modeling.MAKERS` computes the shifts. `"rows"` is the pipeline that most share: trace,
+            value differences, solve.
+        defaults: values of `EditorConfig` fields that are None.
     """
 
     token_selection: str
+    value_differences: str
     aggregation: str
     reference: str
+    is_trained: bool = True
+    statistics: str = "frozen"
+    maker: str = "rows"
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 METHODS: dict[str, Method] = {
-    "malmen": Method("answer", "least_squares", "Tan, Zhang & Fu, ICLR 2024, arXiv 2311.04661"),
-    "mend": Method("all", "sum", "Mitchell et al., ICLR 2022, arXiv 2110.11309"),
+    "malmen": Method("answer", "network", "least_squares", "Tan, Zhang & Fu, ICLR 2024, arXiv 2311.04661"),
+    "mend": Method("all", "network", "sum", "Mitchell et al., ICLR 2022, arXiv 2110.11309"),
+    "ultraedit": Method(
+        "answer",
+        "standardised",
+        "least_squares",
+        "Gu et al., TMLR 2026, arXiv 2505.14679",
+        is_trained=False,
+        statistics="following",
+        defaults={"rank": 0, "n_blocks": 0},
+    ),
+    "stableedit": Method(
+        "answer",
+        "whitened",
+        "least_squares",
+        "Ma et al., ICML 2026, arXiv 2605.11836",
+        is_trained=False,
+        statistics="following",
+        defaults={"rank": 0, "n_blocks": 0},
+    ),
 }
+# Of a method that says nothing else.
+_DEFAULTS = {"rank": 512, "n_blocks": 2, "edit_lr": 1e-6, "ridge": 1.0}
 
 
 class EditorConfig(PreTrainedConfig):
     """Configuration of an [`EditorModel`].
 
     Args:
-        method: preset of the pipeline, one of `METHODS` (`"malmen"`, `"mend"`).
+        method: preset of the pipeline, one of `METHODS`.
         base_model_name_or_path: the model this editor edits. Filled by `EditorModel.from_base`.
         base_model_revision: its revision on the Hub, if it came from there.
         base_model_fingerprint: SHA-256 of the target weights it was made for. Filled by `EditorModel.from_base`.
@@ -61,10 +99,12 @@ class EditorConfig(PreTrainedConfig):
         module_shapes: `{module name: [key_size, value_size]}`. Filled by `EditorModel.from_base`.
         fan_in_fan_out: names of the targets that store their weight as (key_size, value_size), as GPT-2's `Conv1D`
             does, instead of `nn.Linear`'s (value_size, key_size). Filled by `EditorModel.from_base`.
-        rank: width of the hyper-network's bottleneck (1920 in the paper).
-        n_blocks: number of hyper-network blocks.
-        edit_lr: initial η, the learned scale of a value difference.
-        ridge: initial λ of the least squares (paper section 4.1); log λ is learned per layer.
+        rank: width of the hyper-network's bottleneck (1920 in the paper). None takes the method's own, as for the next
+            three: 512, or 0 where there is no network.
+        n_blocks: number of hyper-network blocks: 2, or 0 where there is no network.
+        edit_lr: η, the scale of a value difference: 1e-6. Where the method is trained, log η is learned per layer from
+            there.
+        ridge: λ of the least squares (paper section 4.1): 1. Learned like η.
         n_preserved_keys: keys of earlier training facts, a layer, that an edit is asked to leave where they are;
             0, as in the paper, asks for none. Method `"malmen"` only. Each costs `key_size` floats a layer.
         preservation: initial κ, the weight of that request, learned per layer: the least squares minimises
@@ -72,6 +112,9 @@ class EditorConfig(PreTrainedConfig):
         token_selection: traced tokens, `"answer"` or `"all"`; `None` takes the method's own. `"answer"` is, for a
             causal language model, the tokens that predict a target token; for an encoder-decoder, all tokens of the
             side that a layer sits in; for a classifier, the token that its head reads.
+        statistics: `None` takes the method's own. `"frozen"`: an edit is standardised by the statistics that training
+            or `EditorModel.warm_up` left. `"following"`: an edit's own rows are merged into a copy of them first, and
+            the copy goes on to the next turn of `facts_per_turn`. Either way an edit never changes the editor.
         prompt_template: text with `{prompt}` in it, put around every prompt, such as `"Q: {prompt}\\nA:"`.
         use_chat_template: wrap every prompt as a user message in the tokenizer's chat template.
 
@@ -92,13 +135,14 @@ class EditorConfig(PreTrainedConfig):
     layers_to_transform: list[int] | int | None = None
     module_shapes: dict[str, list[int]] | None = None
     fan_in_fan_out: list[str] | None = None
-    rank: int = 512
-    n_blocks: int = 2
-    edit_lr: float = 1e-6
-    ridge: float = 1.0
+    rank: int = _OF_METHOD
+    n_blocks: int = _OF_METHOD
+    edit_lr: float = _OF_METHOD
+    ridge: float = _OF_METHOD
     n_preserved_keys: int = 0
     preservation: float = 100.0
     token_selection: str | None = None
+    statistics: str | None = None
     prompt_template: str | None = None
     use_chat_template: bool = False
     format_version: int = FORMAT_VERSION
@@ -109,6 +153,9 @@ class EditorConfig(PreTrainedConfig):
         self._suggest_for_typos(kwargs)
         super().__post_init__(**kwargs)
         self._check_choices()
+        for name, value in (_DEFAULTS | dict(self._method.defaults)).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         self._check_numbers()
         self._check_targets()
         self._check_prompt_format()
@@ -134,7 +181,32 @@ class EditorConfig(PreTrainedConfig):
     @property
     def traced_tokens(self) -> str:
         """Which tokens are traced, `"answer"` or `"all"`: `token_selection`, or the method's own."""
-        return self.token_selection or METHODS[self.method].token_selection
+        return self.token_selection or self._method.token_selection
+
+    @property
+    def value_differences(self) -> str:
+        """How they are made, as the method has it: `"network"`, `"standardised"` or `"whitened"`."""
+        return self._method.value_differences
+
+    @property
+    def aggregation(self) -> str:
+        """How rows become a weight shift, as the method has it: `"least_squares"` or `"sum"`."""
+        return self._method.aggregation
+
+    @property
+    def needs_training(self) -> bool:
+        """Whether the method has parameters to train."""
+        return self._method.is_trained
+
+    @property
+    def follows_edits(self) -> bool:
+        """Whether an edit is standardised by statistics that know its own rows: `statistics`, or the method's own."""
+        return (self.statistics or self._method.statistics) == "following"
+
+    @property
+    def maker(self) -> str:
+        """Which function of `modeling.MAKERS` computes the shifts, as the method has it."""
+        return self._method.maker
 
     def shape_of(self, name: str) -> tuple[int, int]:
         """(key_size, value_size) of a target module."""
@@ -142,9 +214,8 @@ class EditorConfig(PreTrainedConfig):
         return key_size, value_size
 
     @property
-    def aggregation(self) -> str:
-        """How rows become a weight shift, as the method has it: `"least_squares"` or `"sum"`."""
-        return METHODS[self.method].aggregation
+    def _method(self) -> Method:
+        return METHODS[self.method]
 
     def _check_format_version(self) -> None:
         if not _is_whole(self.format_version, 1):
@@ -170,6 +241,7 @@ class EditorConfig(PreTrainedConfig):
             "method": tuple(METHODS),
             "task_type": TASK_TYPES,
             "token_selection": (None, *TOKEN_SELECTIONS),
+            "statistics": (None, *STATISTICS),
             "fingerprint_policy": FINGERPRINT_POLICIES,
             "use_chat_template": (True, False),
         }
@@ -179,10 +251,16 @@ class EditorConfig(PreTrainedConfig):
                 raise ValueError(f"EditorConfig.{name} is {value!r}; allowed: {', '.join(map(repr, choices))}.")
 
     def _check_numbers(self) -> None:
-        for name, least in (("rank", 1), ("n_blocks", 1), ("n_preserved_keys", 0)):
+        has_network = self.value_differences == "network"
+        for name, least in (("rank", int(has_network)), ("n_blocks", int(has_network)), ("n_preserved_keys", 0)):
             value = getattr(self, name)
             if not _is_whole(value, least):
                 raise ValueError(f"EditorConfig.{name} is {value!r}; allowed: a whole number of at least {least}.")
+            if name != "n_preserved_keys" and value and not has_network:
+                raise ValueError(
+                    f"EditorConfig.{name} is {value!r}; allowed with method {self.method!r}, which has no network: 0, "
+                    "or nothing."
+                )
         if self.n_preserved_keys and self.aggregation != "least_squares":
             raise ValueError(
                 f"EditorConfig.n_preserved_keys is {self.n_preserved_keys}; allowed with method {self.method!r}: 0. "

@@ -69,6 +69,8 @@ class Edit:
         fan_in_fan_out: the modules that store their weight as (key_size, value_size).
         facts: the facts written; of facts that were streamed, the first few.
         n_facts: how many were written.
+        statistics: of a method whose statistics follow its edits, those after this edit: what `make_edit` takes for the
+            next one on the same model.
         task_type: PEFT's task type of the model.
         base_model_name_or_path, base_model_revision, base_model_fingerprint: the model they are for.
         editor: what made the shifts: method, name, revision, version, and the learned λ and η of each layer.
@@ -90,6 +92,7 @@ class Edit:
         created_at: str | None = None,
         measured: Mapping[str, float] | None = None,
         n_facts: int | None = None,
+        statistics: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.layers: dict[str, Shift] = {
             name: dense(shift) if isinstance(shift, Tensor) else shift for name, shift in shifts.items()
@@ -104,6 +107,7 @@ class Edit:
         self.editor = dict(editor or {})
         self.created_at = created_at or datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.measured = dict(measured or {})
+        self.statistics = dict(statistics or {})
         self._model: weakref.ref[nn.Module] | None = None
 
     @property
@@ -340,6 +344,7 @@ class Edit:
             base_model_revision=self.base_model_revision,
             base_model_fingerprint=self.base_model_fingerprint,
             editor=makers[0] if len(makers) == 1 else {"merged": makers},
+            statistics=other.statistics or self.statistics,
         )
 
     # Folders and the Hub

@@ -5,9 +5,13 @@ shifts, step size η and ridge λ.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+# Rows of keys and value gradients -> the same rows, standardised or whitened, in their own dtype.
+Normaliser = Callable[[Tensor], Tensor]
 
 
 class RunningStatistics(nn.Module):
@@ -40,37 +44,76 @@ class RunningStatistics(nn.Module):
             return
         rows = rows.double()
         mean = rows.mean(0)
-        self.merge(torch.tensor(float(len(rows))), mean, (rows - mean).square().sum(0))
+        self.merge(torch.tensor(float(len(rows))), mean, *self._deviations(rows - mean))
 
-    @torch.no_grad()
     def merge(
         self,
         count: Tensor,  # ()
         mean: Tensor,  # (size,)
         squared_deviation: Tensor,  # (size,)
+        *others: Tensor,
     ) -> None:
-        """Take in the statistics of other rows: their number, mean, and sum of squared deviations from that mean."""
+        """Take in the statistics of other rows: the buffers of another of these, in their order.
+
+        They are the number of rows, their mean, and the sum of squared deviations from that mean.
+        """
         count = count.to(self.count)
         if count == 0:
             return
         total = self.count + count
         delta = mean - self.mean
-        self.squared_deviation += squared_deviation + delta.square() * (self.count * count / total)
+        weight = self.count * count / total
+        for own, other, between in zip(
+            self._sums(), (squared_deviation, *others), self._deviations(delta[None]), strict=True
+        ):
+            own += other + between * weight
         self.mean += delta * (count / total)
         self.count.copy_(total)
+
+    def pack(self) -> Tensor:  # (n,)
+        """All buffers in one vector, for `merge_packed`."""
+        return torch.cat([buffer.flatten() for buffer in self.buffers()])
+
+    def merge_packed(
+        self,
+        packed: Tensor,  # (n,)
+    ) -> None:
+        """Take in what another of these packed."""
+        parts = packed.split([buffer.numel() for buffer in self.buffers()])
+        self.merge(*(part.view_as(buffer) for part, buffer in zip(parts, self.buffers(), strict=True)))
+
+    def standard_deviation(self) -> Tensor:  # (size,)
+        """Of each feature; 1 where it never varied, but for rounding.
+
+        Such a feature carries no information; dividing by 1 leaves it near 0 instead of making noise as large as the
+        others' signal.
+        """
+        std = (self.squared_deviation / (self.count - 1)).sqrt()
+        return torch.where(std > 1e-12 * self.mean.abs(), std, torch.ones_like(std))
+
+    def normaliser(self) -> Normaliser:
+        """What standardises rows by the statistics as they are now; leaves rows while fewer than two were seen."""
+        if self.count < 2:
+            return lambda rows: rows
+        mean, std = self.mean.clone(), self.standard_deviation()
+        return lambda rows: ((rows.double() - mean) / std).to(rows.dtype)
 
     def forward(
         self,
         rows: Tensor,  # (n, size)
     ) -> Tensor:
-        """`rows` standardised, in their own dtype; as they are while fewer than two rows were seen."""
-        if self.count < 2:
-            return rows
-        std = (self.squared_deviation / (self.count - 1)).sqrt()
-        # A feature that never varied, but for rounding, carries no information; dividing by 1 leaves it near 0 instead
-        # of making noise as large as the others' signal.
-        std = torch.where(std > 1e-12 * self.mean.abs(), std, torch.ones_like(std))
-        return ((rows.double() - self.mean) / std).to(rows.dtype)
+        """`rows` normalised, in their own dtype."""
+        return self.normaliser()(rows)
+
+    def _sums(self) -> tuple[Tensor, ...]:
+        return (self.squared_deviation,)
+
+    def _deviations(
+        self,
+        rows: Tensor,  # (n, size), less their mean
+    ) -> tuple[Tensor, ...]:
+        """What `_sums` hold, of these rows."""
+        return (rows.square().sum(0),)
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         # `.to(bfloat16)`, `.half()` and the like move the buffers but must not round them.
@@ -82,6 +125,56 @@ class RunningStatistics(nn.Module):
             if moved.dtype != torch.float64 and not moved.is_meta:
                 self._buffers[name] = buffer.to(moved.device)
         return self
+
+
+class WhiteningStatistics(RunningStatistics):
+    """Running statistics that whiten the last features, the value gradients, by their covariance too.
+
+    The other features, the keys, are standardised. Whitening is zero-phase (ZCA): g ← Σ^(−1/2) (g − μ), which of all
+    that make the features uncorrelated moves them least (StableEdit, arXiv 2605.11836). Σ is the covariance C with
+    whatever lies off its diagonal shrunk,
+
+        Σ = (n − 1) / (n − 1 + v) C + v / (n − 1 + v) diag(C),
+
+    the posterior mean under an inverse Wishart prior that is worth v rows and says the features are uncorrelated. With
+    few rows it standardises, with many it whitens, and Σ is never singular in between.
+
+    Args:
+        size: number of features.
+        n_whitened: v, how many of them are whitened.
+    """
+
+    co_deviation: Tensor  # (n_whitened, n_whitened)
+
+    def __init__(self, size: int, n_whitened: int) -> None:
+        super().__init__(size)
+        self.n_whitened = n_whitened
+        self.register_buffer("co_deviation", torch.zeros(n_whitened, n_whitened, dtype=torch.float64))
+
+    def normaliser(self) -> Normaliser:
+        """What standardises and whitens rows by the statistics as they are now."""
+        if self.count < 2:
+            return super().normaliser()
+        std = self.standard_deviation()
+        weight = (self.count - 1) / (self.count - 1 + self.n_whitened)
+        covariance = self.co_deviation / (self.count - 1) * weight
+        covariance.diagonal().copy_(std[-self.n_whitened :].square())
+        variances, axes = torch.linalg.eigh(covariance)
+        root = (axes * variances.rsqrt()) @ axes.T
+        mean, n_others = self.mean.clone(), len(std) - self.n_whitened
+
+        def normalise(rows: Tensor) -> Tensor:
+            others, whitened = (rows.double() - mean).split([n_others, self.n_whitened], dim=-1)
+            return torch.cat((others / std[:n_others], whitened @ root), dim=-1).to(rows.dtype)
+
+        return normalise
+
+    def _sums(self) -> tuple[Tensor, ...]:
+        return self.squared_deviation, self.co_deviation
+
+    def _deviations(self, rows: Tensor) -> tuple[Tensor, ...]:
+        whitened = rows[:, -self.n_whitened :]
+        return *super()._deviations(rows), whitened.T @ whitened
 
 
 class HyperBlock(nn.Module):
@@ -123,18 +216,21 @@ class HyperBlock(nn.Module):
 
 
 class HyperNetwork(nn.Module):
-    """The hyper-network for the `n_modules` target layers of one shape.
+    """The hyper-network for the `n_modules` target layers of one shape, or what stands in its place.
 
     Args:
         key_size: input features of each layer, k.
         value_size: output features, v.
         n_modules: how many layers share this network.
+        value_differences: `"network"`; or `"standardised"` or `"whitened"`, which have no parameters: η, λ and κ are as
+            configured, and the statistics are all that there is.
         rank, n_blocks, edit_lr, ridge, n_preserved_keys, preservation: as in `EditorConfig`.
     """
 
-    log_edit_lr: nn.Parameter
-    log_ridge: nn.Parameter
-    log_preservation: nn.Parameter
+    statistics: RunningStatistics
+    log_edit_lr: Tensor
+    log_ridge: Tensor
+    log_preservation: Tensor
     preserved_keys: Tensor
 
     def __init__(
@@ -149,18 +245,24 @@ class HyperNetwork(nn.Module):
         ridge: float,
         n_preserved_keys: int = 0,
         preservation: float = 1.0,
+        value_differences: str = "network",
     ) -> None:
         super().__init__()
+        self.is_learned = value_differences == "network"
         self.key_size, self.value_size = key_size, value_size
         self.initial = {"log_edit_lr": edit_lr, "log_ridge": ridge}
         if n_preserved_keys:
             self.initial["log_preservation"] = preservation
         size = key_size + value_size
-        self.statistics = RunningStatistics(size)
+        self.is_whitened = value_differences == "whitened"
+        self.statistics = self.new_statistics()
         self.blocks = nn.ModuleList(HyperBlock(size, rank, n_modules) for _ in range(n_blocks))
         # Logarithms: both are scales. A linear η of 1e-6 would have a gradient 10⁴ times all others'.
         for scale in self.initial:
-            self.register_parameter(scale, nn.Parameter(torch.empty(n_modules)))
+            if self.is_learned:
+                self.register_parameter(scale, nn.Parameter(torch.empty(n_modules)))
+            else:  # not saved: they are the configuration's
+                self.register_buffer(scale, torch.empty(n_modules), persistent=False)
         # Rows of zeros until training fills them: they ask for nothing.
         self.register_buffer("preserved_keys", torch.zeros(n_modules, n_preserved_keys, key_size))
         self.reset_parameters()
@@ -169,7 +271,7 @@ class HyperNetwork(nn.Module):
     def reset_parameters(self) -> None:
         """η, λ and κ as configured, no preserved keys; the blocks reset themselves."""
         for name, value in self.initial.items():
-            nn.init.constant_(self.get_parameter(name), math.log(value))
+            nn.init.constant_(getattr(self, name), math.log(value))
         nn.init.zeros_(self.preserved_keys)
 
     def forward(
@@ -177,13 +279,25 @@ class HyperNetwork(nn.Module):
         keys: Tensor,  # (n, key_size)
         value_gradients: Tensor,  # (n, value_size)
         index: int,
+        normaliser: Normaliser | None = None,
     ) -> tuple[Tensor, Tensor]:  # (n, key_size), (n, value_size)
-        """Pseudo-keys û and pseudo-gradients ĝ for the layer at `index`."""
-        hidden = self.statistics(torch.cat((keys, value_gradients), dim=-1))
+        """Pseudo-keys û and pseudo-gradients ĝ for the layer at `index`.
+
+        Args:
+            keys, value_gradients: U and G.
+            index: the layer's.
+            normaliser: of statistics to use in place of its own.
+        """
+        hidden = (normaliser or self.statistics)(torch.cat((keys, value_gradients), dim=-1))
         for block in self.blocks:
             hidden = block(hidden, index)
         pseudo_keys, pseudo_gradients = hidden.split([self.key_size, self.value_size], dim=-1)
         return pseudo_keys, pseudo_gradients
+
+    def new_statistics(self) -> RunningStatistics:
+        """Statistics of the kind that `value_differences` needs, which have seen nothing."""
+        size = self.key_size + self.value_size
+        return WhiteningStatistics(size, self.value_size) if self.is_whitened else RunningStatistics(size)
 
     @property
     def n_preserved_keys(self) -> int:
@@ -213,16 +327,22 @@ class HyperNetwork(nn.Module):
         value_gradients: Tensor,  # (n, value_size)
         index: int,
         aggregation: str,
+        normaliser: Normaliser | None = None,
     ) -> tuple[Tensor, Tensor]:  # (n, key_size), (n, value_size)
         """What the aggregation takes in: a left factor P and the value differences D.
 
-        `"least_squares"` (MALMEN, equation 5): P = U and d_j = −η (u_j · û_j) ĝ_j, the move that one gradient step on
-        the pseudo-pair alone would make at u_j. `"sum"` (MEND): P = Û and D = −η Ĝ, so that Pᵀ D is the sum of all
-        those steps.
+        `"least_squares"`: P = U, and d_j is the move that a gradient step of size η on a pseudo-pair alone would make,
+
+        - with a network at u_j: d_j = −η (u_j · û_j) ĝ_j (MALMEN, arXiv 2311.04661, equation 5; RLEdit, 2502.05759);
+        - without one at û_j itself: d_j = −η ‖û_j‖² ĝ_j, where û_j and ĝ_j are the key and the value gradient
+          standardised (UltraEdit, 2505.14679), or the gradient whitened (StableEdit, 2605.11836).
+
+        `"sum"` (MEND, arXiv 2110.11309): P = Û and D = −η Ĝ, so that Pᵀ D is the sum of all those steps.
         """
-        pseudo_keys, pseudo_gradients = self(keys, value_gradients, index)
+        pseudo_keys, pseudo_gradients = self(keys, value_gradients, index, normaliser)
         edit_lr = self.log_edit_lr[index].exp()
         if aggregation == "sum":
             return pseudo_keys, -edit_lr * pseudo_gradients
-        coefficients = -edit_lr * (keys * pseudo_keys).sum(-1, keepdim=True)
+        where = keys if self.is_learned else pseudo_keys
+        coefficients = -edit_lr * (where * pseudo_keys).sum(-1, keepdim=True)
         return keys, coefficients * pseudo_gradients

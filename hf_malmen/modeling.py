@@ -3,6 +3,8 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from shutil import copyfile
@@ -30,9 +32,10 @@ from .evaluation import Evaluation, evaluate_edit, measure_edit
 from .facts import Fact, FactStream, load_facts
 from .history import CARD_FILE, EDITS_FOLDER, read_history
 from .hub import cached_commit, push_folder
-from .hypernetwork import HyperBlock, HyperNetwork, RunningStatistics
+from .hypernetwork import HyperBlock, HyperNetwork, Normaliser, RunningStatistics
 from .least_squares import Solution, aggregator
 from .model_card import HUB_RESULTS_FILE, N_FACTS_SHOWN, PLOT_FILE, RESULTS_FILE, EditorRun, write_editor_card
+from .shifts import Shift
 from .targets import check_targets, find_targets, is_fan_in_fan_out, module_shape, plain_model, target_module
 from .tasks import AUTO_CLASSES, Classes, infer_task_type
 from .tracing import Trace, frozen, input_device, trace
@@ -43,6 +46,56 @@ DEFAULT_EDITOR_BATCH_SIZE = 1024
 _WINDOW_BATCHES = 32
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """What a maker of shifts is asked for.
+
+    Attributes:
+        model: the base model, inside `frozen`.
+        tokenize: its tokenizer.
+        facts: what to write; read once.
+        total: how many they are; None: nobody knows before they were read.
+        batch_size: facts a pass of the language model.
+        editor_batch_size: tokens a pass of the hyper-network.
+        statistics: that earlier edits of the model left, as `pack_statistics` makes them; None: there are none.
+    """
+
+    model: PreTrainedModel
+    tokenize: Tokenizer
+    facts: Iterator[Fact]
+    total: int | None
+    batch_size: int
+    editor_batch_size: int = DEFAULT_EDITOR_BATCH_SIZE
+    statistics: Mapping[str, Tensor] | None = None
+
+    def batches(self) -> Iterator[TokenBatch]:
+        """The facts as token batches on the model's device; shows progress."""
+        sequences = (self.tokenize(fact.prompt, fact.target) for fact in self.facts)
+        return _with_progress(self.tokenize, sequences, self.total, self.batch_size, input_device(self.model))
+
+
+@dataclass(frozen=True)
+class MadeShifts:
+    """What a maker of shifts answers.
+
+    Attributes:
+        shifts: {module name: its shift}.
+        statistics: that have followed the edit, as `pack_statistics` makes them; empty where there are none.
+    """
+
+    shifts: dict[str, Shift]
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+
+
+def pack_statistics(statistics: Mapping[str, RunningStatistics]) -> dict[str, Tensor]:
+    """Statistics by shape as one flat mapping, `{"48x32.count": ...}`, float64 on the CPU, that a file can hold."""
+    return {
+        f"{shape}.{name}": buffer.detach().cpu().clone()
+        for shape, own in statistics.items()
+        for name, buffer in own.named_buffers()
+    }
 
 
 class EditorModel(PreTrainedModel):
@@ -85,6 +138,7 @@ class EditorModel(PreTrainedModel):
                     ridge=config.ridge,
                     n_preserved_keys=config.n_preserved_keys,
                     preservation=config.preservation,
+                    value_differences=config.value_differences,
                 )
                 for shape, names in members.items()
             }
@@ -220,21 +274,38 @@ class EditorModel(PreTrainedModel):
         return network, index
 
     @property
+    def device(self) -> torch.device:
+        """Where the editor is. Not asked of its parameters, which some methods have none of."""
+        return self.network(self.module_names[0])[0].log_edit_lr.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of everything but the statistics, which are in float64."""
+        return self.network(self.module_names[0])[0].log_edit_lr.dtype
+
+    @property
     def is_trained(self) -> bool:
-        """Whether the editor has seen any training data."""
-        return any(int(self.network(name)[0].statistics.count) > 1 for name in self.module_names)
+        """Whether the editor has seen any training data, or its method needs none."""
+        ready_from_the_start = not self.config.needs_training and self.config.follows_edits
+        return ready_from_the_start or any(int(network.statistics.count) > 1 for network in self._networks().values())
 
     def forward(
         self,
         keys: Tensor,  # (n_tokens, key_size)
         value_gradients: Tensor,  # (n_tokens, value_size)
         module_name: str,
+        normaliser: Normaliser | None = None,
     ) -> tuple[Tensor, Tensor]:  # (n_tokens, key_size), (n_tokens, value_size)
-        """The rows that the aggregation of `module_name` takes in: its left factor and the value differences D."""
+        """The rows that the aggregation of `module_name` takes in: its left factor and the value differences D.
+
+        Args:
+            keys, value_gradients: as traced.
+            module_name: whose.
+            normaliser: of statistics to use in place of the editor's own.
+        """
         network, index = self.network(module_name)
-        dtype = network.log_edit_lr.dtype
-        keys = keys.to(self.device, dtype)
-        return network.rows(keys, value_gradients.to(self.device, dtype), index, self.config.aggregation)
+        keys, value_gradients = (rows.to(self.device, self.dtype) for rows in (keys, value_gradients))
+        return network.rows(keys, value_gradients, index, self.config.aggregation, normaliser)
 
     # Steps of the pipeline, shared by `apply` and the trainer
 
@@ -258,13 +329,17 @@ class EditorModel(PreTrainedModel):
 
     @torch.no_grad()
     def solve(
-        self, traces: Iterable[Mapping[str, Trace]], editor_batch_size: int = DEFAULT_EDITOR_BATCH_SIZE
+        self,
+        traces: Iterable[Mapping[str, Trace]],
+        editor_batch_size: int = DEFAULT_EDITOR_BATCH_SIZE,
+        statistics: Mapping[str, RunningStatistics] | None = None,
     ) -> dict[str, Solution]:
         """Weight shifts of all target modules from the traces of all facts (paper section 4.1).
 
         Args:
             traces: one mapping a language-model batch; consumed one at a time.
             editor_batch_size: tokens a pass of the hyper-network. Does not change the result.
+            statistics: by the shape of their layers, in place of the editor's own; see `statistics_after`.
 
         Raises:
             NumericalError: a solve fails or is not finite; names the module.
@@ -275,34 +350,80 @@ class EditorModel(PreTrainedModel):
             if network.n_preserved_keys:
                 still = network.preserved_rows(index)
                 rows.add(still, still.new_zeros(len(still), network.value_size))
+        # Once for all rows: whitening has a matrix to factorise.
+        normalisers = {shape: own.normaliser() for shape, own in (statistics or self.statistics).items()}
         for traced in traces:
             for name, entry in traced.items():
                 for keys, gradients in _split(entry, editor_batch_size):
-                    aggregators[name].add(*self(keys, gradients, name))
+                    aggregators[name].add(*self(keys, gradients, name, normalisers[self._places[name][0]]))
         return {name: aggregators[name].solve(self.ridge(name)) for name in self.module_names}
+
+    @property
+    def statistics(self) -> dict[str, RunningStatistics]:
+        """The editor's own running statistics, by the shape of the layers that share them."""
+        return {shape: network.statistics for shape, network in self._networks().items()}
 
     @torch.no_grad()
     def update_statistics(
-        self, traces: Sequence[Mapping[str, Trace]], gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
+        self,
+        traces: Iterable[Mapping[str, Trace]],
+        gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        statistics: Mapping[str, RunningStatistics] | None = None,
     ) -> None:
-        """Take the traces of one training step into the running statistics.
+        """Take traces into the running statistics.
 
         Args:
-            traces: one mapping a language-model batch.
+            traces: one mapping a language-model batch; consumed one at a time.
             gather: stacks a (1, ...) tensor of every process into (n_processes, ...); the statistics then merge
                 exactly, and alike on every process.
+            statistics: which to update; None: the editor's own.
         """
-        for shape, network in self.networks.items():
-            statistics = network.get_submodule("statistics")
-            assert isinstance(statistics, RunningStatistics)  # for the type checker
-            seen = RunningStatistics(len(statistics.mean)).to(self.device)
-            for traced in traces:
-                for name, entry in traced.items():
-                    if self._places[name][0] == shape:
-                        seen.update(torch.cat((entry.keys, entry.value_gradients), dim=-1).to(self.device))
-            packed = torch.cat((seen.count[None], seen.mean, seen.squared_deviation))
-            for row in gather(packed[None]):
-                statistics.merge(row[0], *row[1:].chunk(2))
+        statistics = self.statistics if statistics is None else statistics
+        seen = {shape: network.new_statistics().to(self.device) for shape, network in self._networks().items()}
+        for traced in traces:
+            for name, entry in traced.items():
+                rows = torch.cat((entry.keys, entry.value_gradients), dim=-1).to(self.device)
+                seen[self._places[name][0]].update(rows)
+        for shape, own in statistics.items():
+            for row in gather(seen[shape].pack()[None]):
+                own.merge_packed(row)
+
+    def statistics_after(
+        self,
+        traces: Iterable[Mapping[str, Trace]],
+        earlier: Mapping[str, Tensor] | None = None,
+        gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    ) -> dict[str, RunningStatistics]:
+        """Statistics that have followed an edit: copies, with the rows of the edit merged in.
+
+        Args:
+            traces: the edit's, as for `update_statistics`.
+            earlier: the statistics that the edits so far have left, as `pack_statistics` makes them; None: the
+                editor's own.
+            gather: as for `update_statistics`.
+
+        Raises:
+            ModelMismatchError: `earlier` is of another editor.
+        """
+        if earlier:
+            statistics = self._unpack_statistics(earlier)
+        else:
+            statistics = {shape: deepcopy(own) for shape, own in self.statistics.items()}
+        self.update_statistics(traces, gather, statistics)
+        return statistics
+
+    def _unpack_statistics(self, packed: Mapping[str, Tensor]) -> dict[str, RunningStatistics]:
+        statistics = {shape: network.new_statistics().to(self.device) for shape, network in self._networks().items()}
+        expected = {name: buffer.shape for name, buffer in pack_statistics(statistics).items()}
+        found = {name: tensor.shape for name, tensor in packed.items()}
+        if found != expected:
+            raise ModelMismatchError(
+                f"The statistics that earlier edits left are {_shapes(found)}; this editor has {_shapes(expected)}. "
+                "They are of another editor; go on with the one that made those edits."
+            )
+        for shape, own in statistics.items():
+            own.merge(*(packed[f"{shape}.{name}"].to(buffer) for name, buffer in own.named_buffers()))
+        return statistics
 
     @torch.no_grad()
     def preserve(
@@ -384,6 +505,9 @@ class EditorModel(PreTrainedModel):
         """The learned η, λ and κ of every target module, in that order."""
         return {name: [self.edit_lr(name), self.ridge(name), self.preservation(name)] for name in self.module_names}
 
+    def _networks(self) -> dict[str, HyperNetwork]:
+        return {self._places[name][0]: self.network(name)[0] for name in self.module_names}
+
     # What users call
 
     def make_edit(
@@ -394,6 +518,7 @@ class EditorModel(PreTrainedModel):
         *,
         batch_size: int = DEFAULT_BATCH_SIZE,
         editor_batch_size: int = DEFAULT_EDITOR_BATCH_SIZE,
+        statistics: Mapping[str, Tensor] | None = None,
     ) -> Edit:
         """Compute the edit that writes `facts` into `model`, without applying it.
 
@@ -404,6 +529,10 @@ class EditorModel(PreTrainedModel):
             tokenizer: the base model's; loaded from `model.name_or_path` if None.
             batch_size: facts a forward and backward pass of the language model. Does not change the result.
             editor_batch_size: tokens a pass of the hyper-network. Does not change the result.
+            statistics: where they follow the edits, what the edits that `model` holds have left in
+                `Edit.statistics`; None: those of the editor. Before the first row of an edit is standardised, all of
+                its rows are known, so that memory grows with the number of facts; `facts_per_turn` of `apply` bounds
+                it.
 
         Raises:
             FactError: a fact is bad, or too long for the model.
@@ -417,22 +546,22 @@ class EditorModel(PreTrainedModel):
         model = _base(model)
         self.check_base(model)
         if not self.is_trained:
-            _warn_untrained()
+            _warn_untrained(self.config)
         tokenize = self.tokenizer_for(model, tokenizer)
 
-        def sequences() -> Iterator[TokenSequence]:
+        def read() -> Iterator[Fact]:
             nonlocal n_facts
             for fact in source:
                 n_facts += 1
                 kept.extend([fact] if len(kept) < n_kept else [])
-                yield tokenize(fact.prompt, fact.target)
+                yield fact
 
         total = None if isinstance(source, FactStream) else len(source)
+        request = EditRequest(model, tokenize, read(), total, batch_size, editor_batch_size, statistics)
         with frozen(model):
-            batches = _with_progress(tokenize, sequences(), total, batch_size, input_device(model))
-            solutions = self.solve(self.trace(model, batches), editor_batch_size)
+            made = MAKERS[self.config.maker](self, request)
         return Edit(
-            {name: solution.to_shift() for name, solution in solutions.items()},
+            made.shifts,
             fan_in_fan_out=self.config.fan_in_fan_out or (),
             facts=kept,
             n_facts=n_facts,
@@ -448,7 +577,43 @@ class EditorModel(PreTrainedModel):
                 "edit_lr": {name: self.edit_lr(name) for name in self.module_names},
                 "ridge": {name: self.ridge(name) for name in self.module_names},
             },
+            statistics=made.statistics,
         )
+
+    @torch.no_grad()
+    def warm_up(
+        self,
+        model: PreTrainedModel,
+        facts: Any,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+    ) -> None:
+        """Take the statistics of `facts` into the editor, without editing anything.
+
+        A method without training starts from them: with `statistics="frozen"` it needs them, and where they follow the
+        edits, the first ones are standardised better. `n_preserved_keys` are filled too, with the last keys read.
+
+        Args:
+            model: the live base model. Its weights, gradients, modes and hooks are as found afterwards.
+            facts: anything `load_facts` takes, or a `FactStream`. Not those that are to be edited later: ordinary
+                questions and answers of their kind.
+            tokenizer: as in `make_edit`.
+            batch_size: facts a pass of the language model. Does not change the statistics.
+
+        Raises:
+            FactError, ModelMismatchError, NumericalError: as in `make_edit`.
+        """
+        source = _facts(facts)
+        model = _base(model)
+        self.check_base(model)
+        tokenize = self.tokenizer_for(model, tokenizer)
+        total = None if isinstance(source, FactStream) else len(source)
+        request = EditRequest(model, tokenize, iter(source), total, batch_size)
+        with frozen(model):
+            for traced in self.trace(model, request.batches()):
+                self.update_statistics([traced])
+                self.preserve([traced])
 
     def apply(  # type: ignore[override] # the name is the contract; `nn.Module.apply` still answers to a function
         self,
@@ -655,7 +820,8 @@ class EditorModel(PreTrainedModel):
         edit: Edit | None = None
         try:
             for turn_facts in [facts] if facts_per_turn is None else _turns(facts, facts_per_turn):
-                turn = self.make_edit(model, turn_facts, tokenizer, batch_size=batch_size)
+                statistics = edit.statistics if edit is not None else None
+                turn = self.make_edit(model, turn_facts, tokenizer, batch_size=batch_size, statistics=statistics)
                 if edit is not None:  # one merged edit in force, so that memory does not grow with the turns
                     edit.undo()
                     turn = edit.merge(turn)
@@ -704,6 +870,10 @@ def _split(entry: Trace, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(entry.keys.split(size), entry.value_gradients.split(size), strict=True)
 
 
+def _shapes(tensors: Mapping[str, torch.Size]) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in sorted(tensors.items())) or "none"
+
+
 def _facts(facts: Any) -> Sequence[Fact] | FactStream:
     return facts if isinstance(facts, FactStream) else load_facts(facts)
 
@@ -725,13 +895,31 @@ def _with_progress(
                 bar.update(len(chosen))
 
 
-def _warn_untrained() -> None:
-    warnings.warn(
+def _warn_untrained(config: EditorConfig) -> None:
+    text = (
         "This editor has seen no training data: its inputs are not standardised and its hyper-network is at its "
-        "initial state, so edits will hardly take. Train it with EditorTrainer, or load a trained one.",
-        UntrainedEditorWarning,
-        stacklevel=3,
+        "initial state, so edits will hardly take. Train it with EditorTrainer, or load a trained one."
+        if config.needs_training
+        else "This editor's statistics are frozen and have seen no data, so its inputs are not standardised. Call "
+        "editor.warm_up(model, facts), or let them follow the edits: EditorConfig(statistics='following')."
     )
+    warnings.warn(text, UntrainedEditorWarning, stacklevel=3)
+
+
+def _from_rows(editor: EditorModel, request: EditRequest) -> MadeShifts:
+    """The way of most methods: trace all facts, turn each traced token into a row, solve each layer's least squares."""
+    traces: Iterable[Mapping[str, Trace]] = editor.trace(request.model, request.batches())
+    statistics = None
+    if editor.config.follows_edits:  # all rows are needed before the first is standardised
+        traces = list(traces)
+        statistics = editor.statistics_after(traces, request.statistics)
+    solutions = editor.solve(traces, request.editor_batch_size, statistics)
+    shifts = {name: solution.to_shift() for name, solution in solutions.items()}
+    return MadeShifts(shifts, pack_statistics(statistics or {}))
+
+
+# By `Method.maker`. Each is called with the base model inside `frozen`.
+MAKERS: dict[str, Callable[[EditorModel, EditRequest], MadeShifts]] = {"rows": _from_rows}
 
 
 AutoConfig.register(EditorConfig.model_type, EditorConfig, exist_ok=True)

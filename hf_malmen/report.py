@@ -11,6 +11,7 @@ from .tables import METRIC_TITLES, table
 
 if TYPE_CHECKING:
     from .edit import Edit
+    from .modeling import EditorModel
 
 
 def describe(path: str) -> str:
@@ -56,6 +57,7 @@ def _describe_editor(path: str) -> str:
 
     editor = EditorModel.from_pretrained(path)
     config = editor.config
+    learned = "learned " if config.needs_training else ""
     rows = [
         [name, "{}x{}".format(*config.shape_of(name)), *(f"{scale:.3g}" for scale in scales)]
         for name, scales in editor.scales().items()
@@ -64,13 +66,24 @@ def _describe_editor(path: str) -> str:
         [
             f"{config.method} editor for {config.base_model_name_or_path or 'an unnamed model'}, "
             f"written by hf_malmen {config.hf_malmen_version}",
-            f"{editor.num_parameters():,} parameters: rank {config.rank}, {config.n_blocks} blocks; "
-            f"{'trained' if editor.is_trained else 'not trained yet'}",
+            _describe_state(editor),
             f"fingerprint of the base's target weights: {(config.base_model_fingerprint or 'none')[:16]}",
             "",
-            table(["layer", "keys x values", "learned η", "learned λ", "learned κ"], rows),
+            table(["layer", "keys x values", *(f"{learned}{scale}" for scale in "ηλκ")], rows),
         ]
     )
+
+
+def _describe_state(editor: "EditorModel") -> str:
+    config = editor.config
+    if config.needs_training:
+        return (
+            f"{editor.num_parameters():,} parameters: rank {config.rank}, {config.n_blocks} blocks; "
+            f"{'trained' if editor.is_trained else 'not trained yet'}"
+        )
+    n_rows = sum(int(own.count) for own in editor.statistics.values())
+    follow = "follow the edits" if config.follows_edits else "are frozen"
+    return f"nothing to train; statistics of {n_rows:,} rows, which {follow}"
 
 
 def describe_history(folder: str | Path) -> str:

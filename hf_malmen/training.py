@@ -118,6 +118,7 @@ class EditorTrainer(Trainer):
     Raises:
         FactError: a training fact lacks a field, or is bad.
         ModelMismatchError: the editor does not fit the base model.
+        ValueError: the editor's method has nothing to train.
     """
 
     args: EditorTrainingArguments
@@ -134,6 +135,11 @@ class EditorTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
+        if not editor.config.needs_training:
+            raise ValueError(
+                f"Method {editor.config.method!r} has nothing to train: its editor is ready as from_base makes it. "
+                "editor.warm_up(model, facts) gives it statistics to start from."
+            )
         editor.check_base(base_model)
         plain: Any = plain_model(base_model)
         self.base_model = base_model = plain

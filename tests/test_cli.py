@@ -570,7 +570,7 @@ def bad(home: Path, make_llama: Build, tmp_path: Path) -> Path:
     write_recipe(folder / "dtype.yaml", dtype="float23")
     write_recipe(folder / "model.yaml", base_model="")
     write_recipe(folder / "nowhere.yaml", training={"max_steps": 1})
-    write_recipe(folder / "value.yaml", editor={"method": "memit"})
+    write_recipe(folder / "value.yaml", editor={"method": "magic"})
     write_recipe(folder / "settings.yaml", editor=[1])
     write_recipe(folder / "facts.yaml", train_facts="no.jsonl")
     write_recipe(folder / "good.yaml")
@@ -649,7 +649,7 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
     "a recipe without a model": (["train", "--config", "BAD/model.yaml"], r"model\.yaml has no base_model"),
     "a recipe without an output": (["train", "--config", "BAD/nowhere.yaml"], r"has no training\.output_dir"),
     "a recipe of another dtype": (["train", "--config", "BAD/dtype.yaml"], r"dtype is 'float23'; allowed: auto"),
-    "a recipe with a bad value": (["train", "--config", "BAD/value.yaml"], r"EditorConfig\.method is 'memit'; allowed"),
+    "a recipe with a bad value": (["train", "--config", "BAD/value.yaml"], r"EditorConfig\.method is 'magic'; allowed"),
     "a recipe with bad settings": (["train", "--config", "BAD/settings.yaml"], r"editor is \[1\]; expected settings"),
     "a recipe without facts": (["train", "--config", "BAD/facts.yaml"], r"There is no file no\.jsonl"),
     "nothing to resume": (["train", "--config", "BAD/good.yaml", "--resume"], r"has no checkpoint to resume from"),

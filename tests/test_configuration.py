@@ -26,7 +26,7 @@ def test_defaults_are_the_documented_ones() -> None:
 
 def test_a_method_decides_tokens_and_aggregation_unless_told() -> None:
     """MEND traces all tokens and sums; an explicit token selection wins over the method's."""
-    assert set(METHODS) == {"malmen", "mend"}
+    assert {"malmen", "mend", "ultraedit", "stableedit"} <= set(METHODS)
     mend = EditorConfig(method="mend")
     assert (mend.traced_tokens, mend.aggregation) == ("all", "sum")
     assert EditorConfig(method="mend", token_selection="answer").traced_tokens == "answer"
@@ -35,10 +35,11 @@ def test_a_method_decides_tokens_and_aggregation_unless_told() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "allowed"),
     [
-        ("method", "memit", "'malmen', 'mend'"),
+        ("method", "magic", "'malmen', 'mend'"),
         ("method", ["malmen"], "'malmen', 'mend'"),
         ("task_type", "TOKEN_CLS", "'CAUSAL_LM', 'SEQ_2_SEQ_LM', 'SEQ_CLS'"),
         ("token_selection", "last", "None, 'answer', 'all'"),
+        ("statistics", "moving", "None, 'frozen', 'following'"),
         ("fingerprint_policy", "strict", "'warn', 'error', 'ignore'"),
         ("rank", 0, "a whole number of at least 1"),
         ("rank", 1.5, "a whole number of at least 1"),
@@ -90,6 +91,34 @@ def test_preserved_keys_need_the_least_squares() -> None:
     assert EditorConfig(n_preserved_keys=16).n_preserved_keys == 16
     with pytest.raises(ValueError, match=r"EditorConfig\.n_preserved_keys is 16; allowed with method 'mend': 0"):
         EditorConfig(method="mend", n_preserved_keys=16)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_fills_in_what_is_none(method: str) -> None:
+    """A row of the table is complete, and a value that is given wins over it."""
+    config, row = EditorConfig(method=method), METHODS[method]
+    for name in ("rank", "n_blocks", "edit_lr", "ridge"):
+        assert getattr(config, name) == row.defaults.get(name, getattr(EditorConfig(), name))
+    assert EditorConfig(method=method, edit_lr=0.5, ridge=7).edit_lr == 0.5
+    assert (config.traced_tokens, config.aggregation) == (row.token_selection, row.aggregation)
+    assert (config.value_differences, config.needs_training) == (row.value_differences, row.is_trained)
+    assert config.follows_edits == (row.statistics == "following")
+    assert "arXiv" in row.reference
+
+
+@pytest.mark.parametrize("statistics", ["frozen", "following"])
+@pytest.mark.parametrize("method", ["malmen", "ultraedit"])
+def test_statistics_may_be_chosen(method: str, statistics: str) -> None:
+    """What is configured wins over the method's own."""
+    assert EditorConfig(method=method, statistics=statistics).follows_edits == (statistics == "following")
+
+
+@pytest.mark.parametrize("name", ["rank", "n_blocks"])
+def test_no_size_for_a_network_that_is_not_there(name: str) -> None:
+    """It would change nothing, silently."""
+    assert getattr(EditorConfig(method="ultraedit", **{name: 0}), name) == 0
+    with pytest.raises(ValueError, match=rf"EditorConfig\.{name} is 64; allowed with method 'ultraedit', which has no"):
+        EditorConfig(method="ultraedit", **{name: 64})
 
 
 def test_a_module_named_twice_is_refused() -> None:
