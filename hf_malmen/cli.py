@@ -131,6 +131,13 @@ def apply(
     stream: Annotated[
         bool, typer.Option("--stream", help="Read the facts as they are needed, for more than memory should hold.")
     ] = False,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory for the least squares of the layers that are solved together, such as 8GiB; models come on "
+            "top. With less than all layers take, groups of them are solved one after the other."
+        ),
+    ] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure the edit first, and keep the scores in the checkpoint's history.")
     ] = False,
@@ -156,6 +163,7 @@ def apply(
         in_place=in_place,
         batch_size=batch_size,
         facts_per_turn=facts_per_turn,
+        max_memory=max_memory,
         measure=measure,
         revision=revision,
     )

@@ -5,7 +5,7 @@ import json
 import math
 import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
@@ -271,6 +271,16 @@ class FactStream:
     def __iter__(self) -> Iterator[Fact]:
         rows = _read(self._source, self._split, self._load_options, streaming=True)
         return _checked(_parse_all(rows, self._column_mapping), f"in {_describe(self._source)}")
+
+    def count(self) -> int | None:
+        """How many facts there are: of a file, after a pass over it that checks all; None where that would take long.
+
+        Raises:
+            FactError: while counting: as `load_facts`.
+        """
+        if isinstance(self._source, str | Path) and Path(self._source).is_file():
+            return sum(1 for _ in self)
+        return len(self._source) if isinstance(self._source, Sized) else None
 
     def __repr__(self) -> str:
         return f"FactStream({_describe(self._source)})"

@@ -38,10 +38,11 @@ def state_bytes(
     rows = 4 * (key_size + value_size)
     if n_rows > key_size:
         folded = key_size * value_size + (0 if aggregation == "sum" else key_size**2)
-        return 8 * folded + 3 * rows * min(_FOLD_ROWS, key_size)
-    # The rows, once more in float64; then beside those UUᵀ, and P or S.
-    wide = 2 * rows * n_rows
-    return wide + max(rows * n_rows, 8 * n_rows**2 + 8 * key_size * min(2 * n_rows, value_size))
+        return 8 * folded + 4 * rows * min(_FOLD_ROWS, key_size)  # as they came, stacked, and in float64
+    # The rows in float64, UUᵀ and as many numbers to select rows by; then P and both factors of S, or S and C.
+    kept = is_small(n_rows, key_size, value_size)
+    answer = (8 * key_size + rows) * n_rows if kept else 8 * value_size * (key_size + n_rows)
+    return 2 * rows * n_rows + 16 * n_rows**2 + answer
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class DualSolution:
     @cached_property
     def coefficients(self) -> Tensor:  # (n, value_size)
         """C."""
-        return torch.cholesky_solve(self.differences, self.factor)
+        return _solved_in_place(self.factor, self.differences.clone())
 
     @property
     def shift_shape(self) -> tuple[int, int]:
@@ -150,7 +151,7 @@ class DualSolution:
 
     def adjoint(self, gradient: Tensor) -> Adjoint:
         # U (UᵀU + λI)⁻¹ = (UUᵀ + λI)⁻¹ U, so the rows U M need no k × k matrix, and ⟨M, S⟩ = ⟨U M, C⟩ neither.
-        row_gradients = torch.cholesky_solve(self.keys @ gradient.to(self.keys), self.factor)
+        row_gradients = _solved_in_place(self.factor, self.keys @ gradient.to(self.keys))
         return Adjoint(-(row_gradients * self.coefficients).sum(), row_gradients=row_gradients)
 
     def to_shift(self) -> Shift:
@@ -163,9 +164,9 @@ class DualSolution:
             return dense(self.shift)
         if not moved.all():
             selection = torch.eye(len(self.keys), dtype=self.keys.dtype, device=self.keys.device)[:, moved]
-            left = torch.cholesky_solve(selection, self.factor).T @ self.keys
+            left = _solved_in_place(self.factor, selection).T @ self.keys
         else:
-            left = torch.cholesky_solve(self.keys, self.factor)
+            left = _solved_in_place(self.factor, self.keys.clone())
         return factored(left, self.differences[moved])
 
 
@@ -328,7 +329,7 @@ def aggregator(aggregation: str, name: str, n_expected: int = 0) -> RowSum | Rid
 def _stacked(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """All rows together, in the precision that they are solved in."""
     left, right = zip(*rows, strict=True)
-    return torch.cat([part.to(SOLVE_DTYPE) for part in left]), torch.cat([part.to(SOLVE_DTYPE) for part in right])
+    return torch.cat(left).to(SOLVE_DTYPE), torch.cat(right).to(SOLVE_DTYPE)
 
 
 def _solved_in_place(

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import islice
@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .batches import TokenBatch, Tokenizer, TokenSequence
+from .batches import TokenBatch, Tokenizer
 from .checkpoint import check_checkpoint, fingerprints_of
 from .configuration import EditorConfig
 from .edit import Edit, base_fingerprint, check_fingerprint
@@ -33,17 +33,17 @@ from .facts import Fact, FactStream, load_facts
 from .history import CARD_FILE, EDITS_FOLDER, read_history
 from .hub import cached_commit, push_folder
 from .hypernetwork import HyperBlock, HyperNetwork, Normaliser, RunningStatistics
-from .least_squares import Solution, aggregator
+from .least_squares import Solution, aggregator, solve_device, state_bytes
+from .memory import parse_memory, plan_groups, traces_by_group
 from .model_card import HUB_RESULTS_FILE, N_FACTS_SHOWN, PLOT_FILE, RESULTS_FILE, EditorRun, write_editor_card
 from .shifts import Shift
+from .streaming import FactReader
 from .targets import check_targets, find_targets, is_fan_in_fan_out, module_shape, plain_model, target_module
 from .tasks import AUTO_CLASSES, Classes, infer_task_type
 from .tracing import Trace, frozen, input_device, trace
 
 DEFAULT_BATCH_SIZE = 32
 DEFAULT_EDITOR_BATCH_SIZE = 1024
-# Batches of streamed facts that are read ahead, so that those of a batch are of similar length.
-_WINDOW_BATCHES = 32
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 
@@ -54,26 +54,25 @@ class EditRequest:
 
     Attributes:
         model: the base model, inside `frozen`.
-        tokenize: its tokenizer.
-        facts: what to write; read once.
-        total: how many they are; None: nobody knows before they were read.
+        reader: what to write, as facts and as token sequences.
         batch_size: facts a pass of the language model.
         editor_batch_size: tokens a pass of the hyper-network.
         statistics: that earlier edits of the model left, as `pack_statistics` makes them; None: there are none.
+        max_memory: bytes that the solve of some layers may take; None: as many as that of all takes.
     """
 
     model: PreTrainedModel
-    tokenize: Tokenizer
-    facts: Iterator[Fact]
-    total: int | None
+    reader: FactReader
     batch_size: int
     editor_batch_size: int = DEFAULT_EDITOR_BATCH_SIZE
     statistics: Mapping[str, Tensor] | None = None
+    max_memory: int | None = None
 
-    def batches(self) -> Iterator[TokenBatch]:
-        """The facts as token batches on the model's device; shows progress."""
-        sequences = (self.tokenize(fact.prompt, fact.target) for fact in self.facts)
-        return _with_progress(self.tokenize, sequences, self.total, self.batch_size, input_device(self.model))
+    def traces(self, editor: "EditorModel", names: Sequence[str] | None = None) -> Iterator[dict[str, Trace]]:
+        """Traces of all facts, in a pass of its own that shows its progress; of some modules, or of all."""
+        title = f"Tracing {len(names or editor.module_names)} layers"
+        batches = self.reader.batches(self.batch_size, input_device(self.model), title)
+        return editor.trace(self.model, batches, names=names)
 
 
 @dataclass(frozen=True)
@@ -314,6 +313,7 @@ class EditorModel(PreTrainedModel):
         model: nn.Module,
         batches: Iterable[TokenBatch],
         around: Callable[[TokenBatch], AbstractContextManager[None]] = lambda _: nullcontext(),
+        names: Sequence[str] | None = None,
     ) -> Iterator[dict[str, Trace]]:
         """Keys and value gradients of every target module, batch by batch.
 
@@ -321,13 +321,13 @@ class EditorModel(PreTrainedModel):
             model: the base model, inside `frozen`.
             batches: facts, on the model's device.
             around: a context for the passes over each batch, such as `Trunk.replayed`.
+            names: which modules; None: all.
         """
         for batch in batches:
             with around(batch):
-                traced = trace(model, batch, self.module_names, self.config.traced_tokens)
+                traced = trace(model, batch, names or self.module_names, self.config.traced_tokens)
             yield traced
 
-    @torch.no_grad()
     def solve(
         self,
         traces: Iterable[Mapping[str, Trace]],
@@ -344,19 +344,44 @@ class EditorModel(PreTrainedModel):
         Raises:
             NumericalError: a solve fails or is not finite; names the module.
         """
-        aggregators = {name: aggregator(self.config.aggregation, name) for name in self.module_names}
-        for name, rows in aggregators.items():
+        return dict(self.solutions(traces, editor_batch_size, statistics))
+
+    @torch.no_grad()
+    def solutions(
+        self,
+        traces: Iterable[Mapping[str, Trace]],
+        editor_batch_size: int = DEFAULT_EDITOR_BATCH_SIZE,
+        statistics: Mapping[str, RunningStatistics] | None = None,
+        names: Sequence[str] | None = None,
+        n_rows: int = 0,
+    ) -> Iterator[tuple[str, Solution]]:
+        """`solve`, one module after the other: what a solution holds is free again when the next one is asked for.
+
+        Args:
+            traces, editor_batch_size, statistics: as for `solve`.
+            names: which modules; None: all.
+            n_rows: how many rows of facts a module is about to get, if that is known. Memory depends on it, not the
+                result.
+
+        Yields:
+            The module's name and its solution.
+        """
+        names = list(names or self.module_names)
+        aggregators = {}
+        for name in names:
             network, index = self.network(name)
+            aggregators[name] = aggregator(self.config.aggregation, name, n_rows + network.n_preserved_keys)
             if network.n_preserved_keys:
                 still = network.preserved_rows(index)
-                rows.add(still, still.new_zeros(len(still), network.value_size))
+                aggregators[name].add(still, still.new_zeros(len(still), network.value_size))
         # Once for all rows: whitening has a matrix to factorise.
         normalisers = {shape: own.normaliser() for shape, own in (statistics or self.statistics).items()}
         for traced in traces:
             for name, entry in traced.items():
                 for keys, gradients in _split(entry, editor_batch_size):
                     aggregators[name].add(*self(keys, gradients, name, normalisers[self._places[name][0]]))
-        return {name: aggregators[name].solve(self.ridge(name)) for name in self.module_names}
+        for name in logging.tqdm(names, desc="Solving", unit=" layers", leave=False):
+            yield name, aggregators.pop(name).solve(self.ridge(name), in_place=True)
 
     @property
     def statistics(self) -> dict[str, RunningStatistics]:
@@ -519,13 +544,14 @@ class EditorModel(PreTrainedModel):
         batch_size: int = DEFAULT_BATCH_SIZE,
         editor_batch_size: int = DEFAULT_EDITOR_BATCH_SIZE,
         statistics: Mapping[str, Tensor] | None = None,
+        max_memory: int | str | None = None,
     ) -> Edit:
         """Compute the edit that writes `facts` into `model`, without applying it.
 
         Args:
             model: the live base model. Its weights, gradients, modes and hooks are as found afterwards.
-            facts: anything `load_facts` takes, or a `FactStream`, which is read once and never held; the edit then
-                knows its first facts only.
+            facts: anything `load_facts` takes, or a `FactStream`, which is never held; the edit then knows its first
+                facts only. A file is read through before the language model runs, which finds a bad fact early.
             tokenizer: the base model's; loaded from `model.name_or_path` if None.
             batch_size: facts a forward and backward pass of the language model. Does not change the result.
             editor_batch_size: tokens a pass of the hyper-network. Does not change the result.
@@ -533,38 +559,32 @@ class EditorModel(PreTrainedModel):
                 `Edit.statistics`; None: those of the editor. Before the first row of an edit is standardised, all of
                 its rows are known, so that memory grows with the number of facts; `facts_per_turn` of `apply` bounds
                 it.
+            max_memory: the most that the rows, or UᵀU and UᵀD, of the layers that are solved together may take, in
+                bytes or as a text such as `"8GiB"`. Where all layers take more, groups of them are solved one after
+                the other; see `memory.traces_by_group` for what that costs. Models, their passes and the shifts come
+                on top. Does not change the result.
 
         Raises:
             FactError: a fact is bad, or too long for the model.
             ModelMismatchError: the editor does not fit the model.
             NumericalError: a key, a gradient or a solve is not finite; names the module.
+            ValueError: `max_memory` is none, or less than one layer takes.
         """
+        limit = parse_memory(max_memory)
         source = _facts(facts)
-        n_kept = N_FACTS_SHOWN if isinstance(source, FactStream) else len(source)
-        kept: list[Fact] = []
-        n_facts = 0
         model = _base(model)
         self.check_base(model)
         if not self.is_trained:
             _warn_untrained(self.config)
-        tokenize = self.tokenizer_for(model, tokenizer)
-
-        def read() -> Iterator[Fact]:
-            nonlocal n_facts
-            for fact in source:
-                n_facts += 1
-                kept.extend([fact] if len(kept) < n_kept else [])
-                yield fact
-
-        total = None if isinstance(source, FactStream) else len(source)
-        request = EditRequest(model, tokenize, read(), total, batch_size, editor_batch_size, statistics)
-        with frozen(model):
+        reader = FactReader(source, self.tokenizer_for(model, tokenizer), N_FACTS_SHOWN)
+        request = EditRequest(model, reader, batch_size, editor_batch_size, statistics, limit)
+        with frozen(model), self._beside(input_device(model)):
             made = MAKERS[self.config.maker](self, request)
         return Edit(
             made.shifts,
             fan_in_fan_out=self.config.fan_in_fan_out or (),
-            facts=kept,
-            n_facts=n_facts,
+            facts=reader.kept,
+            n_facts=reader.n_facts,
             base_model_name_or_path=self.config.base_model_name_or_path,
             base_model_revision=self.config.base_model_revision,
             base_model_fingerprint=base_fingerprint(model, self.module_names),
@@ -607,13 +627,27 @@ class EditorModel(PreTrainedModel):
         source = _facts(facts)
         model = _base(model)
         self.check_base(model)
-        tokenize = self.tokenizer_for(model, tokenizer)
-        total = None if isinstance(source, FactStream) else len(source)
-        request = EditRequest(model, tokenize, iter(source), total, batch_size)
-        with frozen(model):
-            for traced in self.trace(model, request.batches()):
+        reader = FactReader(source, self.tokenizer_for(model, tokenizer), N_FACTS_SHOWN)
+        request = EditRequest(model, reader, batch_size)
+        with frozen(model), self._beside(input_device(model)):
+            for traced in request.traces(self):
                 self.update_statistics([traced])
                 self.preserve([traced])
+
+    @contextmanager
+    def _beside(self, device: torch.device) -> Iterator[None]:
+        """This editor on the language model's device, so that nothing travels in between; then on the CPU again.
+
+        An editor that somebody moved stays where it is, and so does one beside a device without float64.
+        """
+        if self.device.type != "cpu" or solve_device(device).type == "cpu":
+            yield
+            return
+        try:
+            nn.Module.to(self, device)
+            yield
+        finally:
+            nn.Module.to(self, "cpu")
 
     def apply(  # type: ignore[override] # the name is the contract; `nn.Module.apply` still answers to a function
         self,
@@ -625,6 +659,7 @@ class EditorModel(PreTrainedModel):
         in_place: bool = False,
         batch_size: int = DEFAULT_BATCH_SIZE,
         facts_per_turn: int | None = None,
+        max_memory: int | str | None = None,
         measure: bool = False,
         revision: str | None = None,
         token: str | bool | None = None,
@@ -641,6 +676,7 @@ class EditorModel(PreTrainedModel):
             batch_size: facts a pass of the language model. Does not change the result.
             facts_per_turn: edit sequentially, this many facts at a time, each turn on the model as edited so far;
                 None edits all at once.
+            max_memory: as for `make_edit`.
             measure: measure the edit before it is written, and keep the scores in `edit.measured` and, on disk, in the
                 checkpoint's history and card.
             revision, token: for a checkpoint on the Hub.
@@ -671,7 +707,7 @@ class EditorModel(PreTrainedModel):
             hub = {"revision": revision or "main", "token": token}
             base = AUTO_CLASSES[self.config.task_type].from_pretrained(model, **hub)
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, **hub)
-            edit = self._make_edit_in_turns(base, facts, tokenizer, batch_size, facts_per_turn, measure)
+            edit = self._make_edit_in_turns(base, facts, tokenizer, batch_size, facts_per_turn, max_memory, measure)
             edit.base_model_revision = cached_commit(str(model), revision) or edit.base_model_revision
             # The weights that the edit was made from are the ones to be overwritten, or somebody changed them since.
             exact = {"on_fingerprint_mismatch": "error", "before_edits": False}
@@ -682,7 +718,7 @@ class EditorModel(PreTrainedModel):
                 "output_dir and in_place are for a checkpoint; a live model is edited in memory. "
                 "Pass the checkpoint's folder or Hub id, or call edit.write(checkpoint, output_dir) afterwards."
             )
-        edit = self._make_edit_in_turns(model, facts, tokenizer, batch_size, facts_per_turn, measure)
+        edit = self._make_edit_in_turns(model, facts, tokenizer, batch_size, facts_per_turn, max_memory, measure)
         return edit.apply_to(model, on_fingerprint_mismatch="ignore")  # checked when the edit was made
 
     @contextmanager
@@ -815,13 +851,15 @@ class EditorModel(PreTrainedModel):
         tokenizer: PreTrainedTokenizerBase | None,
         batch_size: int,
         facts_per_turn: int | None,
+        max_memory: int | str | None,
         measure: bool,
     ) -> Edit:
         edit: Edit | None = None
         try:
             for turn_facts in [facts] if facts_per_turn is None else _turns(facts, facts_per_turn):
-                statistics = edit.statistics if edit is not None else None
-                turn = self.make_edit(model, turn_facts, tokenizer, batch_size=batch_size, statistics=statistics)
+                options: dict[str, Any] = {"batch_size": batch_size, "max_memory": max_memory}
+                options["statistics"] = edit.statistics if edit is not None else None
+                turn = self.make_edit(model, turn_facts, tokenizer, **options)
                 if edit is not None:  # one merged edit in force, so that memory does not grow with the turns
                     edit.undo()
                     turn = edit.merge(turn)
@@ -884,17 +922,6 @@ def _turns(facts: Iterable[Fact], size: int) -> Iterator[list[Fact]]:
         yield turn
 
 
-def _with_progress(
-    tokenize: Tokenizer, sequences: Iterator[TokenSequence], total: int | None, batch_size: int, device: torch.device
-) -> Iterator[TokenBatch]:
-    """Batches of similar lengths: of all sequences, or, where nobody knows how many there are, of a window of them."""
-    with logging.tqdm(total=total, desc="Tracing", unit=" facts", leave=False) as bar:
-        while read := list(islice(sequences, total or _WINDOW_BATCHES * batch_size)):
-            for chosen, batch in tokenize.batches(read, batch_size):
-                yield batch.to(device)
-                bar.update(len(chosen))
-
-
 def _warn_untrained(config: EditorConfig) -> None:
     text = (
         "This editor has seen no training data: its inputs are not standardised and its hyper-network is at its "
@@ -908,13 +935,30 @@ def _warn_untrained(config: EditorConfig) -> None:
 
 def _from_rows(editor: EditorModel, request: EditRequest) -> MadeShifts:
     """The way of most methods: trace all facts, turn each traced token into a row, solve each layer's least squares."""
-    traces: Iterable[Mapping[str, Trace]] = editor.trace(request.model, request.batches())
-    statistics = None
-    if editor.config.follows_edits:  # all rows are needed before the first is standardised
-        traces = list(traces)
+    n_rows = request.reader.n_facts or 0  # at least: a fact has a traced token
+    groups = [editor.module_names]
+    n_bytes = 0
+    if request.max_memory is not None:
+        n_rows = request.reader.count_rows(editor.config.traced_tokens)
+        shapes = {name: editor.config.shape_of(name) for name in editor.module_names}
+        n_solved = n_rows + editor.config.n_preserved_keys
+        sizes = {name: state_bytes(editor.config.aggregation, shape, n_solved) for name, shape in shapes.items()}
+        groups = plan_groups(sizes, request.max_memory)
+        n_bytes = n_rows * sum(sum(shapes[name]) for names in groups[1:] for name in names)
+        n_bytes *= request.model.dtype.itemsize
+    statistics, held = None, None
+    if editor.config.follows_edits:  # all rows are needed before the first is standardised: held, or traced twice
+        traces: Iterable[Mapping[str, Trace]] = request.traces(editor)
+        if request.max_memory is None:
+            traces = held = list(traces)
         statistics = editor.statistics_after(traces, request.statistics)
-    solutions = editor.solve(traces, request.editor_batch_size, statistics)
-    shifts = {name: solution.to_shift() for name, solution in solutions.items()}
+    shifts: dict[str, Shift] = {}
+    first = (lambda _: iter(held)) if held is not None else (lambda names: request.traces(editor, names))
+    with closing(traces_by_group(groups, first, n_bytes)) as parts:
+        for names, traced in parts:
+            for name, solution in editor.solutions(traced, request.editor_batch_size, statistics, names, n_rows):
+                shifts[name] = solution.to_shift()
+                del solution  # before the next one is made
     return MadeShifts(shifts, pack_statistics(statistics or {}))
 
 

@@ -1,0 +1,221 @@
+"""A solve within a given memory gives the same edit, and an interrupted one leaves everything as it was."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+import hf_malmen.edit
+import hf_malmen.memory
+from hf_malmen import EditorModel, Fact
+from hf_malmen.least_squares import aggregator, state_bytes
+from hf_malmen.memory import parse_memory, plan_groups, traces_by_group
+from hf_malmen.tracing import Trace
+
+Build = Callable[..., Any]
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("8GiB", 8 * GIB), ("500MB", 500 * 10**6), (123, 123), ("123", 123), (None, None)]
+)
+def test_memory_is_a_number_or_a_text(given: int | str | None, expected: int | None) -> None:
+    """As accelerate reads it, and plain numbers from a command line."""
+    assert parse_memory(given) == expected
+
+
+@pytest.mark.parametrize("given", ["8 elephants", "", 0, -5, "0GiB", 2.5, True])
+def test_other_memory_is_refused(given: Any) -> None:
+    """With what is expected."""
+    with pytest.raises(ValueError, match=r"max_memory is .*expected a number of bytes above 0, or a text such as"):
+        parse_memory(given)
+
+
+def test_groups_are_filled_in_order() -> None:
+    """Each holds as much as it may; without a limit there is one."""
+    sizes = {"a": 3, "b": 4, "c": 2, "d": 6, "e": 1}
+    assert plan_groups(sizes, None) == [["a", "b", "c", "d", "e"]]
+    assert plan_groups(sizes, 7) == [["a", "b"], ["c"], ["d", "e"]]
+    assert plan_groups(sizes, 16) == [["a", "b", "c", "d", "e"]]
+    assert plan_groups(sizes, 6) == [["a"], ["b", "c"], ["d"], ["e"]]
+    with pytest.raises(ValueError, match=r"least squares of d takes .* give max_memory=6 or more"):
+        plan_groups(sizes, 5)
+
+
+@pytest.mark.parametrize("aggregation", ["least_squares", "sum"])
+@pytest.mark.parametrize("n", [300, 1000, 3000])
+def test_the_state_is_not_larger_than_planned(aggregation: str, n: int) -> None:
+    """Bytes of all tensors that the aggregation creates, counted by the allocator, beside the planned ones."""
+    shape = (700, 200)
+    batches = [[torch.randn(100, size) for size in shape] for _ in range(n // 100)]
+    with torch.profiler.profile(profile_memory=True, record_shapes=False) as profiler:
+        rows = aggregator(aggregation, "layer", n)
+        for keys, differences in batches:
+            rows.add(keys.clone(), differences.clone())
+        rows.solve(1.0, in_place=True).to_shift()
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr] # it has run
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    planned = state_bytes(aggregation, shape, n)
+    assert 0.2 * planned < peak < 1.15 * planned + 4 * shape[0] * shape[1]  # S itself, in float32, comes on top
+
+
+class Parts(NamedTuple):
+    """What edits are made of."""
+
+    model: PreTrainedModel
+    editor: EditorModel
+    facts: list[Fact]
+    tokenizer: PreTrainedTokenizerFast
+    bytes_of_a_layer: int
+
+
+@pytest.fixture(params=["malmen", "mend", "ultraedit"])
+def parts(
+    request: pytest.FixtureRequest,
+    make_llama: Build,
+    make_editor: Build,
+    make_facts: Build,
+    tokenizer: PreTrainedTokenizerFast,
+) -> Parts:
+    """Enough facts that their rows are more than the features of a key."""
+    model = make_llama()
+    editor = make_editor(model, method=request.param, **({"rank": None} if request.param == "ultraedit" else {}))
+    facts = make_facts(60)
+    tokenize = editor.tokenizer_for(model, tokenizer)
+    sequences = [tokenize(fact.prompt, fact.target) for fact in facts]
+    n_rows = sum(len(s.target_ids if request.param != "mend" else s.input_ids) for s in sequences)
+    size = state_bytes(editor.config.aggregation, editor.config.shape_of(editor.module_names[0]), n_rows)
+    return Parts(model, editor, facts, tokenizer, size)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("disk", [True, False])
+def test_groups_of_layers_give_the_same_edit(
+    parts: Parts, layers: int, disk: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: Any
+) -> None:
+    """Whether traces wait on disk or facts are traced again, which the number of passes tells; no file is left."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    if not disk:
+        monkeypatch.setattr(hf_malmen.memory, "_SHARE_OF_DISK", 0.0)
+    passes = 0
+
+    def count(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+
+    parts.model.register_forward_pre_hook(count)
+    expected = parts.editor.make_edit(parts.model, parts.facts, parts.tokenizer, batch_size=8)
+    once = passes
+    edit = parts.editor.make_edit(
+        parts.model, parts.facts, parts.tokenizer, batch_size=8, max_memory=layers * parts.bytes_of_a_layer
+    )
+    assert list(edit.shifts) == list(expected.shifts)
+    for name, shift in expected.shifts.items():
+        assert (edit.shifts[name] - shift).norm() < 1e-6 * shift.norm()
+    n_groups = -(-len(expected.shifts) // layers)
+    for_statistics = once if parts.editor.config.follows_edits else 0
+    assert passes - once == for_statistics + (once if disk else n_groups * once)
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_little_memory_is_refused_before_the_model_runs(parts: Parts) -> None:
+    """For one layer even; the message says how much there must be."""
+    calls: list[Any] = []
+    parts.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(ValueError, match=rf"give max_memory={parts.bytes_of_a_layer} or more"):
+        parts.editor.make_edit(parts.model, parts.facts, parts.tokenizer, max_memory=parts.bytes_of_a_layer - 1)
+    assert not calls
+
+
+def test_an_error_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The temporary folder goes when the groups are no longer asked for."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def trace(names: Any) -> Iterator[dict[str, Trace]]:
+        yield {name: Trace(torch.ones(1, 2), torch.ones(1, 3)) for name in names}
+
+    groups = traces_by_group([["a"], ["b"]], trace, 20)
+    _, traced = next(groups)
+    assert [list(entry) for entry in traced] == [["a"]]
+    assert len(list(tmp_path.glob("*/*.safetensors"))) == 1
+    groups.close()
+    assert not list(tmp_path.iterdir())
+
+
+def state_of(model: nn.Module) -> list[Any]:
+    """Everything about a model that an edit might leave changed: weights, flags, modes, hooks, attributes."""
+    found: list[Any] = [
+        (name, value.detach().clone(), value.requires_grad, value.grad) for name, value in model.named_parameters()
+    ]
+    for name, module in model.named_modules():
+        hooks = [list(value) for key, value in vars(module).items() if key.endswith("hooks")]
+        found.append((name, module.training, hooks, sorted(vars(module))))
+    return found
+
+
+def same(first: list[Any], second: list[Any]) -> bool:
+    """Whether two states are one, to the bit."""
+    pairs = [pair for left, right in zip(first, second, strict=True) for pair in zip(left, right, strict=True)]
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "solve", "write"])
+def test_ctrl_c_leaves_the_model_as_it_was(
+    where: str,
+    make_llama: Build,
+    make_editor: Build,
+    make_facts: Build,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """In the middle of a pass, of the solve, and of writing weights: everything is as before, and editing works."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model, facts = make_llama(), make_facts(30)
+    editor = make_editor(model)
+    model.train()
+    model.lm_head.weight.requires_grad_(False)
+    expected = editor.apply(model, facts, tokenizer, batch_size=8)
+    edited = [parameter.detach().clone() for parameter in model.parameters()]
+    expected.undo()
+    before, before_editor = state_of(model), state_of(editor)
+    size = max(state_bytes("least_squares", editor.config.shape_of(name), 90) for name in editor.module_names)
+
+    with monkeypatch.context() as patch:
+        calls = 0
+
+        def interrupt(*_: Any, **__: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == 3:
+                raise KeyboardInterrupt
+
+        if where == "forward":
+            layer = type(model.model.layers[-1].mlp)
+            original: Any = layer.forward
+            patch.setattr(layer, "forward", lambda *args: (interrupt(), original(*args))[1])
+        elif where == "backward":
+            original = torch.autograd.grad
+            patch.setattr(torch.autograd, "grad", lambda *args, **kwargs: (interrupt(), original(*args, **kwargs))[1])
+        elif where == "solve":
+            original = torch.linalg.cholesky_ex
+            patch.setattr(torch.linalg, "cholesky_ex", lambda *a, **kwargs: (interrupt(), original(*a, **kwargs))[1])
+        else:
+            original = hf_malmen.edit.add_rows
+            patch.setattr(hf_malmen.edit, "add_rows", lambda *args: (interrupt(), original(*args))[1])
+        with pytest.raises(KeyboardInterrupt):
+            editor.apply(model, facts, tokenizer, batch_size=8, max_memory=2 * size)
+    assert calls == 3
+    assert same(before, state_of(model))
+    assert same(before_editor, state_of(editor))
+    assert not list(tmp_path.iterdir())
+    editor.apply(model, facts, tokenizer, batch_size=8)
+    assert all(torch.equal(a, b) for a, b in zip(edited, model.parameters(), strict=True))
