@@ -159,24 +159,33 @@ def trace(
         gradients = torch.autograd.grad(loss, [outputs[name] for name in module_names])
 
     traces = {}
+    rows: dict[tuple[int, torch.device], Tensor] = {}  # where the traced tokens are: a GPU waits each time it is asked
     for name, gradient in zip(module_names, gradients, strict=True):
         keys, gradient = inputs[name].flatten(0, -2), gradient.flatten(0, -2)
-        selected = batch.traced_rows(token_selection, len(gradient))
-        if selected is None:
-            raise ModelMismatchError(
-                f"{name} saw {len(gradient)} rows in a batch of {batch.input_ids.numel()} tokens, so that it cannot be "
-                "told which token is which, as in an expert that only some tokens are sent to. Choose another target."
-            )
-        traces[name] = Trace(keys[selected.to(keys.device)], gradient[selected.to(gradient.device)])
-    # All keys first: a layer whose keys overflow makes the gradients of every layer below it overflow too.
-    for what in ("keys", "value_gradients"):
-        for name, entry in traces.items():
-            values: Tensor = getattr(entry, what)
-            if not torch.isfinite(values).all():
-                raise NumericalError(
-                    f"{name}: its {what.replace('_', ' ')} are not finite for these facts. The base model overflows in "
-                    f"{values.dtype}; load it in bfloat16 or float32, or leave this layer out of target_modules."
+        place = len(gradient), gradient.device
+        if place not in rows:
+            selected = batch.traced_rows(token_selection, len(gradient))
+            if selected is None:
+                raise ModelMismatchError(
+                    f"{name} saw {len(gradient)} rows in a batch of {batch.input_ids.numel()} tokens, so that it "
+                    "cannot be told which token is which, as in an expert that only some tokens are sent to. Choose "
+                    "another target."
                 )
+            rows[place] = selected.nonzero().squeeze(-1).to(gradient.device)
+        traces[name] = Trace(keys[rows[place].to(keys.device)], gradient[rows[place]])
+    # All keys first: a layer whose keys overflow makes the gradients of every layer below it overflow too.
+    found = [(name, what) for what in ("keys", "value_gradients") for name in module_names]
+    flags = [torch.isfinite(getattr(traces[name], what)).all() for name, what in found]
+    # Asked all at once, for the same reason.
+    for (name, what), is_finite in zip(
+        found, torch.stack([flag.to(loss.device) for flag in flags]).tolist(), strict=True
+    ):
+        if not is_finite:
+            values: Tensor = getattr(traces[name], what)
+            raise NumericalError(
+                f"{name}: its {what.replace('_', ' ')} are not finite for these facts. The base model overflows in "
+                f"{values.dtype}; load it in bfloat16 or float32, or leave this layer out of target_modules."
+            )
     return traces
 
 
