@@ -43,6 +43,7 @@ class Method:
         maker: which function of `modeling.MAKERS` computes the shifts. `"rows"` is the pipeline that most share: trace,
             value differences, solve.
         defaults: values of `EditorConfig` fields that are None.
+        training: values of `EditorTrainingArguments` fields that are None.
     """
 
     token_selection: str
@@ -53,11 +54,26 @@ class Method:
     statistics: str = "frozen"
     maker: str = "rows"
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
 
 
 METHODS: dict[str, Method] = {
     "malmen": Method("answer", "network", "least_squares", "Tan, Zhang & Fu, ICLR 2024, arXiv 2311.04661"),
     "mend": Method("all", "network", "sum", "Mitchell et al., ICLR 2022, arXiv 2110.11309"),
+    "rledit": Method(
+        "answer",
+        "network",
+        "least_squares",
+        "Li et al., ICML 2025, arXiv 2502.05759",
+        defaults={"rank": 1024, "n_blocks": 4},
+        training={
+            "is_sequential": True,
+            "look_back": 10,
+            "look_back_decay": 0.95,
+            "shift_penalty": 1e-4,
+            "locality_weight": 0.6,
+        },
+    ),
     "ultraedit": Method(
         "answer",
         "standardised",
@@ -100,8 +116,8 @@ class EditorConfig(PreTrainedConfig):
         fan_in_fan_out: names of the targets that store their weight as (key_size, value_size), as GPT-2's `Conv1D`
             does, instead of `nn.Linear`'s (value_size, key_size). Filled by `EditorModel.from_base`.
         rank: width of the hyper-network's bottleneck (1920 in the paper). None takes the method's own, as for the next
-            three: 512, or 0 where there is no network.
-        n_blocks: number of hyper-network blocks: 2, or 0 where there is no network.
+            three: 512, of `"rledit"` 1024, or 0 where there is no network.
+        n_blocks: number of hyper-network blocks: 2, of `"rledit"` 4, or 0 where there is no network.
         edit_lr: η, the scale of a value difference: 1e-6. Where the method is trained, log η is learned per layer from
             there.
         ridge: λ of the least squares (paper section 4.1): 1. Learned like η.
@@ -197,6 +213,11 @@ class EditorConfig(PreTrainedConfig):
     def needs_training(self) -> bool:
         """Whether the method has parameters to train."""
         return self._method.is_trained
+
+    @property
+    def training_defaults(self) -> Mapping[str, Any]:
+        """What the method has for fields of `EditorTrainingArguments` that are None."""
+        return self._method.training
 
     @property
     def follows_edits(self) -> bool:

@@ -1,6 +1,7 @@
 """`EditorModel`: the pipeline behind one call."""
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from copy import deepcopy
@@ -629,10 +630,18 @@ class EditorModel(PreTrainedModel):
         self.check_base(model)
         reader = FactReader(source, self.tokenizer_for(model, tokenizer), N_FACTS_SHOWN)
         request = EditRequest(model, reader, batch_size)
-        with frozen(model), self._beside(input_device(model)):
+        newest: deque[dict[str, Trace]] = deque()  # whose keys are preserved
+
+        def traces() -> Iterator[dict[str, Trace]]:
             for traced in request.traces(self):
-                self.update_statistics([traced])
-                self.preserve([traced])
+                newest.append(traced)
+                while len(newest) > 1 and _n_rows(newest) - _n_rows([newest[0]]) >= self.config.n_preserved_keys:
+                    newest.popleft()
+                yield traced
+
+        with frozen(model), self._beside(input_device(model)):
+            self.update_statistics(traces())
+            self.preserve(newest)
 
     @contextmanager
     def _beside(self, device: torch.device) -> Iterator[None]:
@@ -906,6 +915,11 @@ def _max_length(model: PreTrainedModel) -> int | None:
 
 def _split(entry: Trace, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(entry.keys.split(size), entry.value_gradients.split(size), strict=True)
+
+
+def _n_rows(traces: Iterable[Mapping[str, Trace]]) -> int:
+    """Traced tokens of the module that has the fewest."""
+    return sum(min(len(entry.keys) for entry in traced.values()) for traced in traces)
 
 
 def _shapes(tensors: Mapping[str, torch.Size]) -> str:

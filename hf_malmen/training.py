@@ -3,6 +3,8 @@
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,8 +36,12 @@ from .tracing import answer_logits, frozen, input_device, shifted
 from .trunk import Trunk
 
 _CARD_SETTINGS = (
+    "gradient_accumulation_steps",
+    "is_sequential",
     "learning_rate",
     "locality_weight",
+    "look_back",
+    "look_back_decay",
     "lr_scheduler_type",
     "max_steps",
     "num_train_epochs",
@@ -43,7 +49,18 @@ _CARD_SETTINGS = (
     "rephrases_per_fact",
     "scale_learning_rate",
     "seed",
+    "shift_penalty",
 )
+# Of a method that says nothing else.
+_DEFAULTS = {
+    "is_sequential": False,
+    "look_back": 1,
+    "look_back_decay": 1.0,
+    "shift_penalty": 0.0,
+    "locality_weight": 1.0,
+}
+# Stands for "what the method has" until a trainer is made.
+_OF_METHOD: Any = None
 _HUB_STRATEGIES = (HubStrategy.END, HubStrategy.EVERY_SAVE)
 
 
@@ -59,7 +76,14 @@ class EditorTrainingArguments(TrainingArguments):
         editor_batch_size: tokens a pass of the hyper-network. Changes memory and speed, not the result.
         trunk_cache_gib: memory for the outputs of the blocks below the edited ones. Within a step they run once a
             sequence; what fits is kept for the next epoch too. Changes memory and speed, not the result.
-        locality_weight: weight of the locality loss, KL(before ‖ after) on unrelated prompts.
+        locality_weight: weight of the locality loss, KL(before ‖ after) on unrelated prompts. `None` takes the method's
+            own, as for the next four: 1; of `"rledit"` 0.6.
+        is_sequential: whether the `gradient_accumulation_steps` sets of one optimizer step are edited one after
+            another, each on the model that those before it have edited, as RLEdit does; if not, each edits the base.
+        look_back: how many sets count in the loss of a turn of such a sequence: its own and those before it. 1; of
+            `"rledit"` 10.
+        look_back_decay: a set that was edited k turns ago counts this to the power of k. 1; of `"rledit"` 0.95.
+        shift_penalty: weight of ‖S‖², summed over layers, in the loss. 0; of `"rledit"` 1e-4.
         rephrases_per_fact: rephrases of each fact drawn into the generalisation loss at every step.
         scale_learning_rate: learning rate of log η, log λ and log κ. They are logarithms of scales that have orders of
             magnitude to travel, so they get a rate of their own.
@@ -74,7 +98,11 @@ class EditorTrainingArguments(TrainingArguments):
     trunk_cache_gib: float = field(
         default=2.0, metadata={"help": "Memory (GiB) for outputs of the unedited blocks, kept between steps."}
     )
-    locality_weight: float = field(default=1.0, metadata={"help": "Weight of the locality loss."})
+    locality_weight: float = field(default=_OF_METHOD, metadata={"help": "Weight of the locality loss."})
+    is_sequential: bool = field(default=_OF_METHOD, metadata={"help": "Edit the sets of a step one after another."})
+    look_back: int = field(default=_OF_METHOD, metadata={"help": "Sets of a sequence in the loss of a turn."})
+    look_back_decay: float = field(default=_OF_METHOD, metadata={"help": "How much less each earlier one counts."})
+    shift_penalty: float = field(default=_OF_METHOD, metadata={"help": "Weight of the squared norm of a shift."})
     rephrases_per_fact: int = field(default=1, metadata={"help": "Rephrases a fact in the generalisation loss."})
     scale_learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of log η, log λ and log κ."})
 
@@ -84,8 +112,13 @@ class EditorTrainingArguments(TrainingArguments):
         for name in ("lm_batch_size", "editor_batch_size", "rephrases_per_fact"):
             if getattr(self, name) < 1:
                 raise ValueError(f"EditorTrainingArguments.{name} is {getattr(self, name)}; expected at least 1.")
-        if self.locality_weight < 0:
-            raise ValueError(f"EditorTrainingArguments.locality_weight is {self.locality_weight}; expected 0 or more.")
+        for name in ("locality_weight", "shift_penalty"):
+            if (value := getattr(self, name)) is not None and value < 0:
+                raise ValueError(f"EditorTrainingArguments.{name} is {value}; expected 0 or more.")
+        if self.look_back is not None and self.look_back < 1:
+            raise ValueError(f"EditorTrainingArguments.look_back is {self.look_back}; expected at least 1.")
+        if self.look_back_decay is not None and not 0 <= self.look_back_decay <= 1:
+            raise ValueError(f"EditorTrainingArguments.look_back_decay is {self.look_back_decay}; expected 0 to 1.")
         if (strategy := HubStrategy(self.hub_strategy)) not in _HUB_STRATEGIES:
             raise ValueError(
                 f"EditorTrainingArguments.hub_strategy is {strategy.value!r}; allowed: "
@@ -101,6 +134,14 @@ class EditorTrainer(Trainer):
     the hyper-network along the gradient of that meta loss. The gradient is decoupled: the language model gives ∂L/∂S,
     the adjoint of the solve turns it into a gradient of the value differences, and the hyper-network is replayed in
     its own micro-batches.
+
+    The sets of a sequential step (`EditorTrainingArguments.is_sequential`; RLEdit, arXiv 2502.05759, section 4) are
+    edited one after another. With S_t the shift of turn t, solved on the model that holds S_1 ... S_(t−1), which count
+    as constants, and L_i the meta loss of set i on the model that holds S_1 ... S_t too, the loss of turn t is
+
+        Σ_(k < look_back) look_back_decay^k L_(t−k) + shift_penalty ‖S_t‖².
+
+    "Before" in its locality loss is before turn t. The model itself is never written to.
 
     Args:
         editor: the editor to train.
@@ -140,6 +181,10 @@ class EditorTrainer(Trainer):
                 f"Method {editor.config.method!r} has nothing to train: its editor is ready as from_base makes it. "
                 "editor.warm_up(model, facts) gives it statistics to start from."
             )
+        args = copy(args)  # which may be meant for editors of other methods too
+        for name, value in (_DEFAULTS | dict(editor.config.training_defaults)).items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
         editor.check_base(base_model)
         plain: Any = plain_model(base_model)
         self.base_model = base_model = plain
@@ -169,7 +214,7 @@ class EditorTrainer(Trainer):
         self.trunk = Trunk(base_model, editor.module_names, int(args.trunk_cache_gib * 2**30))
         self.add_callback(_ForgetTrunk(self.trunk))
         self._losses: list[tuple[float, float]] = []
-
+        self._sequence = _Sequence()
         self.run: EditorRun | None = None
 
     @property
@@ -200,25 +245,46 @@ class EditorTrainer(Trainer):
         facts: list[Fact] = inputs["facts"]
         rephrases, unrelated = self._draw(facts)
         edits = [self.tokenize(fact.prompt, fact.target) for fact in facts]
+        before = self._sequence.shifts
+        window = [(rephrases, unrelated), *self._sequence.sets][: self.args.look_back]
         with frozen(self.base_model):
-            self.trunk.fill([*edits, *rephrases, *unrelated], self.tokenize, self.args.lm_batch_size)
-            traces = list(self.editor.trace(self.base_model, self._batches(edits), self.trunk.replayed))
+            asked = [sequence for questions in window for part in questions for sequence in part]
+            self.trunk.fill([*edits, *asked], self.tokenize, self.args.lm_batch_size)
+            traces = list(self.editor.trace(self.base_model, self._batches(edits), lambda b: self._shifted(b, before)))
             self.editor.update_statistics(traces, self.accelerator.gather)
             solutions = self.editor.solve(traces, self.args.editor_batch_size)
             dtype = torch.promote_types(self.base_model.dtype, torch.float32)
             shifts = {
-                name: solution.shift.to(input_device(self.base_model), dtype).requires_grad_(True)
-                for name, solution in solutions.items()
+                name: solution.shift.to(input_device(self.base_model), dtype) for name, solution in solutions.items()
             }
-            generalization, locality = self._meta_loss(shifts, rephrases, unrelated)
-        weight = 1 / self.current_gradient_accumulation_steps
-        gradients = {name: weight * shift.grad for name, shift in shifts.items() if shift.grad is not None}
+            # The loss has the same gradient with respect to the sum of all shifts as to the newest.
+            after = {
+                name: (before[name] + shift if before else shift).clone().requires_grad_(True)
+                for name, shift in shifts.items()
+            }
+            generalization = locality = 0.0
+            for age, questions in enumerate(window):
+                weight = self.args.look_back_decay**age
+                losses = self._meta_loss(before, after, *questions, weight)
+                generalization, locality = generalization + losses[0], locality + losses[1]
+        penalty = self.args.shift_penalty * sum(shift.square().sum().item() for shift in shifts.values())
+        share = 1 / self.current_gradient_accumulation_steps
+        gradients = {
+            name: share * (total.grad + 2 * self.args.shift_penalty * shifts[name])
+            for name, total in after.items()
+            if total.grad is not None
+        }
         self.editor.backward(traces, solutions, gradients, self.args.editor_batch_size)
         self._average_gradients()
         self.editor.preserve(traces, gather_object)
+        self._sequence.n_sets += 1
+        self._sequence.shifts = {name: total.detach() for name, total in after.items()}
+        self._sequence.sets = window
+        if not self.args.is_sequential or self._sequence.n_sets >= self.current_gradient_accumulation_steps:
+            self._sequence = _Sequence()
         self._losses.append((generalization, locality))
-        loss = generalization + self.args.locality_weight * locality
-        return torch.tensor(loss * weight, device=self.args.device)
+        loss = generalization + self.args.locality_weight * locality + penalty
+        return torch.tensor(loss * share, device=self.args.device)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the editor's card beside it: what `run` says, or what the arguments say. Arguments are ignored."""
@@ -299,28 +365,46 @@ class EditorTrainer(Trainer):
         return rephrases, unrelated
 
     def _meta_loss(
-        self, shifts: Mapping[str, Tensor], rephrases: Sequence[TokenSequence], unrelated: Sequence[TokenSequence]
+        self,
+        before: Mapping[str, Tensor],
+        after: Mapping[str, Tensor],
+        rephrases: Sequence[TokenSequence],
+        unrelated: Sequence[TokenSequence],
+        weight: float,
     ) -> tuple[float, float]:
-        """Generalisation and locality loss of the shifted model, each a mean over all answer tokens of the step.
+        """`weight` × generalisation and locality loss of one set, each a mean over all of its answer tokens.
 
-        Leaves the gradient of generalisation + `locality_weight` × locality on the shifts.
+        Leaves the gradient of generalisation + `locality_weight` × locality on the shifts `after`.
+
+        Args:
+            before, after: {module name: what is added to the weights before and after the edit}; before the first edit
+                nothing is.
+            rephrases, unrelated: the set's.
+            weight: its part in the loss.
         """
         totals = [0.0, 0.0]
         for batch in self._batches(rephrases):
-            with self.trunk.replayed(batch), shifted(self.base_model, shifts):
+            with self._shifted(batch, after):
                 logits, targets = answer_logits(self.base_model, batch)
-                loss = F.cross_entropy(logits, targets, reduction="sum") / _n_answer_tokens(rephrases)
+                loss = weight * F.cross_entropy(logits, targets, reduction="sum") / _n_answer_tokens(rephrases)
                 loss.backward()
             totals[0] += loss.item()
         for batch in self._batches(unrelated):
-            with self.trunk.replayed(batch), torch.no_grad():
-                before = answer_logits(self.base_model, batch)[0].log_softmax(-1)
-            with self.trunk.replayed(batch), shifted(self.base_model, shifts):
-                after = answer_logits(self.base_model, batch)[0].log_softmax(-1)
-                divergence = F.kl_div(after, before, reduction="sum", log_target=True) / _n_answer_tokens(unrelated)
+            with self._shifted(batch, before), torch.no_grad():
+                old = answer_logits(self.base_model, batch)[0].log_softmax(-1)
+            with self._shifted(batch, after):
+                new = answer_logits(self.base_model, batch)[0].log_softmax(-1)
+                divergence = F.kl_div(new, old, reduction="sum", log_target=True) / _n_answer_tokens(unrelated)
+                divergence = weight * divergence
                 (self.args.locality_weight * divergence).backward()
             totals[1] += divergence.item()
         return totals[0], totals[1]
+
+    @contextmanager
+    def _shifted(self, batch: TokenBatch, shifts: Mapping[str, Tensor]) -> Iterator[None]:
+        """For a pass over `batch` that starts above the trunk, with `shifts` added to the weights."""
+        with self.trunk.replayed(batch), shifted(self.base_model, shifts):
+            yield
 
     def _batches(self, sequences: Sequence[TokenSequence]) -> Iterator[TokenBatch]:
         for _, batch in self.tokenize.batches(sequences, self.args.lm_batch_size):
@@ -332,6 +416,21 @@ class EditorTrainer(Trainer):
             for parameter in self.editor.parameters():
                 if parameter.grad is not None:
                     parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+
+
+@dataclass
+class _Sequence:
+    """The sets of one optimizer step that are edited so far, one after another.
+
+    Attributes:
+        n_sets: how many.
+        shifts: {module name: the sum of their shifts}; empty before the first.
+        sets: rephrases and unrelated prompts of the newest of them, newest first.
+    """
+
+    n_sets: int = 0
+    shifts: dict[str, Tensor] = field(default_factory=dict)
+    sets: list[tuple[list[TokenSequence], list[TokenSequence]]] = field(default_factory=list)
 
 
 class _ForgetTrunk(TrainerCallback):

@@ -33,11 +33,13 @@ class DenseStep:
         loss: the meta loss.
         gradients: that of each parameter of the editor; None where the loss does not depend on it.
         n_rows: traced tokens.
+        shifts: the weight shift of each module.
     """
 
     loss: float
     gradients: dict[str, Tensor | None]
     n_rows: int
+    shifts: dict[str, Tensor]
 
 
 def dense_step(
@@ -47,12 +49,20 @@ def dense_step(
     facts: Sequence[Fact],
     locality_weight: float = LOCALITY_WEIGHT,
     kind: Kind = CAUSAL,
+    *,
+    past: Sequence[Sequence[Fact]] = (),
+    decay: float = 1.0,
+    penalty: float = 0.0,
 ) -> DenseStep:
-    """The meta loss of editing `facts` and its gradients, by autograd alone."""
+    """The meta loss of editing `facts` and its gradients, by autograd alone.
+
+    `past` are sets that `model` was edited with before, newest first, and look for what is left of them: the one that
+    was edited k steps ago counts `decay` to the power of k.
+    """
     names = list(editor.config.target_modules or ())
     parameters = {name: value.detach().clone().requires_grad_() for name, value in editor.named_parameters()}
     buffers = {name: value.detach().clone() for name, value in editor.named_buffers()}
-    selection = editor.config.token_selection or {"malmen": "answer", "mend": "all"}[editor.config.method]
+    selection = editor.config.token_selection or {"mend": "all"}.get(editor.config.method, "answer")
     traced = [kind.rows(model, tokenizer, names, fact, selection) for fact in facts]
     keys = {name: torch.cat([rows[name][0] for rows in traced]) for name in names}
     gradients = {name: torch.cat([rows[name][1] for rows in traced]) for name in names}
@@ -102,19 +112,24 @@ def dense_step(
     def after(given: Given) -> Tensor:
         return functional_call(model, edited, kwargs=given.inputs).logits
 
-    likelihoods, divergences = [], []
-    for fact in facts:
-        for rephrase in fact.rephrases:
-            given = kind.given(tokenizer, rephrase, fact.target)
-            likelihoods.append(given.likelihoods(after(given)))
-        given = kind.given(tokenizer, str(fact.unrelated_prompt), str(fact.unrelated_answer))
-        with torch.no_grad():
-            before = given.logs(model(**given.inputs).logits)
-        divergences.append((before.exp() * (before - given.logs(after(given)))).sum(-1))
-    # Each part is a mean over all of its answer tokens.
-    loss = -torch.cat(likelihoods).mean() + locality_weight * torch.cat(divergences).mean()
+    loss = penalty * torch.stack([shift.square().sum() for shift in shifts.values()]).sum()
+    for age, measured in enumerate((facts, *past)):
+        likelihoods, divergences = [], []
+        for fact in measured:
+            for rephrase in fact.rephrases:
+                given = kind.given(tokenizer, rephrase, fact.target)
+                likelihoods.append(given.likelihoods(after(given)))
+            given = kind.given(tokenizer, str(fact.unrelated_prompt), str(fact.unrelated_answer))
+            with torch.no_grad():
+                before = given.logs(model(**given.inputs).logits)
+            divergences.append((before.exp() * (before - given.logs(after(given)))).sum(-1))
+        # Each part is a mean over all of its answer tokens.
+        own = -torch.cat(likelihoods).mean() + locality_weight * torch.cat(divergences).mean()
+        loss = loss + decay**age * own
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    return DenseStep(loss.item(), dict(zip(parameters, found, strict=True)), sum(len(r[names[0]][0]) for r in traced))
+    n_rows = sum(len(rows[names[0]][0]) for rows in traced)
+    shifts = {name: shift.detach() for name, shift in shifts.items()}
+    return DenseStep(loss.item(), dict(zip(parameters, found, strict=True)), n_rows, shifts)
 
 
 def step(trainer: EditorTrainer, facts: Sequence[Fact], accumulation: int = 1) -> float:
@@ -282,6 +297,79 @@ def test_accumulation_divides_loss_and_gradient(
     assert step(trainer, facts, accumulation=4) == pytest.approx(expected.loss / 4, rel=1e-6)
     wanted = {name: gradient / 4 for name, gradient in expected.gradients.items() if gradient is not None}
     assert_same(gradients_of(editor), wanted, 1e-8)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "target"), [("llama", ["down_proj", "o_proj"]), ("gpt2", ["c_proj"])], ids=["llama", "gpt2"]
+)
+@pytest.mark.parametrize("look_back", [1, 2, 3])
+def test_sequence_of_sets(
+    look_back: int,
+    architecture: str,
+    target: list[str],
+    builders: dict[str, Callable[..., PreTrainedModel]],
+    tokenizer: PreTrainedTokenizerFast,
+    make_long_facts: Callable[..., list[Fact]],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+) -> None:
+    """RLEdit: every turn starts from the model as edited so far, answers for the sets before it, and pays for ‖S‖².
+
+    The dense step of a turn runs on a model whose weights hold the earlier shifts, which count as constants. The
+    sequence ends with the optimizer step: the next one starts from the base model again.
+    """
+    model, facts = builders[architecture](torch.float64), make_long_facts(10)
+    editor = make_editor(model, method="rledit", rank=8, n_blocks=2, target_modules=target, layers_to_transform=BLOCKS)
+    trainer = make_trainer(
+        editor, model, facts, rephrases_per_fact=N_REPHRASES, locality_weight=LOCALITY_WEIGHT, lm_batch_size=3,
+        editor_batch_size=7, look_back=look_back, look_back_decay=0.6, shift_penalty=0.03,
+    )  # fmt: skip
+    assert trainer.args.is_sequential
+    as_before = {name: value.clone() for name, value in model.state_dict().items()}
+    for sets in ([facts[:3], facts[3:7], facts[7:]], [facts[2:6], facts[6:8]]):  # two optimizer steps
+        edited = builders[architecture](torch.float64)
+        editor.zero_grad()
+        total: dict[str, Tensor] = {}
+        for turn, chosen in enumerate(sets):
+            past = sets[:turn][::-1][: look_back - 1]
+            expected = dense_step(
+                editor, edited, tokenizer, chosen, LOCALITY_WEIGHT, past=past, decay=0.6, penalty=0.03
+            )
+            loss = step(trainer, chosen, accumulation=len(sets))
+            assert loss == pytest.approx(expected.loss / len(sets), rel=1e-6)
+            for name, gradient in expected.gradients.items():
+                assert gradient is not None
+                total[name] = total.get(name, torch.zeros_like(gradient)) + gradient / len(sets)
+            assert_same(gradients_of(editor), total, 1e-8 if architecture == "llama" else 1e-6)
+            with torch.no_grad():
+                for name, shift in expected.shifts.items():
+                    module = edited.get_submodule(name)
+                    module.weight += shift.T if isinstance(module, nn.Linear) else shift
+    assert all(torch.equal(value, as_before[name]) for name, value in model.state_dict().items())
+
+
+def test_rledit_with_a_window_of_one_is_malmen(
+    builders: dict[str, Callable[..., PreTrainedModel]],
+    make_long_facts: Callable[..., list[Fact]],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+) -> None:
+    """One set a sequence and no penalty: the same gradient to the last bit, step after step."""
+    model, facts = builders["llama"](), make_long_facts(9)
+    results = []
+    for method, settings in (
+        ("malmen", {}),
+        ("rledit", {"look_back": 1, "shift_penalty": 0.0, "locality_weight": 1.0}),
+    ):
+        editor = make_editor(
+            model, method=method, rank=8, n_blocks=2, target_modules=["down_proj"], layers_to_transform=BLOCKS
+        )
+        trainer = make_trainer(editor, model, facts, rephrases_per_fact=N_REPHRASES, **settings)
+        losses = [step(trainer, chosen) for chosen in (facts[:5], facts[5:])]
+        results.append((losses, gradients_of(editor)))
+    assert results[0][0] == results[1][0]
+    for name, gradient in results[0][1].items():
+        assert torch.equal(gradient, results[1][1][name]), name
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
