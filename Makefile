@@ -37,3 +37,4 @@ format: environment
 
 bench: environment
 	$(BIN)/python benchmarks/smollm2.py
+	$(BIN)/python benchmarks/apply.py
