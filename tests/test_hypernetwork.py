@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_malmen.hypernetwork import HyperBlock, HyperNetwork, RunningStatistics
+from hf_malmen.hypernetwork import HyperBlock, HyperNetwork, RunningStatistics, WhiteningStatistics
 
 SIZE = 6
 KEY_SIZE, VALUE_SIZE, N_MODULES = 5, 3, 2
@@ -328,3 +328,84 @@ def test_preserved_rows_weigh_what_they_should() -> None:
     for index, weight in enumerate((3.0, 3.0 * math.e)):
         keys, rows = built.preserved_keys[index], built.preserved_rows(index)
         torch.testing.assert_close(rows.T @ rows, weight / 6 * keys.T @ keys, rtol=1e-6, atol=0)
+
+
+def whitening_of(rows: Tensor, size: int) -> WhiteningStatistics:
+    """Statistics that whiten the last four features and took in `rows`, `size` at a time."""
+    statistics = WhiteningStatistics(SIZE, 4)
+    for batch in rows.split(size):
+        statistics.update(batch)
+    return statistics
+
+
+def correlated(n: int, seed: int = 0) -> Tensor:
+    """`samples` of which each feature has something of the one before it."""
+    rows = samples(n, seed).double()
+    return rows + 0.9 * rows.std(0) / rows.std(0).roll(1) * rows.roll(1, dims=1)
+
+
+@pytest.mark.parametrize("size", [1, 3, 50])
+@pytest.mark.parametrize("n", [2, 5, 50])
+def test_whitening_merges_exactly(n: int, size: int) -> None:
+    """Mean, variance and covariance of all rows, in batches of any size; also by way of a vector."""
+    rows = correlated(n)
+    statistics = whitening_of(rows, size)
+    assert_holds(statistics, rows)
+    torch.testing.assert_close(statistics.co_deviation / (n - 1), torch.cov(rows[:, 2:].T), rtol=1e-9, atol=1e-9)
+    packed = WhiteningStatistics(SIZE, 4)
+    for part in rows.split(size):
+        packed.merge_packed(whitening_of(part, 2).pack())
+    for name, buffer in statistics.named_buffers():
+        torch.testing.assert_close(packed.get_buffer(name), buffer, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("n", [2, 6, 40])
+def test_whitening_is_the_root_of_the_shrunk_covariance(n: int) -> None:
+    """Σ^(−1/2) is symmetric and its square inverts Σ; keys are standardised as ever; no row count is too small."""
+    rows = correlated(n)
+    found = whitening_of(rows, 7)(rows)
+    plain = statistics_of(rows, 7)(rows)
+    assert torch.equal(found[:, :2], plain[:, :2])
+    weight = (n - 1) / (n - 1 + 4)
+    covariance = weight * torch.cov(rows[:, 2:].T) + (1 - weight) * torch.diag(rows[:, 2:].var(0))
+    centred = rows[:, 2:] - rows[:, 2:].mean(0)
+    # ‖Σ^(−1/2) g‖² = gᵀ Σ⁻¹ g for every pair of rows, and gᵀ Σ^(−1/2) g' = g'ᵀ Σ^(−1/2) g, as no other root has it.
+    torch.testing.assert_close(found[:, 2:] @ found[:, 2:].T, centred @ torch.linalg.solve(covariance, centred.T))
+    torch.testing.assert_close(centred @ found[:, 2:].T, found[:, 2:] @ centred.T)
+
+
+def test_whitening_of_many_rows_leaves_nothing_correlated() -> None:
+    """Of few rows it is standardising; of many, the whitened features have the identity for a covariance."""
+    many = correlated(20_000)
+    assert float(torch.corrcoef(many[:, 2:].T)[0, 1]) > 0.4
+    whitened = whitening_of(many, 1000)(many)
+    torch.testing.assert_close(torch.cov(whitened[:, 2:].T), torch.eye(4).double(), rtol=0, atol=1e-3)
+    one = WhiteningStatistics(SIZE, 4)
+    assert torch.equal(one(many[:3]), many[:3])
+    one.update(many[:1])
+    assert torch.equal(one(many[:3]), many[:3])
+
+
+def test_whitening_keeps_a_feature_that_never_varied_near_zero() -> None:
+    """Its variance is 0, and nothing is divided by that."""
+    rows = correlated(30)
+    rows[:, 3] = 5.0
+    assert torch.isfinite(found := whitening_of(rows, 30)(rows)).all()
+    assert float(found[:, 3].abs().max()) < 1e-9
+
+
+def test_without_a_network_the_step_is_taken_at_the_pseudo_key() -> None:
+    """d = −η ‖û‖² ĝ, and there is nothing to train; η is not in the state, as the configuration has it."""
+    built = HyperNetwork(
+        KEY_SIZE, VALUE_SIZE, N_MODULES, rank=0, n_blocks=0, edit_lr=0.05, ridge=0.5, value_differences="standardised"
+    ).double()
+    assert not list(built.parameters())
+    assert {name.split(".")[0] for name in built.state_dict()} == {"statistics", "preserved_keys"}
+    keys, gradients = pairs()
+    built.statistics.update(torch.cat((keys, gradients), dim=1).double())
+    left, differences = built.rows(keys.double(), gradients.double(), 1, "least_squares")
+    z = torch.cat((keys, gradients), dim=1).double()
+    z = (z - z.mean(0)) / z.std(0)
+    wanted = -0.05 * z[:, :KEY_SIZE].square().sum(1, keepdim=True) * z[:, KEY_SIZE:]
+    assert torch.equal(left, keys.double())
+    torch.testing.assert_close(differences, wanted, rtol=1e-6, atol=0)
