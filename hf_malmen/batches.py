@@ -111,6 +111,20 @@ class TokenBatch:
             return mask.any(dim=1)
         return selected[mask] if n_rows == int(mask.sum()) else None
 
+    def traced_counts(self, token_selection: str, n_rows: int) -> list[int]:
+        """How many of the traced rows, as `traced_rows` gives them, belong to each sequence."""
+        mask, traced = self.attention_mask.bool(), self.traced_rows(token_selection, n_rows)
+        assert traced is not None  # for the type checker: `trace` has refused such a module
+        owners = torch.arange(len(mask), device=mask.device)
+        if n_rows != len(owners):
+            if n_rows == mask.numel():
+                owners = owners.repeat_interleave(mask.shape[1])
+            elif self.decoder_attention_mask is not None:
+                owners = owners.repeat_interleave(self.decoder_attention_mask.shape[1])
+            else:
+                owners = owners.repeat_interleave(mask.sum(1))
+        return torch.bincount(owners[traced], minlength=len(mask)).tolist()
+
 
 class Tokenizer:
     """Turns prompts and targets into token sequences, in the editor's prompt format.

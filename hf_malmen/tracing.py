@@ -14,10 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .batches import IGNORED, TokenBatch
 from .errors import ModelMismatchError, NumericalError
 from .targets import target_module
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,12 @@ class Trace:
     Attributes:
         keys: (n_tokens, key_size), the module's inputs at the traced tokens.
         value_gradients: (n_tokens, value_size), gradient of the edit loss with respect to its outputs there.
+        n_rows: how many rows the module saw, traced or not, of which `TokenBatch.traced_counts` tells whose they are.
     """
 
     keys: Tensor
     value_gradients: Tensor
+    n_rows: int = 0
 
 
 @contextmanager
@@ -89,9 +94,9 @@ def answer_logits(
     """Logits of every answer token and those tokens; of a classifier, of every class, and the class.
 
     Rows run through the batch sequence by sequence. The cross-entropy of the two is the loss of all three tasks: a
-    head with one logit s gives the logits 0 and s, whose cross-entropy is the binary one of s. Where the model can, the
-    vocabulary projection is computed only for the positions that some sequence of the batch answers at; with `whole`,
-    for all.
+    head with one logit s gives the logits 0 and s, whose cross-entropy is the binary one of s. The vocabulary
+    projection is computed for the answer tokens alone where it is a module that reads the hidden states of all tokens;
+    else, where the model can, for the positions that some sequence of the batch answers at; with `whole`, for all.
     """
     inputs = model_inputs(model, batch)
     labels = batch.labels
@@ -99,14 +104,63 @@ def answer_logits(
         positions = (labels != IGNORED).any(dim=0).nonzero().squeeze(-1)
         inputs["logits_to_keep"] = positions
         labels = labels[:, positions]
-    logits = model(**inputs).logits
-    answered = labels != IGNORED
+    answered = (labels != IGNORED).nonzero(as_tuple=True)  # once: a GPU waits each time it is asked
+    with _head_at(None if whole else _head(model), labels.shape, answered) as states:
+        logits = model(**inputs).logits
     if logits.dim() == 2:  # one answer a sequence
         logits = torch.cat((torch.zeros_like(logits), logits), dim=1) if logits.shape[1] == 1 else logits
-    else:
+    elif not states:
         logits = logits[answered]
+    elif logits.shape[:2] == states[0].shape[:2]:
+        logits = logits[0]
+    else:
+        logger.info("What follows the vocabulary projection needs the logits of all tokens; computing them in full.")
+        return answer_logits(model, batch, whole=True)
     # The softmax over a vocabulary in half precision is too coarse to differentiate.
     return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[answered]
+
+
+@torch.no_grad()
+def answer_states(model: nn.Module, batch: TokenBatch) -> Tensor | None:  # (n_answers, hidden_size)
+    """What the vocabulary projection reads at every answer token, in the order of `answer_logits`.
+
+    The pass ends there. None if there is no such module, or it does not read the hidden states of all tokens.
+    """
+    head = _head(model)
+    if head is None:
+        return None
+    answered = (batch.labels != IGNORED).nonzero(as_tuple=True)
+    with _head_at(head, batch.labels.shape, answered, stop=True) as states:
+        try:
+            model(**model_inputs(model, batch))
+        except _EndOfPass:
+            return states[0][0]
+    return None
+
+
+@torch.no_grad()
+def logits_of_states(
+    model: nn.Module,
+    states: Tensor,  # (n, hidden_size)
+    batch: TokenBatch,
+) -> Tensor | None:  # (n, vocabulary) in float32 or wider
+    """The logits that follow from what the vocabulary projection reads. None if they do not come token by token.
+
+    Args:
+        model: the model that the states come from.
+        states: of answer tokens, from `answer_states`.
+        batch: anything to run the model on, the less the better; only what follows the projection matters.
+    """
+    head = _head(model)
+    assert head is not None  # for the type checker: states came from there
+    handle = head.register_forward_pre_hook(lambda *_: (states[None],))
+    try:
+        logits = model(**model_inputs(model, batch)).logits
+    finally:
+        handle.remove()
+    if logits.shape[:2] != (1, len(states)):
+        return None
+    return logits[0].to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def trace(
@@ -149,7 +203,7 @@ def trace(
         for name in module_names:
             stack.enter_context(_hooked(target_module(model, name), name, record))
         stack.enter_context(torch.enable_grad())
-        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        head = _head(model)
         is_traced = any(target_module(model, name) is head for name in module_names)
         logits, targets = answer_logits(model, batch, whole=is_traced)
         loss = F.cross_entropy(logits, targets, reduction="sum")
@@ -162,17 +216,18 @@ def trace(
     rows: dict[tuple[int, torch.device], Tensor] = {}  # where the traced tokens are: a GPU waits each time it is asked
     for name, gradient in zip(module_names, gradients, strict=True):
         keys, gradient = inputs[name].flatten(0, -2), gradient.flatten(0, -2)
-        place = len(gradient), gradient.device
+        n_rows = len(gradient)
+        place = n_rows, gradient.device
         if place not in rows:
-            selected = batch.traced_rows(token_selection, len(gradient))
+            selected = batch.traced_rows(token_selection, n_rows)
             if selected is None:
                 raise ModelMismatchError(
-                    f"{name} saw {len(gradient)} rows in a batch of {batch.input_ids.numel()} tokens, so that it "
+                    f"{name} saw {n_rows} rows in a batch of {batch.input_ids.numel()} tokens, so that it "
                     "cannot be told which token is which, as in an expert that only some tokens are sent to. Choose "
                     "another target."
                 )
             rows[place] = selected.nonzero().squeeze(-1).to(gradient.device)
-        traces[name] = Trace(keys[rows[place].to(keys.device)], gradient[rows[place]])
+        traces[name] = Trace(keys[rows[place].to(keys.device)], gradient[rows[place]], n_rows)
     # All keys first: a layer whose keys overflow makes the gradients of every layer below it overflow too.
     found = [(name, what) for what in ("keys", "value_gradients") for name in module_names]
     flags = [torch.isfinite(getattr(traces[name], what)).all() for name, what in found]
@@ -207,6 +262,55 @@ def shifted(model: nn.Module, shifts: Mapping[str, Tensor]) -> Iterator[None]:
         for name in shifts:
             stack.enter_context(_hooked(target_module(model, name), name, add))
         yield
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    """The vocabulary projection, if `model` has one that is a module."""
+    found: nn.Module | None = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return found
+
+
+@contextmanager
+def _head_at(
+    head: nn.Module | None,
+    shape: Sequence[int],
+    answered: tuple[Tensor, ...],
+    *,
+    stop: bool = False,
+) -> Iterator[list[Tensor]]:
+    """Within the context `head` reads the hidden states of answer tokens only, as one sequence.
+
+    Args:
+        head: the vocabulary projection, or None.
+        shape: of the batch, (n_sequences, length).
+        answered: sequence and position of each answer token.
+        stop: whether the pass ends there.
+
+    Yields:
+        A list that what it read is added to, (1, n_answers, hidden_size). It stays empty where the head does not run, or does not read the hidden states of all tokens.
+    """
+    states: list[Tensor] = []
+    if head is None:
+        yield states
+        return
+
+    def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if not args or args[0].dim() != 3 or args[0].shape[:2] != shape:
+            return None
+        states.append(args[0][answered[0].to(args[0].device), answered[1].to(args[0].device)][None])
+        if stop:
+            raise _EndOfPass
+        return (states[0], *args[1:])
+
+    handle = head.register_forward_pre_hook(gather)
+    try:
+        yield states
+    finally:
+        handle.remove()
+
+
+class _EndOfPass(Exception):
+    """Raised by a hook to end a forward pass."""
 
 
 @contextmanager

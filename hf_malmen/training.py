@@ -29,11 +29,12 @@ from transformers.utils.hub import PushInProgress
 from .batches import TokenBatch, TokenSequence
 from .evaluation import n_measured
 from .facts import Fact, load_facts, require_fields
+from .features import FeatureCache, FeatureFolder, features_fingerprint
 from .model_card import EditorRun, write_editor_card
 from .modeling import DEFAULT_BATCH_SIZE, DEFAULT_EDITOR_BATCH_SIZE, EditorModel
+from .passes import FrozenPasses
 from .targets import plain_model
-from .tracing import answer_logits, frozen, input_device, shifted
-from .trunk import Trunk
+from .tracing import Trace, answer_logits, frozen, input_device, shifted
 
 _CARD_SETTINGS = (
     "gradient_accumulation_steps",
@@ -74,8 +75,13 @@ class EditorTrainingArguments(TrainingArguments):
     Args:
         lm_batch_size: sequences a pass of the language model. Changes memory and speed, not the result.
         editor_batch_size: tokens a pass of the hyper-network. Changes memory and speed, not the result.
-        trunk_cache_gib: memory for the outputs of the blocks below the edited ones. Within a step they run once a
-            sequence; what fits is kept for the next epoch too. Changes memory and speed, not the result.
+        trunk_cache_gib: memory for what the base model computes whatever the edit: outputs of the blocks below the
+            edited ones, keys and value gradients of facts, and the answers to unrelated prompts before the edit. Within
+            a step each is computed once a sequence; what fits is kept for the next epoch too. Changes memory and speed,
+            not the result.
+        trunk_cache_dir: folder that keeps them from run to run as safetensors files, None for none. Runs on the same
+            base model and layers share it; another model's files are left alone, damaged ones reported and not used.
+        trunk_cache_dir_gib: the most that the files of that folder may take.
         locality_weight: weight of the locality loss, KL(before ‖ after) on unrelated prompts. `None` takes the method's
             own, as for the next four: 1; of `"rledit"` 0.6.
         is_sequential: whether the `gradient_accumulation_steps` sets of one optimizer step are edited one after
@@ -98,6 +104,8 @@ class EditorTrainingArguments(TrainingArguments):
     trunk_cache_gib: float = field(
         default=2.0, metadata={"help": "Memory (GiB) for outputs of the unedited blocks, kept between steps."}
     )
+    trunk_cache_dir: str | None = field(default=None, metadata={"help": "Folder that keeps them from run to run."})
+    trunk_cache_dir_gib: float = field(default=20.0, metadata={"help": "Limit (GiB) of that folder."})
     locality_weight: float = field(default=_OF_METHOD, metadata={"help": "Weight of the locality loss."})
     is_sequential: bool = field(default=_OF_METHOD, metadata={"help": "Edit the sets of a step one after another."})
     look_back: int = field(default=_OF_METHOD, metadata={"help": "Sets of a sequence in the loss of a turn."})
@@ -112,7 +120,7 @@ class EditorTrainingArguments(TrainingArguments):
         for name in ("lm_batch_size", "editor_batch_size", "rephrases_per_fact"):
             if getattr(self, name) < 1:
                 raise ValueError(f"EditorTrainingArguments.{name} is {getattr(self, name)}; expected at least 1.")
-        for name in ("locality_weight", "shift_penalty"):
+        for name in ("locality_weight", "shift_penalty", "trunk_cache_gib", "trunk_cache_dir_gib"):
             if (value := getattr(self, name)) is not None and value < 0:
                 raise ValueError(f"EditorTrainingArguments.{name} is {value}; expected 0 or more.")
         if self.look_back is not None and self.look_back < 1:
@@ -211,8 +219,8 @@ class EditorTrainer(Trainer):
                 "EditorTrainer keeps the whole editor on each device, and FSDP and DeepSpeed would shard it. It takes "
                 "some GB at most: launch several plain processes instead (recipes/accelerate/multi_gpu.yaml)."
             )
-        self.trunk = Trunk(base_model, editor.module_names, int(args.trunk_cache_gib * 2**30))
-        self.add_callback(_ForgetTrunk(self.trunk))
+        self.passes = self._passes(editor)
+        self.add_callback(_ForgetFeatures(self.passes.features))
         self._losses: list[tuple[float, float]] = []
         self._sequence = _Sequence()
         self.run: EditorRun | None = None
@@ -248,9 +256,8 @@ class EditorTrainer(Trainer):
         before = self._sequence.shifts
         window = [(rephrases, unrelated), *self._sequence.sets][: self.args.look_back]
         with frozen(self.base_model):
-            asked = [sequence for questions in window for part in questions for sequence in part]
-            self.trunk.fill([*edits, *asked], self.tokenize, self.args.lm_batch_size)
-            traces = list(self.editor.trace(self.base_model, self._batches(edits), lambda b: self._shifted(b, before)))
+            self.passes.begin_step(edits, *(_joined(window, part) for part in (0, 1)))
+            traces = self._trace(edits, before)
             self.editor.update_statistics(traces, self.accelerator.gather)
             solutions = self.editor.solve(traces, self.args.editor_batch_size)
             dtype = torch.promote_types(self.base_model.dtype, torch.float32)
@@ -383,15 +390,18 @@ class EditorTrainer(Trainer):
             weight: its part in the loss.
         """
         totals = [0.0, 0.0]
-        for batch in self._batches(rephrases):
+        for _, batch in self._batches(rephrases):
             with self._shifted(batch, after):
                 logits, targets = answer_logits(self.base_model, batch)
                 loss = weight * F.cross_entropy(logits, targets, reduction="sum") / _n_answer_tokens(rephrases)
                 loss.backward()
             totals[0] += loss.item()
-        for batch in self._batches(unrelated):
-            with self._shifted(batch, before), torch.no_grad():
-                old = answer_logits(self.base_model, batch)[0].log_softmax(-1)
+        for chosen, batch in self._batches(unrelated):
+            if before:
+                with self._shifted(batch, before), torch.no_grad():
+                    old = answer_logits(self.base_model, batch)[0].log_softmax(-1)
+            else:
+                old = self.passes.log_probabilities([unrelated[i] for i in chosen])
             with self._shifted(batch, after):
                 new = answer_logits(self.base_model, batch)[0].log_softmax(-1)
                 divergence = F.kl_div(new, old, reduction="sum", log_target=True) / _n_answer_tokens(unrelated)
@@ -403,12 +413,33 @@ class EditorTrainer(Trainer):
     @contextmanager
     def _shifted(self, batch: TokenBatch, shifts: Mapping[str, Tensor]) -> Iterator[None]:
         """For a pass over `batch` that starts above the trunk, with `shifts` added to the weights."""
-        with self.trunk.replayed(batch), shifted(self.base_model, shifts):
+        with self.passes.trunk.replayed(batch), shifted(self.base_model, shifts):
             yield
 
-    def _batches(self, sequences: Sequence[TokenSequence]) -> Iterator[TokenBatch]:
-        for _, batch in self.tokenize.batches(sequences, self.args.lm_batch_size):
-            yield batch.to(input_device(self.base_model))
+    def _trace(self, edits: Sequence[TokenSequence], before: Mapping[str, Tensor]) -> list[dict[str, Trace]]:
+        """Keys and value gradients of facts, in the model with `before` added to its weights."""
+        if not before:
+            return [self.passes.traces(edits)]
+        batches = (batch for _, batch in self._batches(edits))
+        return list(self.editor.trace(self.base_model, batches, lambda batch: self._shifted(batch, before)))
+
+    def _batches(self, sequences: Sequence[TokenSequence]) -> Iterator[tuple[list[int], TokenBatch]]:
+        for chosen, batch in self.tokenize.batches(sequences, self.args.lm_batch_size):
+            yield chosen, batch.to(input_device(self.base_model))
+
+    def _passes(self, editor: EditorModel) -> FrozenPasses:
+        """What is computed of the unedited base model, kept as the arguments say."""
+        names, selection = editor.module_names, editor.config.traced_tokens
+        disk = None
+        if self.args.trunk_cache_dir:
+            fingerprint = features_fingerprint(self.base_model, names, selection)
+            disk = FeatureFolder(self.args.trunk_cache_dir, int(self.args.trunk_cache_dir_gib * 2**30), fingerprint)
+        features = FeatureCache(int(self.args.trunk_cache_gib * 2**30), disk)
+
+        def trace(batch: TokenBatch) -> dict[str, Trace]:
+            return next(iter(editor.trace(self.base_model, [batch])))
+
+        return FrozenPasses(self.base_model, names, trace, selection, self.tokenize, self.args.lm_batch_size, features)
 
     def _average_gradients(self) -> None:
         # Not left to DistributedDataParallel: the gradient is made outside of the editor's forward pass.
@@ -433,19 +464,23 @@ class _Sequence:
     sets: list[tuple[list[TokenSequence], list[TokenSequence]]] = field(default_factory=list)
 
 
-class _ForgetTrunk(TrainerCallback):
-    """Empties the trunk's memory with every checkpoint.
+class _ForgetFeatures(TrainerCallback):
+    """Empties the memory of what the frozen model computed with every checkpoint; what is on disk stays.
 
-    In which batch a sequence first ran shows in the last bits of its output. A run that goes on after a checkpoint and
-    one that resumes from it end with the same bits only if both start with the same memory.
+    In which batch a sequence first ran shows in the last bits of what is kept of it. A run that goes on after a
+    checkpoint and one that resumes from it end with the same bits only if both start with the same memory.
     """
 
-    def __init__(self, trunk: Trunk) -> None:
-        self.trunk = trunk
+    def __init__(self, features: FeatureCache) -> None:
+        self.features = features
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Empty it."""
-        self.trunk.clear()
+        self.features.clear()
+
+
+def _joined(window: Sequence[tuple[Sequence[TokenSequence], ...]], part: int) -> list[TokenSequence]:
+    return [sequence for questions in window for sequence in questions[part]]
 
 
 def _is_scale(name: str) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .batches import TokenBatch, Tokenizer, TokenSequence
+from .features import FeatureCache, Key
 from .targets import named_modules
 from .tracing import input_device, model_inputs
 
@@ -25,17 +26,15 @@ class Trunk:
     Args:
         model: the base model.
         module_names: the target modules.
-        max_bytes: how much to keep from step to step; the oldest sequences go first.
+        features: where the outputs are kept.
     """
 
-    def __init__(self, model: nn.Module, module_names: Sequence[str], max_bytes: int) -> None:
+    def __init__(self, model: nn.Module, module_names: Sequence[str], features: FeatureCache) -> None:
         self.model = model
-        self.max_bytes = max_bytes
+        self.features = features
         self.blocks = _blocks_below(model, module_names)
         if not self.blocks:
             logger.info("No blocks below the first edited layer can be run apart from it; running all in full.")
-        self._outputs: dict[tuple[int, ...], Tensor] = {}  # input ids -> (length, hidden_size)
-        self._n_bytes = 0
         self._in_tuple = False  # whether the blocks wrap their output in a tuple
 
     @property
@@ -43,10 +42,9 @@ class Trunk:
         """Whether there are blocks to save, and their output is a plain hidden state."""
         return bool(self.blocks)
 
-    def clear(self) -> None:
-        """Forget all outputs; `fill` computes them again."""
-        self._outputs.clear()
-        self._n_bytes = 0
+    def keys(self, sequences: Sequence[TokenSequence]) -> list[Key]:
+        """Where `features` keeps the outputs for these sequences."""
+        return [_key(sequence.input_ids) for sequence in sequences] if self.is_usable else []
 
     @torch.no_grad()
     def fill(self, sequences: Sequence[TokenSequence], tokenize: Tokenizer, batch_size: int) -> None:
@@ -54,8 +52,7 @@ class Trunk:
         if not self.is_usable:
             return
         wanted = {sequence.input_ids: sequence for sequence in sequences}
-        self._make_room(protect=wanted)
-        missing = [sequence for ids, sequence in wanted.items() if ids not in self._outputs]
+        missing = [sequence for ids, sequence in wanted.items() if self._output(ids) is None]
         for chosen, batch in tokenize.batches(missing, batch_size):
             output = self._run(batch.to(input_device(self.model)))
             if output is None:
@@ -63,18 +60,19 @@ class Trunk:
                 self.blocks = []
                 return
             for row, i in enumerate(chosen):
-                kept = output[row, batch.attention_mask[row].bool().to(output.device)].clone()
-                self._outputs[missing[i].input_ids] = kept
-                self._n_bytes += kept.nbytes
+                kept = output[row, batch.attention_mask[row].bool().to(output.device)].to(input_device(self.model))
+                # A number beside the tensor, so that what comes from disk says it too.
+                tuples = torch.tensor(self._in_tuple)
+                self.features.put(_key(missing[i].input_ids), (kept, tuples))
 
     @contextmanager
     def replayed(self, batch: TokenBatch) -> Iterator[None]:
         """Within the context a forward pass over `batch` starts above the trunk, where `fill` has run its sequences."""
-        outputs = [self._outputs.get(tuple(ids[mask.bool()].tolist())) for ids, mask in _rows(batch)]
-        if not self.is_usable or any(output is None for output in outputs):
+        ids = [tuple(row[mask.bool()].tolist()) for row, mask in _rows(batch)] if self.is_usable else []
+        found = [output for output in map(self._output, ids) if output is not None]
+        if not found or len(found) < len(ids):
             yield
             return
-        found = [output for output in outputs if output is not None]
         hidden = found[0].new_zeros((*batch.input_ids.shape, found[0].shape[-1]))
         hidden[batch.attention_mask.bool()] = torch.cat(found)
         result = (hidden,) if self._in_tuple else hidden
@@ -104,12 +102,13 @@ class Trunk:
             output = output[0] if len(output) == 1 else None
         return output if isinstance(output, Tensor) else None
 
-    def _make_room(self, protect: dict[tuple[int, ...], TokenSequence]) -> None:
-        for ids in list(self._outputs):
-            if self._n_bytes <= self.max_bytes:
-                return
-            if ids not in protect:
-                self._n_bytes -= self._outputs.pop(ids).nbytes
+    def _output(self, input_ids: tuple[int, ...]) -> Tensor | None:
+        """What is kept for a sequence, (length, hidden_size)."""
+        kept = self.features.get(_key(input_ids), input_device(self.model))
+        if kept is None:
+            return None
+        self._in_tuple = bool(kept[1])
+        return kept[0]
 
 
 class _EndOfTrunk(Exception):
@@ -128,6 +127,10 @@ def _blocks_below(model: nn.Module, module_names: Sequence[str]) -> list[nn.Modu
             first = min(int(target[len(name) + 1 :].split(".")[0]) for target in module_names)
             return list(module)[:first]
     return []
+
+
+def _key(input_ids: tuple[int, ...]) -> Key:
+    return "trunk", input_ids
 
 
 def _rows(batch: TokenBatch) -> Iterator[tuple[Tensor, Tensor]]:

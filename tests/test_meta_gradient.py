@@ -7,6 +7,7 @@ language model in one graph.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -391,10 +392,10 @@ def test_trunk_does_not_change_the_gradient(
         editor = make_editor(model, target_modules=target, layers_to_transform=BLOCKS)
         keep = {} if kind == "kept" else {"trunk_cache_gib": 0.0}
         trainer = make_trainer(editor, model, facts, rephrases_per_fact=N_REPHRASES, lm_batch_size=4, **keep)
-        assert trainer.trunk.is_usable
-        assert len(trainer.trunk.blocks) == BLOCKS[0]
+        assert trainer.passes.trunk.is_usable
+        assert len(trainer.passes.trunk.blocks) == BLOCKS[0]
         if kind == "in full":
-            trainer.trunk.blocks = []
+            trainer.passes.trunk.blocks = []
         per_step = []
         for chosen in (facts[:4], facts[3:], facts[:4]):  # in other batches, so that rows are replayed from elsewhere
             editor.zero_grad()
@@ -425,14 +426,91 @@ def test_trunk_of_other_architectures(
         editor = make_editor(model)
         with caplog.at_level("INFO", logger="hf_malmen.trunk"):
             trainer = make_trainer(editor, model, facts, rephrases_per_fact=N_REPHRASES, lm_batch_size=3)
-        assert len(trainer.trunk.blocks) == n_blocks
+        assert len(trainer.passes.trunk.blocks) == n_blocks
         assert ("running all in full" in caplog.text) == (n_blocks == 0)
         if blocks is not None:
-            trainer.trunk.blocks = blocks
+            trainer.passes.trunk.blocks = blocks
         step(trainer, facts)
-        assert trainer.trunk.is_usable == (n_blocks > 0 and blocks is None)
+        assert trainer.passes.trunk.is_usable == (n_blocks > 0 and blocks is None)
         results.append(gradients_of(editor))
     assert_same(results[0], results[1], 1e-7)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "gpt2", "gptj", "gemma2", "opt, projected", "mpt", "qwen3_moe", "bert", "llama, classes", "t5", "bart"],
+)
+def test_what_is_kept_does_not_change_the_gradient(
+    name: str,
+    tokenizer: PreTrainedTokenizerFast,
+    make_long_facts: Callable[..., list[Fact]],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """In float32 the gradients of a first and of later epochs, from memory and from disk, are those of plain passes.
+
+    Plain: no memory, no trunk, the vocabulary projection at every token, facts traced and unrelated prompts answered
+    anew at every step.
+    """
+    kind = KINDS[name]
+    model, facts = kind.build(torch.float32), kind.facts(make_long_facts(7))
+    results: dict[str, list[dict[str, Tensor]]] = {}
+    for way in ("kept", "to disk", "from disk", "plain"):
+        editor = make_editor(model, n_preserved_keys=5, **kind.config)
+        arguments: dict[str, Any] = {"rephrases_per_fact": N_REPHRASES, "lm_batch_size": 4}
+        if "disk" in way:
+            arguments |= {"trunk_cache_dir": str(tmp_path / "features"), "trunk_cache_gib": 0.0}
+        trainer = make_trainer(editor, model, facts, **arguments)
+        per_step = []
+        with monkeypatch.context() as patch:
+            if way == "plain":
+                patch.setattr("hf_malmen.tracing._head", lambda _: None)
+                trainer.passes.trunk.blocks = []
+            for chosen in (facts[:4], facts[3:], facts[:4], facts[2:6]):
+                if way == "plain":
+                    trainer.passes.features.clear()
+                editor.zero_grad()
+                step(trainer, chosen)
+                per_step.append(gradients_of(editor))
+        trainer.passes.features.clear()
+        results[way] = per_step
+    for way in ("kept", "to disk", "from disk"):
+        for found, expected in zip(results[way], results["plain"], strict=True):
+            assert_same(found, expected, 1e-6)
+
+
+def test_later_epochs_run_the_base_model_for_the_shifted_passes_alone(
+    make_llama: Callable[..., PreTrainedModel],
+    make_long_facts: Callable[..., list[Fact]],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+) -> None:
+    """What each part is run on: the trunk on no token in a later epoch, the edited blocks on the prompts, and on one of
+    them for what follows the vocabulary projection, which reads answer tokens alone.
+    """
+    model, facts = make_llama(), make_long_facts(5)
+    editor = make_editor(model, target_modules=["down_proj"], layers_to_transform=BLOCKS)
+    trainer = make_trainer(editor, model, facts, rephrases_per_fact=N_REPHRASES)
+    runs: dict[str, list[int]] = {}
+
+    def count(name: str) -> Callable[..., None]:
+        return lambda _, args, __: runs.setdefault(name, []).append(args[0].shape[:-1].numel())
+
+    for name in ("model.layers.0.mlp", "model.layers.3.mlp", "lm_head"):
+        model.get_submodule(name).register_forward_hook(count(name))
+    step(trainer, facts)
+    n_first = {name: len(tokens) for name, tokens in runs.items()}
+    runs.clear()
+    step(trainer, facts)
+    assert "model.layers.0.mlp" not in runs
+    assert n_first["model.layers.0.mlp"] == 2  # a trace, and a pass over the prompts that others share
+    assert len(runs["model.layers.3.mlp"]) == 3
+    rephrases = [trainer.tokenize(text, fact.target) for fact in facts for text in fact.rephrases]
+    unrelated = [trainer.tokenize(str(fact.unrelated_prompt), str(fact.unrelated_answer)) for fact in facts]
+    n_answers = [sum(len(sequence.target_ids) for sequence in part) for part in (rephrases, unrelated)]
+    assert sorted(runs["lm_head"]) == sorted([n_answers[0], n_answers[1], n_answers[1]])
 
 
 @pytest.mark.parametrize("method", ["malmen", "mend"])

@@ -1,0 +1,148 @@
+"""The passes that no edit changes: what training needs of the unedited model, each once a sequence."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from .batches import TokenBatch, Tokenizer, TokenSequence
+from .features import FeatureCache, Key, sequence_key
+from .tracing import Trace, answer_logits, answer_states, input_device, logits_of_states
+from .trunk import Trunk
+
+logger = logging.get_logger(__name__)
+
+# Two ways to the same logits may differ by this share of their spread, for rounding.
+_TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+class FrozenPasses:
+    """Traces of facts, the trunk's outputs, and what the model answers before any edit, kept by sequence.
+
+    Args:
+        model: the base model, inside `frozen` whenever a method is called.
+        module_names: the target modules.
+        trace: keys and value gradients of a batch, by module; see `tracing.trace`.
+        token_selection: of the traced tokens.
+        tokenize: makes batches.
+        batch_size: sequences a pass.
+        features: where results are kept.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        module_names: Sequence[str],
+        trace: Callable[[TokenBatch], dict[str, Trace]],
+        token_selection: str,
+        tokenize: Tokenizer,
+        batch_size: int,
+        features: FeatureCache,
+    ) -> None:
+        self.model = model
+        self.module_names = list(module_names)
+        self.trace = trace
+        self.token_selection = token_selection
+        self.tokenize = tokenize
+        self.batch_size = batch_size
+        self.features = features
+        self.trunk = Trunk(model, module_names, features)
+        self._keeps_states: bool | None = None  # rather than logits; None: not known yet
+
+    def begin_step(
+        self, edits: Sequence[TokenSequence], rephrases: Sequence[TokenSequence], unrelated: Sequence[TokenSequence]
+    ) -> None:
+        """Make room for what a step needs, and run the trunk over the prompts that several of its passes read."""
+        prompts = [*rephrases, *unrelated]
+        keys = [_trace_key(sequence) for sequence in edits] + [self._answer_key(sequence) for sequence in unrelated]
+        self.features.make_room({*keys, *self.trunk.keys(prompts)})
+        self.trunk.fill(prompts, self.tokenize, self.batch_size)
+
+    def traces(self, sequences: Sequence[TokenSequence]) -> dict[str, Trace]:
+        """Keys and value gradients of facts, in the order of `sequences`."""
+        self._fill_traces(sequences)
+        rows: list[list[Tensor]] = [[] for _ in range(2 * len(self.module_names))]
+        for sequence in sequences:
+            for part, tensor in zip(rows, self._get(_trace_key(sequence)), strict=True):
+                part.append(tensor)
+        joined = [torch.cat(part) for part in rows]
+        pairs = zip(joined[::2], joined[1::2], strict=True)
+        return {name: Trace(*pair) for name, pair in zip(self.module_names, pairs, strict=True)}
+
+    @torch.no_grad()
+    def log_probabilities(self, sequences: Sequence[TokenSequence]) -> Tensor:  # (n_answers, vocabulary or n_classes)
+        """Of all that the unedited model could answer, at every answer token of `sequences`, one after the other."""
+        if self._keeps_states is None:
+            self._keeps_states = self._states_suffice(min(sequences, key=len))
+        self._fill_answers(sequences)
+        kept = torch.cat([self._get(self._answer_key(sequence))[0] for sequence in sequences])
+        logits = self._logits(kept, sequences) if self._keeps_states else kept
+        assert logits is not None  # for the type checker: tried with the first sequence
+        return logits.log_softmax(-1)
+
+    def _fill_traces(self, sequences: Sequence[TokenSequence]) -> None:
+        for missing, batch in self._missing(sequences, _trace_key):
+            with self.trunk.replayed(batch):
+                traced = self.trace(batch)
+            parts = []
+            for name in self.module_names:
+                entry = traced[name]
+                counts = batch.traced_counts(self.token_selection, entry.n_rows)
+                parts += [entry.keys.split(counts), entry.value_gradients.split(counts)]
+            for sequence, *tensors in zip(missing, *parts, strict=True):
+                self.features.put(_trace_key(sequence), tuple(map(self._copy, tensors)))
+
+    def _fill_answers(self, sequences: Sequence[TokenSequence]) -> None:
+        for missing, batch in self._missing(sequences, self._answer_key):
+            with self.trunk.replayed(batch):
+                kept = answer_states(self.model, batch) if self._keeps_states else answer_logits(self.model, batch)[0]
+            assert kept is not None  # for the type checker: tried with the first sequence
+            counts = [len(sequence.target_ids) for sequence in missing]
+            for sequence, rows in zip(missing, kept.split(counts), strict=True):
+                self.features.put(self._answer_key(sequence), (self._copy(rows),))
+
+    def _states_suffice(self, sequence: TokenSequence) -> bool:
+        """Whether the logits follow from what the vocabulary projection reads, as all but classes should."""
+        batch = self.tokenize.pad([sequence]).to(input_device(self.model))
+        with self.trunk.replayed(batch):
+            states, logits = answer_states(self.model, batch), answer_logits(self.model, batch)[0]
+        found = None if states is None else self._logits(states, [sequence])
+        if found is not None:
+            tolerance = _TOLERANCE.get(next(self.model.parameters()).dtype, 1e-3) * logits.std()
+            if bool((found - logits).abs().max() <= tolerance):
+                return True
+        logger.info(
+            "No vocabulary projection can be run apart from the model; keeping logits instead of what it reads."
+        )
+        return False
+
+    def _logits(self, states: Tensor, sequences: Sequence[TokenSequence]) -> Tensor | None:
+        shortest = self.tokenize.pad([min(sequences, key=len)]).to(input_device(self.model))
+        with self.trunk.replayed(shortest):
+            return logits_of_states(self.model, states, shortest)
+
+    def _missing(
+        self, sequences: Sequence[TokenSequence], key: Callable[[TokenSequence], Key]
+    ) -> list[tuple[list[TokenSequence], TokenBatch]]:
+        """Batches of those sequences that nothing is kept of."""
+        device = input_device(self.model)
+        wanted = {key(sequence): sequence for sequence in sequences}
+        missing = [sequence for k, sequence in wanted.items() if self.features.get(k, device) is None]
+        batches = self.tokenize.batches(missing, self.batch_size)
+        return [([missing[i] for i in chosen], batch.to(device)) for chosen, batch in batches]
+
+    def _get(self, key: Key) -> tuple[Tensor, ...]:
+        found = self.features.get(key, input_device(self.model))
+        assert found is not None  # for the type checker: just filled, and what a step needs stays through the step
+        return found
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().to(input_device(self.model), copy=True)
+
+    def _answer_key(self, sequence: TokenSequence) -> Key:
+        return sequence_key("answer states" if self._keeps_states else "answer logits", sequence)
+
+
+def _trace_key(sequence: TokenSequence) -> Key:
+    return sequence_key("trace", sequence)

@@ -1,0 +1,165 @@
+"""What the frozen model computed, in memory and on disk."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_malmen.batches import TokenSequence
+from hf_malmen.features import FeatureCache, FeatureFolder, Key, features_fingerprint, sequence_key
+
+CPU = torch.device("cpu")
+
+
+def key_of(number: int, kind: str = "trace") -> Key:
+    """A key of a sequence of its own."""
+    return sequence_key(kind, TokenSequence((number, 7), (-100, 3)))
+
+
+def tensors_of(number: int) -> tuple[Tensor, ...]:
+    """Two tensors, of 40 bytes, with values of their own."""
+    generator = torch.Generator().manual_seed(number)
+    return torch.randn(3, 2, generator=generator), torch.randn(8, generator=generator).to(torch.bfloat16)
+
+
+def assert_found(cache: FeatureCache | FeatureFolder, number: int) -> None:
+    """The entry is there, bit for bit, in its dtypes."""
+    found = cache.get(key_of(number), CPU) if isinstance(cache, FeatureCache) else cache.get(key_of(number))
+    assert found is not None
+    for tensor, expected in zip(found, tensors_of(number), strict=True):
+        assert tensor.dtype == expected.dtype
+        assert torch.equal(tensor, expected)
+
+
+def filled(folder: Path, numbers: range, fingerprint: str = "a" * 64, max_bytes: int = 10**6) -> FeatureFolder:
+    """A folder to which entries were written, as one file."""
+    features = FeatureFolder(folder, max_bytes, fingerprint)
+    for number in numbers:
+        features.put(key_of(number), tensors_of(number))
+    features.flush()
+    return features
+
+
+def test_memory_forgets_the_oldest_first_and_nothing_that_is_needed() -> None:
+    """A limit of two entries and a half: two stay, the newest, or those of the step."""
+    cache = FeatureCache(100)
+    for number in range(4):
+        cache.put(key_of(number), tensors_of(number))
+    cache.make_room(protect={key_of(0)})
+    assert [cache.get(key_of(number), CPU) is not None for number in range(4)] == [True, False, False, True]
+    cache.put(key_of(3), tensors_of(3))  # replaced, not counted twice
+    cache.make_room(protect=set())
+    assert_found(cache, 0)
+    assert_found(cache, 3)
+    assert cache.get(key_of(0, "answer"), CPU) is None
+    cache.clear()
+    assert cache.get(key_of(0), CPU) is None
+
+
+def test_keys_tell_the_answer_and_the_decoder_apart() -> None:
+    """What is traced depends on both."""
+    ids, labels = (1, 2), (-100, 3)
+    sequences = [
+        TokenSequence(ids, labels), TokenSequence(ids, (3, -100)), TokenSequence(ids, labels, (0,)),
+        TokenSequence(ids, labels, (1,)),
+    ]  # fmt: skip
+    assert len({sequence_key("trace", sequence) for sequence in sequences}) == 4
+
+
+def test_folder_outlives_the_process_and_is_shared(tmp_path: Path) -> None:
+    """Two writers, each with a file of its own; a third reads both; memory that is cleared reads the disk again."""
+    filled(tmp_path, range(2))
+    cache = FeatureCache(0, filled(tmp_path, range(1, 3)))  # the second entry is there already
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    assert len(list(tmp_path.iterdir())) == 2
+    for _ in range(2):
+        for number in range(3):
+            assert_found(cache, number)
+        cache.clear()
+    cache.put(key_of(5), tensors_of(5))
+    cache.make_room(protect=set())
+    assert_found(FeatureFolder(tmp_path, 10**6, "a" * 64), 5)
+
+
+def test_each_entry_is_written_once(tmp_path: Path) -> None:
+    """What an earlier run has written is not written again."""
+    filled(tmp_path, range(2))
+    filled(tmp_path, range(1, 3))
+    names = []
+    for path in tmp_path.iterdir():
+        with safe_open(path, framework="pt") as file:
+            names += list(file.keys())
+    assert len(names) == len(set(names)) == 2 * 3
+
+
+def test_folder_stops_at_its_limit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is written beyond it, files of earlier runs counted; what is there is still read."""
+    size = sum(path.stat().st_size for path in [*filled(tmp_path, range(2)).folder.iterdir()])
+    with caplog.at_level("INFO", logger="hf_malmen.features"):
+        features = filled(tmp_path, range(2, 9), max_bytes=size + 50)
+    assert "limit" in caplog.text
+    assert len(list(tmp_path.iterdir())) == 1
+    assert features.get(key_of(2)) is None
+    assert_found(features, 1)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "no safetensors"])
+def test_damaged_file_is_reported_and_not_used(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Cut short, a bit flipped in its values, or something else under that name: computed again, into a new file."""
+    filled(tmp_path, range(2))
+    (path,) = tmp_path.iterdir()
+    content = bytearray(path.read_bytes())
+    if damage == "flipped":
+        content[-1] ^= 1
+    path.write_bytes(
+        b"not a checkpoint" if damage == "no safetensors" else content[:-5] if damage == "cut" else content
+    )
+    with caplog.at_level("WARNING", logger="hf_malmen.features"):
+        features = FeatureFolder(tmp_path, 10**6, "a" * 64)
+        lost = [number for number in range(2) if features.get(key_of(number)) is None]
+    assert lost
+    assert path.name in caplog.text
+    assert "damaged" in caplog.text
+    for number in lost:
+        features.put(key_of(number), tensors_of(number))
+    features.flush()
+    for number in range(2):
+        assert_found(FeatureFolder(tmp_path, 10**6, "a" * 64), number)
+
+
+def test_files_of_another_model_are_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Another fingerprint's entries, and files that are no features at all, are neither read nor changed."""
+    filled(tmp_path, range(2))
+    (path,) = tmp_path.iterdir()
+    content = path.read_bytes()
+    with caplog.at_level("INFO", logger="hf_malmen.features"):
+        other = FeatureFolder(tmp_path, 10**6, "b" * 64)
+    assert "another model" in caplog.text
+    assert other.get(key_of(0)) is None
+    assert path.read_bytes() == content
+
+
+def test_fingerprint_sees_every_weight_and_setting(make_llama: Callable[..., PreTrainedModel]) -> None:
+    """One bit of any weight, the dtype, the configuration or a setting changes it; where it came from does not."""
+    model = make_llama()
+    before = features_fingerprint(model, ["a"], "answer")
+    model.config._name_or_path = "elsewhere"
+    assert features_fingerprint(make_llama(), ["a"], "answer") == features_fingerprint(model, ["a"], "answer") == before
+    assert features_fingerprint(model, ["b"], "answer") != before
+    assert features_fingerprint(make_llama(torch.bfloat16), ["a"], "answer") != before
+    with torch.no_grad():
+        model.get_submodule("model.layers.0.mlp.up_proj").weight[3, 2] *= 1 + 2**-20
+    assert features_fingerprint(model, ["a"], "answer") != before
+    rescaled = make_llama()
+    rescaled.config.rms_norm_eps = 1e-3
+    assert features_fingerprint(rescaled, ["a"], "answer") != before
+
+
+def test_fingerprint_of_offloaded_weights_is_refused(make_llama: Callable[..., PreTrainedModel]) -> None:
+    """They cannot be told from others."""
+    with pytest.raises(ValueError, match="trunk_cache_dir"):
+        features_fingerprint(make_llama().to("meta"), ["a"], "answer")
