@@ -287,7 +287,8 @@ def _head_at(
         stop: whether the pass ends there.
 
     Yields:
-        A list that what it read is added to, (1, n_answers, hidden_size). It stays empty where the head does not run, or does not read the hidden states of all tokens.
+        A list that what it read is added to, (1, n_answers, hidden_size). It stays empty where the head does not run,
+        or does not read the hidden states of all tokens.
     """
     states: list[Tensor] = []
     if head is None:
