@@ -106,7 +106,7 @@ def train(
     max_steps: Annotated[int | None, typer.Option(help="Overrides the file's training.max_steps.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in the output folder.")] = False,
 ) -> None:
-    """Train an editor for a base model, and save it with its card."""
+    """Train an editor for a base model, and save it with its card. One of a method without training is made ready."""
     from .recipe import load_recipe, run_recipe
 
     overrides: dict[str, Any] = {}

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from .configuration import EditorConfig
+from .configuration import METHODS, EditorConfig
 from .evaluation import n_measured
 from .facts import Fact, load_facts
 from .hub import cached_commit
@@ -31,7 +32,8 @@ class Recipe:
 
     Attributes:
         base_model: folder or Hub id of the base model.
-        train_facts: anything `load_facts` takes by name: a file or a Hub data set.
+        train_facts: anything `load_facts` takes by name: a file or a Hub data set. A method without training takes its
+            statistics from them (`EditorModel.warm_up`), or starts without any where there are none.
         eval_facts: held-out facts, measured during training and for the card.
         max_eval_facts: use only the first of them, this many; None uses all.
         eval_sizes: numbers of held-out facts to edit at once for the card, each at most as many as there are. None
@@ -43,7 +45,7 @@ class Recipe:
     """
 
     base_model: str
-    train_facts: str
+    train_facts: str | None = None
     eval_facts: str | None = None
     max_eval_facts: int | None = None
     eval_sizes: list[int] | None = None
@@ -73,13 +75,15 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; expected {', '.join(sorted(_names(Recipe)))}.")
     _require_known(content, _names(Recipe), f"{path}")
-    for name in ("base_model", "train_facts"):
-        if not content.get(name):
-            raise ValueError(f"{path} has no {name}.")
+    if not content.get("base_model"):
+        raise ValueError(f"{path} has no base_model.")
     for name in ("editor", "training"):
         if not isinstance(content.setdefault(name, {}), dict):
             raise ValueError(f"{path}: {name} is {content[name]!r}; expected settings with their values, or no {name}.")
     recipe = Recipe(**content)
+    method = METHODS.get(str(recipe.editor.get("method", EditorConfig.method)))
+    if not recipe.train_facts and (method is None or method.is_trained):  # one that is unknown is refused later
+        raise ValueError(f"{path} has no train_facts.")
     if recipe.dtype not in DTYPES:
         raise ValueError(f"{path}: dtype is {recipe.dtype!r}; allowed: {', '.join(DTYPES)}.")
     if recipe.eval_sizes is not None:
@@ -98,7 +102,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 
 def run_recipe(recipe: Recipe, *, resume: bool = False) -> Path:
-    """Train an editor, save it with its card, and evaluate it on the held-out facts.
+    """Train an editor, or warm up one that needs no training; save it with its card, evaluated on the held-out facts.
 
     Args:
         recipe: the run.
@@ -108,14 +112,15 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> Path:
         The folder of the editor.
 
     Raises:
-        ValueError: `resume` without a checkpoint; or anything that the editor, the facts or the model do not allow.
+        ValueError: `resume` without a checkpoint, which a method without training never has; or anything that the
+            editor, the facts or the model do not allow.
     """
     args = EditorTrainingArguments(**recipe.training)
     folder = Path(recipe.training["output_dir"])
     checkpoint = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
     if resume and checkpoint is None:
         raise ValueError(f"{folder} has no checkpoint to resume from. Start without --resume.")
-    train_facts = load_facts(recipe.train_facts)
+    train_facts = load_facts(recipe.train_facts) if recipe.train_facts else []
     eval_facts = load_facts(recipe.eval_facts)[: recipe.max_eval_facts] if recipe.eval_facts else []
     sizes = recipe.eval_sizes or [min(args.per_device_eval_batch_size, len(eval_facts))]
     if recipe.eval_sizes and max(sizes) > len(eval_facts):
@@ -131,22 +136,31 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> Path:
     config.base_model_revision = cached_commit(recipe.base_model, **hub) or config.base_model_revision
     set_seed(args.seed)
     editor = EditorModel.from_base(model, config)
-    trainer = EditorTrainer(editor, model, args, train_facts, eval_facts or None, tokenizer)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    trainer.save_state()
-    if not trainer.is_world_process_zero():
-        return folder
+    trainer = None
+    if config.needs_training:
+        trainer = EditorTrainer(editor, model, args, train_facts, eval_facts or None, tokenizer)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.save_state()
+    else:
+        nn.Module.to(model, args.device)
+        if train_facts:
+            editor.warm_up(model, train_facts, tokenizer, batch_size=args.lm_batch_size)
+        if args.should_save:
+            editor.save_pretrained(folder)
     measurements = []
     if eval_facts:
         measurements = measure(editor, model, eval_facts, sizes, tokenizer, batch_size=args.lm_batch_size)
+    if trainer is not None:
         for measurement in measurements:  # for the trackers
             n = measurement.n_at_once
             trainer.log({f"eval_{name}_at_{n}": measurement.scores[name] for name in measurement.n_facts})
+    if args.process_index > 0:
+        return folder
     settings = {name: value for name, value in recipe.training.items() if name != "output_dir"}
     run = EditorRun(
         train_facts=recipe.train_facts,
-        n_train_facts=len(train_facts),
+        n_train_facts=len(train_facts) or None,
         settings={"dtype": recipe.dtype, **recipe.editor, **settings},
         eval_facts=recipe.eval_facts,
         measurements=measurements,
@@ -154,9 +168,13 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> Path:
         license=recipe.license,
     )
     write_editor_card(folder, editor, run)
-    trainer.run = run
-    if args.push_to_hub:
-        trainer.push_to_hub("Card with results")
+    if trainer is not None:
+        trainer.run = run
+        if args.push_to_hub:
+            trainer.push_to_hub("Card with results")
+    elif args.push_to_hub:
+        editor = EditorModel.from_pretrained(folder)  # which knows where its card is
+        editor.push_to_hub(args.hub_model_id or folder.name, private=args.hub_private_repo, token=args.hub_token)
     return folder
 
 
