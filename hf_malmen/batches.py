@@ -4,6 +4,7 @@ Where a prompt ends and its target begins is read off the tokenizer's character 
 tokens, merged spaces and chat templates need no special case.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -215,6 +216,33 @@ class Tokenizer:
         labels = [IGNORED] * len(ids)
         labels[position] = self.classes.index(target)
         return TokenSequence(ids, tuple(labels))
+
+    def subject_position(self, prompt: str, target: str, subject: str) -> int:
+        """Which token of `self(prompt, target)`, a causal model's, is the last one of `subject`.
+
+        Of several occurrences in the prompt the last one, and letter case counts only where it tells them apart. The
+        second token where the subject is nothing but the first: a first token sees no other, and many models make it a
+        sink of attention that is the same for every text.
+
+        Raises:
+            FactError: the prompt does not contain the subject.
+        """
+        text, start = self._join(prompt, target)
+        asked, subject = prompt.strip(), subject.strip()
+        begin = max(text.rfind(asked, 0, start), 0)  # 0 where a template changes the prompt: looked for in all of it
+        end = min(begin + len(asked), start) if text.startswith(asked, begin) else start
+        found = text.rfind(subject, begin, end)
+        if found < 0:
+            matches = list(re.finditer(re.escape(subject), text[begin:end], re.IGNORECASE))
+            if not matches:
+                raise FactError(
+                    f"The subject {subject!r} does not occur in the prompt {prompt!r}. Give the subject as the prompt "
+                    "spells it, or the prompt with its subject."
+                )
+            found = begin + matches[-1].start()
+        # Tokens that begin before the subject ends; the last of them is the one wanted.
+        ids, is_behind = self._tokenize(text, found + len(subject) - 1)
+        return max(next(i for i, behind in enumerate(is_behind) if behind), min(1, len(ids) - 2))
 
     @property
     def pad_token_id(self) -> int:

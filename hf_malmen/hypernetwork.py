@@ -14,7 +14,22 @@ from torch import Tensor, nn
 Normaliser = Callable[[Tensor], Tensor]
 
 
-class RunningStatistics(nn.Module):
+class DoubleBuffers(nn.Module):
+    """A module whose float64 buffers move between devices with it, and stay float64."""
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        # `.to(bfloat16)`, `.half()` and the like move the buffers but must not round them.
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            assert moved is not None  # for the type checker: _apply maps tensors to tensors
+            if moved.dtype != torch.float64 and not moved.is_meta:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+
+class RunningStatistics(DoubleBuffers):
     """Mean and variance of all rows seen so far, merged in float64 by Chan's parallel formula.
 
     Float64 because a sum over millions of rows with outliers loses float32's seven digits. Merging is exact whatever
@@ -114,17 +129,6 @@ class RunningStatistics(nn.Module):
     ) -> tuple[Tensor, ...]:
         """What `_sums` hold, of these rows."""
         return (rows.square().sum(0),)
-
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        # `.to(bfloat16)`, `.half()` and the like move the buffers but must not round them.
-        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)
-        for name, buffer in kept.items():
-            moved = self._buffers[name]
-            assert moved is not None  # for the type checker: _apply maps tensors to tensors
-            if moved.dtype != torch.float64 and not moved.is_meta:
-                self._buffers[name] = buffer.to(moved.device)
-        return self
 
 
 class WhiteningStatistics(RunningStatistics):

@@ -135,6 +135,36 @@ def check_targets(model: nn.Module, names: Iterable[str]) -> None:
             )
 
 
+def blocks_of(model: nn.Module, module_names: Sequence[str]) -> tuple[str, list[int]] | None:
+    """The one `nn.ModuleList` whose entries hold all of the modules: its name, and the entry of each module.
+
+    None of an encoder-decoder, where what a block of the decoder puts out depends on the encoder too, nor where the
+    modules lie elsewhere.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    for name, module in named_modules(model):
+        if isinstance(module, nn.ModuleList) and all(target.startswith(f"{name}.") for target in module_names):
+            return name, [int(target[len(name) + 1 :].split(".")[0]) for target in module_names]
+    return None
+
+
+def last_block(model: nn.Module, module_names: Sequence[str]) -> str:
+    """Name of the last block that one of the modules lies in.
+
+    Raises:
+        ModelMismatchError: the modules lie in no blocks, or in those of an encoder-decoder.
+    """
+    found = blocks_of(model, module_names)
+    if found is None:
+        raise ModelMismatchError(
+            f"{', '.join(module_names)} of {type(model).__name__} lie in no list of blocks that run one after the "
+            "other, which this method needs. Choose layers in the blocks of a causal language model."
+        )
+    name, places = found
+    return f"{name}.{max(places)}"
+
+
 def is_fan_in_fan_out(module: nn.Module) -> bool:
     """Whether the weight is stored as (key_size, value_size). Asked of the module: a square shape cannot tell."""
     return isinstance(module, Conv1D)

@@ -315,6 +315,109 @@ class _EndOfPass(Exception):
 
 
 @contextmanager
+def steered(
+    block: nn.Module,
+    rows: Tensor,  # (n,), long
+    positions: Tensor,  # (n,), long
+    moves: Tensor,  # (n, hidden_size)
+) -> Iterator[None]:
+    """Within the context, `moves` are added to what a block puts out at some tokens. Gradients flow to the moves.
+
+    Args:
+        block: puts out a hidden state (n_sequences, length, hidden_size), alone or as the first of a tuple.
+        rows, positions: the sequences of the batch and the tokens in them, one each for every move.
+        moves: what is added.
+    """
+
+    def add(_: nn.Module, __: Any, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        device = hidden.device
+        where = (rows.to(device), positions.to(device))
+        hidden = hidden.index_put(where, moves.to(device, hidden.dtype), accumulate=True)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    handle = block.register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def run_until(model: nn.Module, batch: TokenBatch, module: nn.Module) -> Any:
+    """What `module` puts out in a pass of `model` over `batch`, which ends there."""
+    reached: list[Any] = []
+
+    def stop(*args: Any) -> None:
+        reached.append(args[-1])
+        raise _EndOfPass
+
+    handle = module.register_forward_hook(stop)
+    try:
+        model(**model_inputs(model, batch))
+    except _EndOfPass:
+        pass
+    finally:
+        handle.remove()
+    return reached[0]
+
+
+class _EndOfPass(Exception):
+    """Raised by a hook to end a forward pass."""
+
+
+@torch.no_grad()
+def read_keys(
+    model: nn.Module,
+    batch: TokenBatch,
+    module_names: Sequence[str],
+    token_selection: str,
+    until: nn.Module,
+) -> tuple[dict[str, Tensor], Tensor]:  # {module name: (n_tokens, key_size)}, (n_tokens, hidden_size)
+    """Keys of each module at the traced tokens, and the hidden state there that the block `until` puts out.
+
+    Nothing above that block runs.
+
+    Args:
+        model: the base model, inside `frozen`.
+        batch: sequences, on the model's device.
+        module_names: modules that run in this block or below it.
+        token_selection: `"answer"` or `"all"`.
+        until: the block.
+
+    Raises:
+        NumericalError: a key or a hidden state is not finite; names the module.
+        ModelMismatchError: a module does not see the tokens of the batch.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def record(name: str, module_input: Tensor, output: Tensor) -> Tensor:
+        seen[name] = module_input
+        return output
+
+    with ExitStack() as stack:
+        for name in module_names:
+            stack.enter_context(_hooked(target_module(model, name), name, record))
+        output = run_until(model, batch, until)
+    hidden = "the hidden state"
+    seen[hidden] = output[0] if isinstance(output, tuple) else output
+    for name, values in seen.items():
+        rows = values.flatten(0, -2)
+        selected = batch.traced_rows(token_selection, len(rows))
+        if selected is None:
+            raise ModelMismatchError(
+                f"{name} has {len(rows)} rows in a batch of {batch.input_ids.numel()} tokens, so that it cannot be "
+                "told which token is which. Choose another target."
+            )
+        seen[name] = rows[selected.to(rows.device)]
+        if not torch.isfinite(seen[name]).all():
+            raise NumericalError(
+                f"{name}: its keys are not finite for these texts. The base model overflows in {values.dtype}; load it "
+                "in bfloat16 or float32, or leave this layer out of target_modules."
+            )
+    return seen, seen.pop(hidden)
+
+
+@contextmanager
 def _hooked(module: nn.Module, name: str, function: Any) -> Iterator[None]:
     """`function(name, input, output)` runs after the module, and what it returns replaces the output."""
     handle = module.register_forward_hook(lambda _, args, output: function(name, args[0], output))

@@ -14,8 +14,8 @@ from transformers.utils import logging
 
 from .batches import TokenBatch, Tokenizer, TokenSequence
 from .features import FeatureCache, Key
-from .targets import named_modules
-from .tracing import input_device, model_inputs
+from .targets import blocks_of, target_module
+from .tracing import input_device, run_until
 
 logger = logging.get_logger(__name__)
 
@@ -27,12 +27,16 @@ class Trunk:
         model: the base model.
         module_names: the target modules.
         features: where the outputs are kept.
+        inclusive: whether the block of the first target belongs to the trunk, as when nothing changes in it but what
+            it puts out.
     """
 
-    def __init__(self, model: nn.Module, module_names: Sequence[str], features: FeatureCache) -> None:
+    def __init__(
+        self, model: nn.Module, module_names: Sequence[str], features: FeatureCache, *, inclusive: bool = False
+    ) -> None:
         self.model = model
         self.features = features
-        self.blocks = _blocks_below(model, module_names)
+        self.blocks = _blocks_below(model, module_names, inclusive)
         if not self.blocks:
             logger.info("No blocks below the first edited layer can be run apart from it; running all in full.")
         self._in_tuple = False  # whether the blocks wrap their output in a tuple
@@ -83,20 +87,7 @@ class Trunk:
 
     def _run(self, batch: TokenBatch) -> Tensor | None:
         """The trunk's output for `batch`; None if it is more than one hidden state."""
-        reached: list[Any] = []
-
-        def stop(*args: Any) -> None:
-            reached.append(args[-1])
-            raise _EndOfTrunk
-
-        handle = self.blocks[-1].register_forward_hook(stop)
-        try:
-            self.model(**model_inputs(self.model, batch))
-        except _EndOfTrunk:
-            pass
-        finally:
-            handle.remove()
-        output = reached[0]
+        output = run_until(self.model, batch, self.blocks[-1])
         self._in_tuple = isinstance(output, tuple)
         if self._in_tuple:
             output = output[0] if len(output) == 1 else None
@@ -111,22 +102,15 @@ class Trunk:
         return kept[0]
 
 
-class _EndOfTrunk(Exception):
-    """Raised by a hook to end a forward pass where the trunk ends."""
-
-
-def _blocks_below(model: nn.Module, module_names: Sequence[str]) -> list[nn.Module]:
-    """The blocks that run before any target: those above it in the one `nn.ModuleList` that holds all targets.
-
-    None of an encoder-decoder: what a block of its decoder puts out depends on the encoder's side too.
-    """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+def _blocks_below(model: nn.Module, module_names: Sequence[str], inclusive: bool) -> list[nn.Module]:
+    """The blocks that run before any target: those above it in the one list of blocks that holds all targets."""
+    found = blocks_of(model, module_names)
+    if found is None:
         return []
-    for name, module in named_modules(model):
-        if isinstance(module, nn.ModuleList) and all(target.startswith(f"{name}.") for target in module_names):
-            first = min(int(target[len(name) + 1 :].split(".")[0]) for target in module_names)
-            return list(module)[:first]
-    return []
+    name, places = found
+    blocks = target_module(model, name)
+    assert isinstance(blocks, nn.ModuleList)  # for the type checker
+    return list(blocks)[: min(places) + inclusive]
 
 
 def _key(input_ids: tuple[int, ...]) -> Key:

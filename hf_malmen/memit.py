@@ -1,0 +1,267 @@
+"""MEMIT (Meng et al., ICLR 2023, arXiv 2210.07229): targets by optimisation at the subject's last token, written into
+several layers by least squares against the second moment of ordinary keys.
+
+A fact is looked up where a causal model has just read its subject. There a move δ of the hidden state is sought, behind
+the last edited block, that makes the model give the target (equation 16 of the paper). Then the edited layers, from
+the first to the last, each take an even share of what is left of the way from the hidden state to h + δ (equation 20).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from .batches import IGNORED, Tokenizer, TokenSequence
+from .configuration import EditorConfig
+from .errors import ModelMismatchError
+from .facts import Fact, require_fields
+from .least_squares import RidgeLeastSquares
+from .shifts import Shift, materialise
+from .targets import last_block, target_module
+from .tracing import answer_logits, input_device, read_keys, shifted, steered
+from .trunk import Trunk
+
+# What a model is asked about a subject beside the fact, and should go on answering alike: what kind of thing it is.
+ESSENCE = "{} is a"
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """A text, and where in it a fact is looked up.
+
+    Attributes:
+        sequence: the text.
+        position: of the subject's last token.
+    """
+
+    sequence: TokenSequence
+    position: int
+
+    @property
+    def until_subject(self) -> TokenSequence:
+        """The text up to the subject's last token, the one that is traced: what a causal model has read there."""
+        ids = self.sequence.input_ids[: self.position + 1]
+        return TokenSequence(ids, (*[IGNORED] * self.position, 0))
+
+
+@dataclass(frozen=True)
+class Request:
+    """One fact, tokenised.
+
+    Attributes:
+        asked: the prompt with its target, by itself and behind each context.
+        essence: "{subject} is a", which is asked for the token that follows.
+    """
+
+    asked: list[Lookup]
+    essence: Lookup
+
+
+def tokenize_facts(facts: Sequence[Fact], tokenize: Tokenizer, contexts: Sequence[str]) -> list[Request]:
+    """Facts with their subjects found.
+
+    Args:
+        facts: in any order.
+        tokenize: the base model's tokenizer.
+        contexts: texts to put before the prompt, one at a time, beside no text at all.
+
+    Raises:
+        FactError: a fact without a subject, or whose prompt does not contain it.
+    """
+    require_fields(facts, ["subject"], "Method 'memit', which writes a fact where its subject has been read,")
+
+    def lookup(prompt: str, fact: Fact) -> Lookup:
+        position = tokenize.subject_position(prompt, fact.target, fact.subject or "")
+        return Lookup(tokenize(prompt, fact.target), position)
+
+    requests = []
+    for fact in facts:
+        asked = [lookup(f"{context} {fact.prompt}".lstrip(), fact) for context in ("", *contexts)]
+        essence = lookup(ESSENCE.format(fact.subject), fact)
+        prompt_ids = essence.sequence.prompt_ids
+        # Any label: what follows is compared as a distribution.
+        only = TokenSequence(prompt_ids, (*[IGNORED] * (len(prompt_ids) - 1), 0))
+        requests.append(Request(asked, replace(essence, sequence=only)))
+    return requests
+
+
+def find_moves(
+    model: nn.Module,
+    tokenize: Tokenizer,
+    requests: Sequence[Request],
+    states: Tensor,  # (n_facts, hidden_size)
+    block: str,
+    config: EditorConfig,
+    batch_size: int,
+) -> Tensor:  # (n_facts, hidden_size)
+    """The move δ of each fact's hidden state behind `block` (equation 16).
+
+    By Adam, for all facts of a batch at once: δ minimises, over the contexts j of a fact,
+
+        mean_j −log p(target | context_j + prompt, h + δ)
+        + kl_weight · KL(p(· | "{subject} is a", h + δ) ‖ p(· | "{subject} is a")) + target_decay · ‖δ‖² / ‖h‖²
+
+    and is kept within ‖δ‖ ≤ clamp_factor · ‖h‖. Each fact's δ is the same whatever facts it shares its batch with: the
+    losses are summed, and Adam looks at every number by itself. Steps are taken in units of the root mean square of
+    h, so that they have one size in any model. The blocks up to `block` run once.
+
+    Args:
+        model: the base model, inside `frozen`.
+        tokenize: its tokenizer.
+        requests: the facts.
+        states: h, without any context.
+        block: name of the last edited block.
+        config: `n_steps`, `learning_rate`, `clamp_factor`, `kl_weight`, `target_decay`.
+        batch_size: facts a pass. Does not change the result.
+
+    Raises:
+        NumericalError: a loss is not finite.
+    """
+    moves = torch.zeros_like(states)
+    trunk = Trunk(model, [block], max_bytes=0, inclusive=True)  # keeps what the batch needs
+    prompts = [request.asked[0].sequence for request in requests]
+    with logging.tqdm(total=len(requests), desc="Finding targets", unit=" facts", leave=False) as bar:
+        for chosen, _ in tokenize.batches(prompts, batch_size):
+            batch = [requests[i] for i in chosen]
+            moves[chosen] = _find_moves_of_batch(model, tokenize, trunk, batch, states[chosen], block, config)
+            bar.update(len(chosen))
+    return moves
+
+
+def _find_moves_of_batch(
+    model: nn.Module,
+    tokenize: Tokenizer,
+    trunk: Trunk,
+    requests: Sequence[Request],
+    states: Tensor,  # (n_facts, hidden_size)
+    block: str,
+    config: EditorConfig,
+) -> Tensor:  # (n_facts, hidden_size)
+    asked = [lookup for request in requests for lookup in request.asked]
+    essences = [request.essence for request in requests]
+    trunk.fill([lookup.sequence for lookup in (*asked, *essences)], tokenize, len(requests))
+    n_contexts = len(asked) // len(requests)
+    answer = _steered_answers(model, tokenize, trunk, asked, block)
+    describe = _steered_answers(model, tokenize, trunk, essences, block)
+    size = states.shape[1]
+    unit = states.norm(dim=1, keepdim=True) / size**0.5  # the root mean square of each h
+    moves = torch.zeros_like(states, requires_grad=True)  # in these units
+    optimizer = torch.optim.Adam([moves], lr=config.learning_rate)
+    with torch.no_grad():
+        before = describe(moves)[0].log_softmax(-1)
+    for _ in range(config.n_steps):
+        optimizer.zero_grad()
+        logits, targets = answer((unit * moves).repeat_interleave(n_contexts, dim=0))
+        (F.cross_entropy(logits, targets, reduction="sum") / n_contexts).backward()
+        after = describe(unit * moves)[0].log_softmax(-1)
+        divergence = F.kl_div(before, after, log_target=True, reduction="sum")  # KL(after || before)
+        (config.kl_weight * divergence + config.target_decay * moves.square().mean(dim=1).sum()).backward()
+        optimizer.step()
+        with torch.no_grad():
+            moves *= (config.clamp_factor * size**0.5 / moves.norm(dim=1, keepdim=True)).clamp(max=1)
+    return (unit * moves).detach()
+
+
+def _steered_answers(
+    model: nn.Module, tokenize: Tokenizer, trunk: Trunk, lookups: Sequence[Lookup], block: str
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """A function of moves (n_lookups, hidden_size): logits and targets of all answer tokens, as the moves make them."""
+    batch = tokenize.pad([lookup.sequence for lookup in lookups]).to(input_device(model))
+    positions = torch.tensor([lookup.position for lookup in lookups])
+
+    def answers(moves: Tensor) -> tuple[Tensor, Tensor]:
+        with trunk.replayed(batch), steered(target_module(model, block), torch.arange(len(lookups)), positions, moves):
+            return answer_logits(model, batch)
+
+    return answers
+
+
+def read_lookups(
+    model: nn.Module,
+    tokenize: Tokenizer,
+    lookups: Sequence[Lookup],
+    module_names: Sequence[str],
+    block: str,
+    batch_size: int,
+) -> tuple[dict[str, Tensor], Tensor]:  # {module name: (n_lookups, key_size)}, (n_lookups, hidden_size)
+    """Keys, and hidden states behind `block`, at the subjects' last tokens, in float32 or wider."""
+    sequences = [lookup.until_subject for lookup in lookups]
+    order: list[int] = []
+    parts: list[dict[str, Tensor]] = []
+    with torch.no_grad():
+        for chosen, batch in tokenize.batches(sequences, batch_size):
+            keys, hidden = read_keys(
+                model, batch.to(input_device(model)), module_names, "answer", target_module(model, block)
+            )
+            order += chosen
+            parts.append(keys | {block: hidden})
+    back = torch.tensor(order).argsort()
+    rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    rows = {
+        name: found[back.to(found.device)].to(torch.promote_types(found.dtype, torch.float32))
+        for name, found in rows.items()
+    }
+    return rows, rows.pop(block)
+
+
+def make_shifts(
+    model: nn.Module,
+    tokenize: Tokenizer,
+    facts: Sequence[Fact],
+    module_names: Sequence[str],
+    config: EditorConfig,
+    *,
+    penalty: Callable[[str], Tensor],
+    ridge: Callable[[str], float],
+    batch_size: int,
+) -> dict[str, Shift]:
+    """The shifts that write `facts` (algorithm 1 of the paper).
+
+    With h + δ the targets and h' what the model, as edited so far, has in their place, layer l of the m that are left
+    solves for differences (h + δ − h') / m at its keys; the keys of a fact are averaged over its contexts. The model is
+    edited by hooks: no weight is written.
+
+    Args:
+        model: the base model, inside `frozen`.
+        tokenize: its tokenizer.
+        facts: with subjects.
+        module_names: the layers to edit, in the order they run; each puts out something that is added to the hidden
+            state.
+        config: as in `find_moves`, and `context_prefixes`.
+        penalty: of a module: κ C, (key_size, key_size), see `RidgeLeastSquares`.
+        ridge: of a module: λ.
+        batch_size: facts a pass. Does not change the result.
+
+    Raises:
+        FactError: a fact without a subject, or whose prompt does not contain it.
+        ModelMismatchError: the modules lie in no list of blocks, or put out something other than a hidden state.
+        NumericalError: a state, a target or a solve is not finite.
+    """
+    requests = tokenize_facts(facts, tokenize, config.context_prefixes or ())
+    block = last_block(model, module_names)
+    asked = [lookup for request in requests for lookup in request.asked]
+    n_contexts = len(asked) // len(requests)
+    keys, hidden = read_lookups(model, tokenize, asked, module_names, block, batch_size)
+    states = hidden[::n_contexts]
+    for name in module_names:
+        value_size = config.shape_of(name)[1]
+        if value_size != states.shape[1]:
+            raise ModelMismatchError(
+                f"{name} puts out {value_size} features, and the hidden state has {states.shape[1]}. Method 'memit' "
+                "edits layers that write into the hidden state, such as the second feed-forward linear."
+            )
+    goals = states + find_moves(model, tokenize, requests, states, block, config, batch_size)
+    shifts: dict[str, Shift] = {}
+    for n_left, name in zip(range(len(module_names), 0, -1), module_names, strict=True):
+        if shifts:
+            in_force = {other: materialise(shift, True) for other, shift in shifts.items()}
+            with shifted(model, in_force):
+                keys, hidden = read_lookups(model, tokenize, asked, [name], block, batch_size)
+        solver = RidgeLeastSquares(name, penalty=penalty(name))
+        own = keys[name].unflatten(0, (-1, n_contexts)).mean(1)
+        solver.add(own, (goals - hidden[::n_contexts]) / n_left)
+        shifts[name] = solver.solve(ridge(name), in_place=True).to_shift()
+    return shifts
