@@ -42,6 +42,10 @@ class Method:
             `"following"`: the rows of every edit are merged into a copy of them first (see `EditorConfig.statistics`).
         maker: which function of `modeling.MAKERS` computes the shifts. `"rows"` is the pipeline that most share: trace,
             value differences, solve.
+        key_covariance: whether the second moment of ordinary keys is `"required"`, `"optional"` or not kept (None); see
+            `EditorModel.collect_covariance`.
+        blocks: which blocks are edited if nobody says: the `"last"` ones, or five `"early"` ones (see `find_targets`).
+        task_types: what is edited.
         defaults: values of `EditorConfig` fields that are None.
         training: values of `EditorTrainingArguments` fields that are None.
     """
@@ -53,6 +57,9 @@ class Method:
     is_trained: bool = True
     statistics: str = "frozen"
     maker: str = "rows"
+    key_covariance: str | None = None
+    blocks: str = "last"
+    task_types: tuple[str, ...] = TASK_TYPES
     defaults: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
 
@@ -92,9 +99,53 @@ METHODS: dict[str, Method] = {
         statistics="following",
         defaults={"rank": 0, "n_blocks": 0},
     ),
+    "memit": Method(
+        "answer",
+        "standardised",
+        "least_squares",
+        "Meng et al., ICLR 2023, arXiv 2210.07229",
+        is_trained=False,
+        maker="memit",
+        key_covariance="required",
+        blocks="early",
+        task_types=("CAUSAL_LM",),
+        defaults={
+            "rank": 0,
+            "n_blocks": 0,
+            "ridge": 1e-2,
+            "n_steps": 10,
+            "learning_rate": 0.5,
+            "clamp_factor": 0.75,
+            "kl_weight": 0.0625,
+            "target_decay": 0.1,
+        },
+    ),
+    "ft": Method(
+        "answer",
+        "standardised",
+        "least_squares",
+        "fine-tuning of the edited layers, a baseline",
+        is_trained=False,
+        maker="ft",
+        key_covariance="optional",
+        defaults={
+            "rank": 0,
+            "n_blocks": 0,
+            "ridge": 1e-2,
+            "preservation": 1.0,
+            "n_steps": 10,
+            "learning_rate": 1e-3,
+            "facts_per_step": 64,
+            "seed": 0,
+        },
+    ),
 }
 # Of a method that says nothing else.
-_DEFAULTS = {"rank": 512, "n_blocks": 2, "edit_lr": 1e-6, "ridge": 1.0}
+_DEFAULTS = {"rank": 512, "n_blocks": 2, "edit_lr": 1e-6, "ridge": 1.0, "preservation": 100.0}
+# Fields of methods that find something by gradient descent on the facts: {name: the least value of a whole number, or
+# whether a number may be 0}. Of any other method they are None.
+_DESCENT_COUNTS = {"n_steps": 1, "facts_per_step": 1, "seed": 0}
+_DESCENT_NUMBERS = {"learning_rate": False, "clamp_factor": False, "kl_weight": True, "target_decay": True}
 
 
 class EditorConfig(PreTrainedConfig):
@@ -124,13 +175,26 @@ class EditorConfig(PreTrainedConfig):
         n_preserved_keys: keys of earlier training facts, a layer, that an edit is asked to leave where they are;
             0, as in the paper, asks for none. Method `"malmen"` only. Each costs `key_size` floats a layer.
         preservation: initial κ, the weight of that request, learned per layer: the least squares minimises
-            ‖U S − D‖² + λ ‖S‖² + (κ / n_preserved_keys) ‖K₀ S‖².
+            ‖U S − D‖² + λ ‖S‖² + (κ / n_preserved_keys) ‖K₀ S‖². With a key covariance C (see
+            `EditorModel.collect_covariance`) the weight of κ tr(Sᵀ C S), which is the same with all keys collected as
+            K₀. None takes the method's own: 100; with `"ft"` 1.
         token_selection: traced tokens, `"answer"` or `"all"`; `None` takes the method's own. `"answer"` is, for a
             causal language model, the tokens that predict a target token; for an encoder-decoder, all tokens of the
             side that a layer sits in; for a classifier, the token that its head reads.
         statistics: `None` takes the method's own. `"frozen"`: an edit is standardised by the statistics that training
             or `EditorModel.warm_up` left. `"following"`: an edit's own rows are merged into a copy of them first, and
             the copy goes on to the next turn of `facts_per_turn`. Either way an edit never changes the editor.
+        n_steps: how often the loss of each fact is differentiated, of methods that descend on it: steps to its target
+            (`"memit"`: 10), passes over all facts (`"ft"`: 10).
+        learning_rate: of their Adam. `"memit"`: 0.5, in units of the root mean square of the hidden state; `"ft"`:
+            1e-3, in units of weights.
+        clamp_factor: `"memit"`: a target is at most so many times the hidden state's length away from it (0.75).
+        kl_weight: `"memit"`: of the divergence between what follows "{subject} is a" before and after (0.0625).
+        target_decay: `"memit"`: of the squared length of the way to the target, relative to the hidden state's (0.1).
+        context_prefixes: `"memit"`: texts that each prompt is also asked behind while its target is sought, such as
+            `["It is known that"]`; each costs as much time as the prompt itself. None: none.
+        facts_per_step: `"ft"`: facts in each step of Adam (64).
+        seed: `"ft"`: of the order in which facts are drawn (0).
         prompt_template: text with `{prompt}` in it, put around every prompt, such as `"Q: {prompt}\\nA:"`.
         use_chat_template: wrap every prompt as a user message in the tokenizer's chat template.
 
@@ -156,9 +220,17 @@ class EditorConfig(PreTrainedConfig):
     edit_lr: float = _OF_METHOD
     ridge: float = _OF_METHOD
     n_preserved_keys: int = 0
-    preservation: float = 100.0
+    preservation: float = _OF_METHOD
     token_selection: str | None = None
     statistics: str | None = None
+    n_steps: int = _OF_METHOD
+    learning_rate: float = _OF_METHOD
+    clamp_factor: float = _OF_METHOD
+    kl_weight: float = _OF_METHOD
+    target_decay: float = _OF_METHOD
+    context_prefixes: list[str] | None = None
+    facts_per_step: int = _OF_METHOD
+    seed: int = _OF_METHOD
     prompt_template: str | None = None
     use_chat_template: bool = False
     format_version: int = FORMAT_VERSION
@@ -225,6 +297,21 @@ class EditorConfig(PreTrainedConfig):
         return (self.statistics or self._method.statistics) == "following"
 
     @property
+    def key_covariance(self) -> str | None:
+        """Whether the method keeps the second moment of ordinary keys: `"required"`, `"optional"` or None."""
+        return self._method.key_covariance
+
+    @property
+    def default_blocks(self) -> str:
+        """Which blocks the method edits if `target_modules` and `layers_to_transform` are None."""
+        return self._method.blocks
+
+    @property
+    def task_types(self) -> tuple[str, ...]:
+        """What the method edits."""
+        return self._method.task_types
+
+    @property
     def maker(self) -> str:
         """Which function of `modeling.MAKERS` computes the shifts, as the method has it."""
         return self._method.maker
@@ -270,6 +357,11 @@ class EditorConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"EditorConfig.{name} is {value!r}; allowed: {', '.join(map(repr, choices))}.")
+        if self.task_type not in self.task_types:
+            raise ValueError(
+                f"EditorConfig.task_type is {self.task_type!r}; allowed with method {self.method!r}: "
+                f"{', '.join(map(repr, self.task_types))}."
+            )
 
     def _check_numbers(self) -> None:
         has_network = self.value_differences == "network"
@@ -282,15 +374,39 @@ class EditorConfig(PreTrainedConfig):
                     f"EditorConfig.{name} is {value!r}; allowed with method {self.method!r}, which has no network: 0, "
                     "or nothing."
                 )
-        if self.n_preserved_keys and self.aggregation != "least_squares":
+        if self.n_preserved_keys and (self.aggregation != "least_squares" or self.maker != "rows"):
             raise ValueError(
                 f"EditorConfig.n_preserved_keys is {self.n_preserved_keys}; allowed with method {self.method!r}: 0. "
-                "Keys are preserved by the least squares, which this method has not."
+                "Keys of earlier facts are preserved by the least squares over rows, which this method has not."
             )
         for name in ("edit_lr", "ridge", "preservation"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ValueError(f"EditorConfig.{name} is {value!r}; allowed: a finite number above 0.")
+        self._check_descent()
+
+    def _check_descent(self) -> None:
+        """Those fields of descending methods that this one has, and no value in the others."""
+        own = self._method.defaults
+        for name in (*_DESCENT_COUNTS, *_DESCENT_NUMBERS):
+            value = getattr(self, name)
+            if name not in own:
+                valid, allowed = value is None, f"nothing, with method {self.method!r}, which has no such setting"
+            elif name in _DESCENT_COUNTS:
+                least = _DESCENT_COUNTS[name]
+                valid, allowed = _is_whole(value, least), f"a whole number of at least {least}"
+            else:
+                is_number = isinstance(value, int | float) and not isinstance(value, bool)
+                valid = is_number and 0 <= value < float("inf") and (value > 0 or _DESCENT_NUMBERS[name])
+                allowed = f"a finite number {'of at least' if _DESCENT_NUMBERS[name] else 'above'} 0"
+            if not valid:
+                raise ValueError(f"EditorConfig.{name} is {value!r}; allowed: {allowed}.")
+        contexts = self.context_prefixes
+        if contexts is not None and not (_is_list_of_names(contexts) and self.maker == "memit"):
+            raise ValueError(
+                f"EditorConfig.context_prefixes is {contexts!r}; allowed: None, or with method 'memit' a list of texts "
+                "that are not empty."
+            )
 
     def _check_targets(self) -> None:
         targets = self.target_modules

@@ -13,6 +13,7 @@ from .targets import last_block, target_module
 from .tracing import input_device, read_keys
 
 DEFAULT_N_TOKENS = 100_000
+DEFAULT_TEXT_BATCH_SIZE = 8
 # Texts longer than this are read in windows. Context enough for what a middle layer reads off it, and short enough that
 # attention costs little.
 MAX_LENGTH = 256
@@ -42,12 +43,13 @@ class KeyCovariance(DoubleBuffers):
     @torch.no_grad()
     def update(
         self,
-        keys: Tensor,  # (n_modules, n, key_size)
+        keys: Sequence[Tensor],  # n_modules times (n, key_size)
     ) -> None:
         """Take in the keys of `n` more tokens in every layer."""
-        keys = keys.to(self.products)
-        self.products += keys.mT @ keys
-        self.count += keys.shape[1]
+        for products, rows in zip(self.products, keys, strict=True):
+            own = rows.to(products)
+            products.addmm_(own.T, own)
+        self.count += len(keys[0])
 
     def moment(self, index: int) -> Tensor:  # (key_size, key_size)
         """C = Σ k kᵀ / count of the layer at `index`; 0 while no key was seen."""
@@ -75,7 +77,7 @@ def ordinary_keys(
     module_names: Sequence[str],
     *,
     n_tokens: int = DEFAULT_N_TOKENS,
-    batch_size: int = 8,
+    batch_size: int = DEFAULT_TEXT_BATCH_SIZE,
 ) -> Iterator[dict[str, Tensor]]:
     """Keys of every module at every token of texts, batch by batch: {module name: (n, key_size)}.
 

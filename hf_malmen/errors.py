@@ -26,7 +26,7 @@ class CheckpointWriteError(CheckpointError, OSError):
 
 
 class EditStateError(HfMalmenError, RuntimeError):
-    """An edit is asked for something its state does not allow, such as undoing what was never applied."""
+    """An edit or an editor is asked for something its state does not allow, such as undoing what was never applied."""
 
 
 class HfMalmenWarning(UserWarning):

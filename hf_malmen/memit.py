@@ -207,14 +207,14 @@ def read_lookups(
     return rows, rows.pop(block)
 
 
-def make_shifts(
+def write_targets(
     model: nn.Module,
     tokenize: Tokenizer,
     facts: Sequence[Fact],
     module_names: Sequence[str],
     config: EditorConfig,
     *,
-    penalty: Callable[[str], Tensor],
+    penalty: Callable[[str], Tensor | None],
     ridge: Callable[[str], float],
     batch_size: int,
 ) -> dict[str, Shift]:
@@ -231,7 +231,7 @@ def make_shifts(
         module_names: the layers to edit, in the order they run; each puts out something that is added to the hidden
             state.
         config: as in `find_moves`, and `context_prefixes`.
-        penalty: of a module: κ C, (key_size, key_size), see `RidgeLeastSquares`.
+        penalty: of a module: κ C, (key_size, key_size), see `RidgeLeastSquares`; None for 0.
         ridge: of a module: λ.
         batch_size: facts a pass. Does not change the result.
 

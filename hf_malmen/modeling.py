@@ -26,18 +26,22 @@ from transformers.utils import logging
 
 from .batches import TokenBatch, Tokenizer
 from .checkpoint import check_checkpoint, fingerprints_of
-from .configuration import EditorConfig
+from .configuration import METHODS, EditorConfig
+from .covariance import DEFAULT_N_TOKENS, DEFAULT_TEXT_BATCH_SIZE, KeyCovariance, ordinary_keys
 from .edit import Edit, base_fingerprint, check_fingerprint
-from .errors import CheckpointError, ModelMismatchError, UntrainedEditorWarning
+from .errors import CheckpointError, EditStateError, ModelMismatchError, UntrainedEditorWarning
 from .evaluation import Evaluation, evaluate_edit, measure_edit
 from .facts import Fact, FactStream, load_facts
+from .finetuning import fine_tune
 from .history import CARD_FILE, EDITS_FOLDER, read_history
 from .hub import cached_commit, push_folder
-from .hypernetwork import HyperBlock, HyperNetwork, Normaliser, RunningStatistics
+from .hypernetwork import DoubleBuffers, HyperBlock, HyperNetwork, Normaliser, RunningStatistics
 from .least_squares import Solution, aggregator, solve_device, state_bytes
+from .memit import write_targets
 from .memory import parse_memory, plan_groups, traces_by_group
 from .model_card import HUB_RESULTS_FILE, N_FACTS_SHOWN, PLOT_FILE, RESULTS_FILE, EditorRun, write_editor_card
 from .shifts import Shift
+from .side_effects import load_texts
 from .streaming import FactReader
 from .targets import check_targets, find_targets, is_fan_in_fan_out, module_shape, plain_model, target_module
 from .tasks import AUTO_CLASSES, Classes, infer_task_type
@@ -143,15 +147,21 @@ class EditorModel(PreTrainedModel):
                 for shape, names in members.items()
             }
         )
+        if config.key_covariance is not None:
+            self.covariances = nn.ModuleDict(
+                {shape: KeyCovariance(config.shape_of(names[0])[0], len(names)) for shape, names in members.items()}
+            )
         # Where each target module finds its network, and its own row there.
-        self._places = {name: (shape, i) for shape, names in members.items() for i, name in enumerate(names)}
+        self._places: dict[str, tuple[str, int]] = {
+            name: (shape, i) for shape, names in members.items() for i, name in enumerate(names)
+        }
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, HyperBlock | HyperNetwork):
             module.reset_parameters()
-        elif isinstance(module, RunningStatistics):
+        elif isinstance(module, DoubleBuffers):
             for buffer in module.buffers():
                 nn.init.zeros_(buffer)
 
@@ -175,6 +185,11 @@ class EditorModel(PreTrainedModel):
             raise ModelMismatchError(
                 f"EditorConfig.task_type is {config.task_type!r}, and {type(model).__name__} is for {task_type!r}. "
                 f"Leave task_type out, or load the base model with {AUTO_CLASSES[config.task_type].__name__}."
+            )
+        if task_type not in config.task_types:
+            raise ModelMismatchError(
+                f"Method {config.method!r} edits {', '.join(config.task_types)}, and {type(model).__name__} is for "
+                f"{task_type}. Choose another method, such as 'malmen', or another model."
             )
         config.task_type = task_type
         names = find_targets(model, config)
@@ -286,8 +301,24 @@ class EditorModel(PreTrainedModel):
     @property
     def is_trained(self) -> bool:
         """Whether the editor has seen any training data, or its method needs none."""
+        if self.config.key_covariance is not None:
+            return self.config.key_covariance == "optional" or self.has_covariance
         ready_from_the_start = not self.config.needs_training and self.config.follows_edits
         return ready_from_the_start or any(int(network.statistics.count) > 1 for network in self._networks().values())
+
+    @property
+    def has_covariance(self) -> bool:
+        """Whether `collect_covariance` has seen any text."""
+        return self.config.key_covariance is not None and all(
+            int(self._covariance(name)[0].count) > 0 for name in self.module_names
+        )
+
+    def key_penalty(self, name: str) -> Tensor | None:  # (key_size, key_size), float64
+        """κ C of the module `name`, with C the second moment of ordinary keys; None where none was collected."""
+        if not self.has_covariance:
+            return None
+        covariance, index = self._covariance(name)
+        return self.config.preservation * covariance.moment(index)
 
     def forward(
         self,
@@ -523,13 +554,21 @@ class EditorModel(PreTrainedModel):
         return network.log_edit_lr[index].detach().double().exp().item()
 
     def preservation(self, name: str) -> float:
-        """κ of the module `name`; 0 where no keys are preserved."""
+        """κ of the module `name`; 0 where no keys are preserved, one by one or by their covariance."""
         network, index = self.network(name)
-        return network.log_preservation[index].detach().double().exp().item() if network.n_preserved_keys else 0.0
+        if network.n_preserved_keys:
+            return network.log_preservation[index].detach().double().exp().item()
+        return self.config.preservation if self.has_covariance else 0.0
 
     def scales(self) -> dict[str, list[float]]:
         """The learned η, λ and κ of every target module, in that order."""
         return {name: [self.edit_lr(name), self.ridge(name), self.preservation(name)] for name in self.module_names}
+
+    def _covariance(self, name: str) -> tuple[KeyCovariance, int]:
+        shape, index = self._places[name]
+        covariance = self.covariances[shape]
+        assert isinstance(covariance, KeyCovariance)  # for the type checker
+        return covariance, index
 
     def _networks(self) -> dict[str, HyperNetwork]:
         return {self._places[name][0]: self.network(name)[0] for name in self.module_names}
@@ -575,7 +614,7 @@ class EditorModel(PreTrainedModel):
         source = _facts(facts)
         model = _base(model)
         self.check_base(model)
-        if not self.is_trained:
+        if self.config.key_covariance is None and not self.is_trained:  # without a covariance there is no edit at all
             _warn_untrained(self.config)
         reader = FactReader(source, self.tokenizer_for(model, tokenizer), N_FACTS_SHOWN)
         request = EditRequest(model, reader, batch_size, editor_batch_size, statistics, limit)
@@ -600,6 +639,60 @@ class EditorModel(PreTrainedModel):
             },
             statistics=made.statistics,
         )
+
+    @torch.no_grad()
+    def collect_covariance(
+        self,
+        model: PreTrainedModel,
+        texts: Any,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        n_tokens: int = DEFAULT_N_TOKENS,
+        batch_size: int = DEFAULT_TEXT_BATCH_SIZE,
+        **load_options: Any,
+    ) -> int:
+        """Take the second moment of ordinary keys into the editor: what its edits should leave where it is.
+
+        Saved and pushed with the editor, so that it is collected once for a base model. Called again, it goes on with
+        more texts.
+
+        Args:
+            model: the live base model. Its weights, gradients, modes and hooks are as found afterwards.
+            texts: anything `side_effects.load_texts` takes: a list, a `datasets.Dataset`, a file, a data set's id on
+                the Hub. Ordinary text of many kinds; read until `n_tokens` are reached.
+            tokenizer: as in `make_edit`.
+            n_tokens: how many tokens to read at most.
+            batch_size: windows of text a pass. Does not change the result.
+            **load_options: `column`, and those of a data set on the Hub, as for `load_texts`.
+
+        Returns:
+            How many tokens were read.
+
+        Raises:
+            ModelMismatchError: a method that keeps no covariance, or an editor that does not fit the model.
+            ValueError, FileNotFoundError: no texts, or no positive number of tokens.
+            NumericalError: a key is not finite; names the module.
+        """
+        if self.config.key_covariance is None:
+            keeping = [name for name, method in METHODS.items() if method.key_covariance is not None]
+            raise ModelMismatchError(
+                f"Method {self.config.method!r} keeps no covariance of keys. Those that do: {', '.join(keeping)}."
+            )
+        if n_tokens < 1:
+            raise ValueError(f"n_tokens is {n_tokens}; expected a whole number of at least 1.")
+        loaded = load_texts(texts, **load_options)
+        model = _base(model)
+        self.check_base(model)
+        tokenize = self.tokenizer_for(model, tokenizer)
+        settings = {"n_tokens": n_tokens, "batch_size": batch_size}
+        n_read = 0
+        with frozen(model):
+            for keys in ordinary_keys(model, tokenize, loaded, self.module_names, **settings):
+                for shape, covariance in self.covariances.items():
+                    assert isinstance(covariance, KeyCovariance)  # for the type checker
+                    covariance.update([keys[name] for name in self.module_names if self._places[name][0] == shape])
+                n_read += len(keys[self.module_names[0]])
+        return n_read
 
     @torch.no_grad()
     def warm_up(
@@ -976,8 +1069,49 @@ def _from_rows(editor: EditorModel, request: EditRequest) -> MadeShifts:
     return MadeShifts(shifts, pack_statistics(statistics or {}))
 
 
+def _from_targets(editor: EditorModel, request: EditRequest) -> MadeShifts:
+    """MEMIT's way. All facts are held: their targets are sought before the first layer is solved."""
+    if not editor.has_covariance:
+        raise EditStateError(
+            f"Method {editor.config.method!r} weighs an edit against the covariance of ordinary keys, and this editor "
+            "has none yet. Call editor.collect_covariance(model, texts) first; save_pretrained keeps it."
+        )
+    return MadeShifts(
+        write_targets(
+            request.model,
+            request.reader.tokenize,
+            list(request.reader.facts()),
+            editor.module_names,
+            editor.config,
+            penalty=editor.key_penalty,
+            ridge=editor.ridge,
+            batch_size=request.batch_size,
+        )
+    )
+
+
+def _from_fine_tuning(editor: EditorModel, request: EditRequest) -> MadeShifts:
+    """By descent on the edit loss itself. All facts are held, as they are read several times."""
+    return MadeShifts(
+        fine_tune(
+            request.model,
+            request.reader.tokenize,
+            list(request.reader.facts()),
+            editor.module_names,
+            editor.config,
+            penalty=editor.key_penalty,
+            ridge=editor.ridge,
+            batch_size=request.batch_size,
+        )
+    )
+
+
 # By `Method.maker`. Each is called with the base model inside `frozen`.
-MAKERS: dict[str, Callable[[EditorModel, EditRequest], MadeShifts]] = {"rows": _from_rows}
+MAKERS: dict[str, Callable[[EditorModel, EditRequest], MadeShifts]] = {
+    "rows": _from_rows,
+    "memit": _from_targets,
+    "ft": _from_fine_tuning,
+}
 
 
 AutoConfig.register(EditorConfig.model_type, EditorConfig, exist_ok=True)

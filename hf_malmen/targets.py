@@ -15,6 +15,8 @@ from .errors import ModelMismatchError
 # How many of the last blocks are edited when the user names none (paper, appendix), both sides of an encoder-decoder
 # together.
 DEFAULT_N_BLOCKS = 6
+# How many are edited where a subject is still being read: as many as MEMIT edits in models of 28 to 48 blocks.
+N_EARLY_BLOCKS = 5
 
 # Not `is_floating_point`: float8 weights are quantised too, with their scales beside them.
 _EDITABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -68,14 +70,19 @@ def find_targets(model: nn.Module, config: EditorConfig) -> list[str]:
         model: the base model.
         config: `target_modules` as full names, PEFT-style suffixes, a regular expression matched against the whole
             name, or None for the second feed-forward linear of the last six blocks (of an encoder-decoder: of the last
-            three of each side); `layers_to_transform` keeps those in some blocks, and with None picks from all.
+            three of each side; of a method that edits `"early"` blocks: of five around a fifth of the depth);
+            `layers_to_transform` keeps those in some blocks, and with None picks from all.
 
     Raises:
         ModelMismatchError: nothing matches, or a match cannot be edited.
     """
     wanted_names, layers = config.target_modules, config.layers_to_transform
     if wanted_names is None:
-        names = _default_targets(model, DEFAULT_N_BLOCKS if layers is None else None)
+        is_early = config.default_blocks == "early"
+        names = _default_targets(model, None if is_early or layers is not None else DEFAULT_N_BLOCKS)
+        if is_early and layers is None:
+            first = max(0, round(len(names) / 5) - N_EARLY_BLOCKS // 2)
+            names = names[first : first + N_EARLY_BLOCKS]
     else:
         names = _matching(model, wanted_names)
     if layers is not None:

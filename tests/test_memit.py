@@ -1,0 +1,571 @@
+"""MEMIT: targets and shifts against one fact at a time and a dense solve in float64, with weights really written."""
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from hf_malmen import (
+    EditorConfig,
+    EditorModel,
+    EditStateError,
+    Fact,
+    FactError,
+    FactStream,
+    ModelMismatchError,
+    NumericalError,
+)
+from hf_malmen.batches import Tokenizer
+from hf_malmen.memit import find_moves, read_lookups, tokenize_facts
+from hf_malmen.targets import find_targets
+from hf_malmen.tracing import frozen
+
+from .zoo import KINDS
+
+TEXTS = [
+    "Lyon is a city in France. The country of Turin is Italy.",
+    "Osaka, Quito and Perth are cities",
+    "",
+    "is",
+    "The country of Cairo is Ghana and that of Delhi is Ecuador. " * 3,
+]
+LAYERS = [1, 2]
+BLOCKS = {"llama": "model.layers.{}", "gpt2": "transformer.h.{}"}
+MODULES = {"llama": "mlp.down_proj", "gpt2": "mlp.c_proj"}
+# A random model hardly looks at the subject: targets that are reached lie far away.
+FAR = {"n_steps": 60, "clamp_factor": 30.0, "learning_rate": 1.0}
+CONTEXTS = ["It is a city. ", "So"]
+
+
+def build(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, covariance: bool = True, **config: Any
+) -> EditorModel:
+    """An editor for two blocks in the middle."""
+    settings = {"layers_to_transform": LAYERS, "n_steps": 4, "preservation": 3.0} | config
+    editor = EditorModel.from_base(model, EditorConfig(method="memit", **settings)).to(model.dtype)
+    if covariance:
+        editor.collect_covariance(model, TEXTS, tokenizer)
+    return editor
+
+
+def offsets_end(tokenizer: PreTrainedTokenizerFast, text: str, part: str) -> int:
+    """Index of the token with the last character of `part`, which occurs in `text` once."""
+    end = text.index(part) + len(part)
+    spans = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    return next(i for i, (start, stop) in enumerate(spans) if start < end <= stop)
+
+
+def inputs_and_outputs(
+    model: PreTrainedModel, ids: list[int], module: str, block: str, move: Tensor | None = None, at: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One unpadded text, by plain hooks: the module's inputs, the block's output and the logits.
+
+    Optionally with a move of the block's output at one token.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def moved(_: nn.Module, __: Any, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if move is not None:
+            added = torch.zeros_like(hidden)
+            added[0, at] = 1
+            hidden = hidden + added * move
+        seen["block"] = hidden[0]
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    handles = [
+        model.get_submodule(module).register_forward_hook(lambda _, args, __: seen.update(module=args[0][0])),
+        model.get_submodule(block).register_forward_hook(moved),
+    ]
+    logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    for handle in handles:
+        handle.remove()
+    return seen["module"], seen["block"], logits
+
+
+def reference_move(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    fact: Fact,
+    block: str,
+    config: EditorConfig,
+) -> tuple[Tensor, Tensor]:
+    """δ of one fact and h, one unpadded text a pass, with the updates of Adam written out."""
+    module = f"{block}.{MODULES['gpt2' if 'transformer' in block else 'llama']}"
+    texts = [f"{context} {fact.prompt}".strip() for context in ("", *(config.context_prefixes or ()))]
+    asked = []
+    for text in texts:
+        prompt = tokenizer(text)["input_ids"]
+        whole = tokenizer(f"{text} {fact.target}")["input_ids"]
+        assert whole[: len(prompt)] == prompt
+        asked.append((whole, len(prompt), offsets_end(tokenizer, text, str(fact.subject))))
+    essence = f"{fact.subject} is a"
+    kl_ids = tokenizer(essence)["input_ids"]
+    kl_at = max(1, offsets_end(tokenizer, essence, str(fact.subject)))  # behind a subject that is the first token alone
+    with torch.no_grad():
+        state = inputs_and_outputs(model, asked[0][0][:-1], module, block)[1][asked[0][2]]
+        before = inputs_and_outputs(model, kl_ids, module, block)[2][-1].log_softmax(-1)
+    unit = state.square().mean().sqrt()
+    found = torch.zeros_like(state)
+    first, second = torch.zeros_like(state), torch.zeros_like(state)
+    for step in range(1, config.n_steps + 1):
+        scaled = found.clone().requires_grad_()
+        loss = config.target_decay * (scaled * unit).norm() ** 2 / state.norm() ** 2
+        for ids, start, at in asked:
+            logits = inputs_and_outputs(model, ids[:-1], module, block, scaled * unit, at)[2]
+            loss = loss - logits[start - 1 :].log_softmax(-1)[range(len(ids) - start), ids[start:]].sum() / len(asked)
+        after = inputs_and_outputs(model, kl_ids, module, block, scaled * unit, kl_at)[2][-1].log_softmax(-1)
+        loss = loss + config.kl_weight * (after.exp() * (after - before)).sum()
+        gradient = torch.autograd.grad(loss, scaled)[0]
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        found = found - config.learning_rate * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+        length = (found * unit).norm() / (config.clamp_factor * state.norm())
+        found = found / length.clamp(min=1)
+    return found * unit, state
+
+
+def moves_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, editor: EditorModel, facts: list[Fact],
+             batch_size: int = 32) -> Tensor:  # fmt: skip
+    """What `find_moves` finds."""
+    tokenize = editor.tokenizer_for(model, tokenizer)
+    requests = tokenize_facts(facts, tokenize, editor.config.context_prefixes or ())
+    block = editor.module_names[-1].rsplit(".", 2)[0]
+    with frozen(model):
+        plain = [request.asked[0] for request in requests]
+        _, states = read_lookups(model, tokenize, plain, editor.module_names, block, batch_size)
+        return find_moves(model, tokenize, requests, states, block, editor.config, batch_size)
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def case(
+    request: pytest.FixtureRequest,
+    make_llama: Callable[..., PreTrainedModel],
+    make_gpt2: Callable[..., PreTrainedModel],
+) -> tuple[str, PreTrainedModel]:
+    """A float64 model of each weight layout."""
+    return request.param, {"llama": make_llama, "gpt2": make_gpt2}[request.param](torch.float64)
+
+
+# Targets
+
+
+@pytest.mark.parametrize("contexts", [None, CONTEXTS])
+@pytest.mark.parametrize("clamp_factor", [0.75, 0.1])
+def test_moves_equal_those_of_single_facts(
+    case: tuple[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+    make_long_facts: Callable[..., list[Fact]],
+    contexts: list[str] | None,
+    clamp_factor: float,
+) -> None:
+    """Adam over a padded batch, above a trunk that ran once, finds what each fact finds by itself."""
+    kind, model = case
+    facts = make_long_facts(3)
+    settings = {"context_prefixes": contexts, "clamp_factor": clamp_factor, "kl_weight": 0.5, "target_decay": 2.0}
+    editor = build(model, tokenizer, covariance=False, **settings)
+    found = moves_of(model, tokenizer, editor, facts)
+    for fact, move in zip(facts, found, strict=True):
+        expected, state = reference_move(model, tokenizer, fact, BLOCKS[kind].format(2), editor.config)
+        assert float((move - expected).norm()) <= 1e-6 * float(expected.norm())
+        assert float(move.norm()) <= clamp_factor * float(state.norm()) * (1 + 1e-12)
+        assert clamp_factor > 0.5 or float(move.norm()) == pytest.approx(clamp_factor * float(state.norm()))
+
+
+def test_moves_lower_the_loss(
+    case: tuple[str, PreTrainedModel], tokenizer: PreTrainedTokenizerFast, facts: list[Fact]
+) -> None:
+    """With its move in force, each fact's target is far more likely."""
+    kind, model = case
+    block = BLOCKS[kind].format(2)
+    module = f"{block}.{MODULES[kind]}"
+    moves = moves_of(model, tokenizer, build(model, tokenizer, covariance=False, **FAR), facts)
+    for fact, move in zip(facts, moves, strict=True):
+        prompt = tokenizer(fact.prompt)["input_ids"]
+        ids = tokenizer(f"{fact.prompt} {fact.target}")["input_ids"]
+        at = offsets_end(tokenizer, fact.prompt, str(fact.subject))
+        losses = []
+        for steered in (None, move):
+            with torch.no_grad():
+                logits = inputs_and_outputs(model, ids[:-1], module, block, steered, at)[2][len(prompt) - 1 :]
+            losses.append(float(F.cross_entropy(logits, torch.tensor(ids[len(prompt) :]), reduction="sum")))
+        assert losses[1] < 0.5 * losses[0]
+
+
+# Shifts
+
+
+def reference_shifts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    facts: list[Fact],
+    editor: EditorModel,
+    moves: Tensor,
+    kind: str,
+) -> dict[str, Tensor]:
+    """Layer by layer on a copy whose weights are written, with a dense solve of the normal equations."""
+    model = deepcopy(model)
+    block, contexts = BLOCKS[kind].format(LAYERS[-1]), ("", *(editor.config.context_prefixes or ()))
+
+    @torch.no_grad()
+    def look(fact: Fact, name: str) -> tuple[Tensor, Tensor]:
+        keys, hidden = [], []
+        for context in contexts:
+            text = f"{context} {fact.prompt}".strip()
+            at = offsets_end(tokenizer, text, str(fact.subject))
+            inputs, outputs, _ = inputs_and_outputs(model, tokenizer(text)["input_ids"], name, block)
+            keys.append(inputs[at])
+            hidden.append(outputs[at])
+        return torch.stack(keys).mean(0), hidden[0]
+
+    names = [f"{BLOCKS[kind].format(layer)}.{MODULES[kind]}" for layer in LAYERS]
+    second_moments = {}
+    for name in names:
+        rows = []
+        for text in TEXTS:
+            if ids := tokenizer(text)["input_ids"]:
+                with torch.no_grad():
+                    rows.append(inputs_and_outputs(model, ids, name, block)[0])
+        stacked = torch.cat(rows)
+        second_moments[name] = stacked.T @ stacked / len(stacked)
+    goals = [look(fact, names[0])[1] + move for fact, move in zip(facts, moves, strict=True)]
+    shifts = {}
+    for i, name in enumerate(names):
+        looked = [look(fact, name) for fact in facts]
+        keys = torch.stack([key for key, _ in looked])
+        residuals = torch.stack([goal - hidden for goal, (_, hidden) in zip(goals, looked, strict=True)])
+        residuals /= len(names) - i
+        penalty = editor.config.preservation * second_moments[name]
+        penalty += editor.config.ridge * torch.eye(keys.shape[1], dtype=keys.dtype)
+        shifts[name] = torch.linalg.solve(keys.T @ keys + penalty, keys.T @ residuals)
+        weight = model.get_submodule(name).weight
+        weight.data += shifts[name] if kind == "gpt2" else shifts[name].T
+    return shifts
+
+
+@pytest.mark.parametrize("contexts", [None, CONTEXTS])
+def test_shifts_equal_a_dense_solve_on_written_weights(
+    case: tuple[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+    facts: list[Fact],
+    contexts: list[str] | None,
+) -> None:
+    """Given the targets, every layer's S is the textbook solution, for keys of the model as edited so far."""
+    kind, model = case
+    editor = build(model, tokenizer, context_prefixes=contexts)
+    moves = moves_of(model, tokenizer, editor, facts)
+    expected = reference_shifts(model, tokenizer, facts, editor, moves, kind)
+    shifts = editor.make_edit(model, facts, tokenizer).shifts
+    assert list(shifts) == list(expected)
+    for name, shift in expected.items():
+        assert float((shifts[name] - shift).norm()) <= 2e-6 * float(shift.norm())  # kept in float32
+
+
+def test_more_facts_than_key_features(
+    case: tuple[str, PreTrainedModel], tokenizer: PreTrainedTokenizerFast, make_facts: Callable[..., list[Fact]]
+) -> None:
+    """Where rows are folded as they come the solution is the same."""
+    kind, model = case
+    facts = make_facts(150)
+    editor = build(model, tokenizer, n_steps=1)
+    expected = reference_shifts(model, tokenizer, facts, editor, moves_of(model, tokenizer, editor, facts), kind)
+    for name, shift in editor.make_edit(model, facts, tokenizer).shifts.items():
+        assert float((shift - expected[name]).norm()) <= 2e-6 * float(expected[name].norm())
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_batches_and_order_do_not_matter(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    make_long_facts: Callable[..., list[Fact]],
+    batch_size: int,
+) -> None:
+    """S is a property of the facts, in float32 to 1e-5."""
+    facts = make_long_facts(7)
+    editor = build(model, tokenizer, context_prefixes=CONTEXTS[:1])
+    expected = editor.make_edit(model, facts, tokenizer).shifts
+    found = editor.make_edit(model, facts[::-1], tokenizer, batch_size=batch_size).shifts
+    for name, shift in expected.items():
+        assert float((found[name] - shift).norm()) <= 1e-5 * float(shift.norm())
+
+
+def test_edits_take_in_every_precision(
+    make_llama: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast, facts: list[Fact]
+) -> None:
+    """Facts are answered after the edit, also where the model is in bfloat16."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_llama(dtype)
+        editor = build(model, tokenizer, preservation=1e-3, **FAR)
+        scores = editor.evaluate(model, facts, tokenizer)
+        assert scores["edit_success"] > 0.9 > 0.5 > scores["edit_success_before"]
+
+
+# What users do with it
+
+
+def test_edit_is_applied_undone_written_and_exported(
+    tmp_path: Path, make_llama: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast, facts: list[Fact]
+) -> None:
+    """As the edits of any other method."""
+    model = make_llama()
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    editor = build(model, tokenizer)
+    edit = editor.apply(model, facts, tokenizer)
+    edited = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert {name for name in weights if not torch.equal(weights[name], edited[name])} == {
+        f"{name}.weight" for name in editor.module_names
+    }
+    edit.undo()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    edit.write(tmp_path / "base", tmp_path / "edited")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "edited").state_dict()
+    assert all(torch.equal(tensor, edited[name]) for name, tensor in loaded.items())
+    adapter = load_file(edit.to_lora(tmp_path / "lora") / "adapter_model.safetensors")
+    name = editor.module_names[0]
+    down, up = (adapter[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+    scale = json.loads((tmp_path / "lora" / "adapter_config.json").read_text(encoding="utf-8"))
+    alpha, rank = scale["lora_alpha"], scale["r"]
+    assert down.shape[0] == rank == 8  # one row a fact, so the adapter is exact
+    torch.testing.assert_close((up @ down).T * alpha / rank, edit.shifts[name], rtol=1e-4, atol=1e-6)
+
+
+def test_turns_and_streams(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, facts: list[Fact]) -> None:
+    """Each turn sees the model as edited so far; a stream gives what a list gives."""
+    editor = build(model, tokenizer)
+    merged = editor.apply(model, facts, tokenizer, facts_per_turn=5)
+    merged.undo()
+    first = editor.apply(model, facts[:5], tokenizer)
+    second = editor.make_edit(model, facts[5:], tokenizer)
+    first.undo()
+    streamed = editor.make_edit(model, FactStream(facts[:5]), tokenizer)
+    for name, shift in merged.shifts.items():
+        torch.testing.assert_close(shift, first.shifts[name] + second.shifts[name], rtol=1e-4, atol=1e-6)
+        assert torch.equal(streamed.shifts[name], first.shifts[name])
+
+
+def hooks_of(model: nn.Module) -> list[Any]:
+    """Everything an edit could leave behind on a model, but for its weights."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [
+        (name, module.training, sorted(vars(module)), [len(getattr(module, hook)) for hook in hooks])
+        for name, module in model.named_modules()
+    ] + [(name, parameter.requires_grad, parameter.grad) for name, parameter in model.named_parameters()]
+
+
+def test_model_is_as_found(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, facts: list[Fact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, flags, modes and hooks, after an edit, after covariances, and after an error in the middle of either."""
+    model.train()
+    list(model.parameters())[2].requires_grad_(False)
+    before, weights = hooks_of(model), deepcopy(model.state_dict())
+    editor = build(model, tokenizer)
+    editor.make_edit(model, facts, tokenizer)
+    assert hooks_of(model) == before
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    for broken in ("hf_malmen.memit.F.kl_div", "hf_malmen.memit.materialise"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(broken, fail)
+            editor.make_edit(model, facts, tokenizer)
+        assert hooks_of(model) == before
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(model.get_submodule(editor.module_names[0])), "forward", fail)
+        editor.collect_covariance(model, TEXTS, tokenizer)
+    assert hooks_of(model) == before
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+# Errors, all of them before anything is computed
+
+
+def test_facts_need_a_subject_in_their_prompt(
+    make_llama: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast, facts: list[Fact]
+) -> None:
+    """The error names the fact, and says what to do."""
+    model = make_llama()
+    editor = build(model, tokenizer)
+    with pytest.raises(FactError, match=r"needs the field 'subject' in every fact, and fact 3 \('The country of Qu"):
+        editor.make_edit(model, [*facts[:3], replace(facts[3], subject=None)], tokenizer)
+    with pytest.raises(FactError, match=r"'Marseille' does not occur in the prompt 'The country of Lyon is'. Give the"):
+        editor.make_edit(model, [replace(facts[0], subject="Marseille")], tokenizer)
+
+
+def test_covariance_has_to_be_collected_first(
+    make_llama: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast, facts: list[Fact]
+) -> None:
+    """The error says which call is missing; other methods have no use for it."""
+    model = make_llama()
+    editor = build(model, tokenizer, covariance=False)
+    assert not editor.is_trained
+    with pytest.raises(EditStateError, match=r"Call editor\.collect_covariance\(model, texts\) first"):
+        editor.make_edit(model, facts, tokenizer)
+    with pytest.raises(ModelMismatchError, match="'malmen' keeps no covariance of keys. Those that do: memit, ft"):
+        EditorModel.from_base(model).collect_covariance(model, TEXTS, tokenizer)
+    with pytest.raises(ValueError, match="n_tokens is 0"):
+        editor.collect_covariance(model, TEXTS, tokenizer, n_tokens=0)
+    with pytest.raises(ValueError, match="There are no texts"):
+        editor.collect_covariance(model, ["", " "], tokenizer)
+
+
+def test_only_causal_models_and_layers_that_write_hidden_states(
+    make_llama: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast, facts: list[Fact]
+) -> None:
+    """Others are refused, with what is possible instead."""
+    for kind in ("bert", "t5"):
+        with pytest.raises(ModelMismatchError, match="Method 'memit' edits CAUSAL_LM, and .* Choose another method"):
+            EditorModel.from_base(KINDS[kind].build(), EditorConfig(method="memit"))
+    with pytest.raises(ValueError, match="task_type is 'SEQ_CLS'; allowed with method 'memit': 'CAUSAL_LM'"):
+        EditorConfig(method="memit", task_type="SEQ_CLS")
+    model = make_llama()
+    editor = build(model, tokenizer, target_modules=["mlp.up_proj"])
+    with pytest.raises(ModelMismatchError, match=r"up_proj puts out 48 features, and the hidden state has 32\."):
+        editor.make_edit(model, facts, tokenizer)
+    editor = build(model, tokenizer, target_modules=["lm_head"], layers_to_transform=None, covariance=False)
+    with pytest.raises(ModelMismatchError, match="lm_head of LlamaForCausalLM lie in no list of blocks"):
+        editor.collect_covariance(model, TEXTS, tokenizer)
+
+
+def test_states_that_are_not_finite_name_the_module(
+    make_llama: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast, facts: list[Fact]
+) -> None:
+    """A model that overflows is an error, and no edit."""
+    model = make_llama()
+    editor = build(model, tokenizer)
+    model.model.layers[1].mlp.up_proj.weight.data.fill_(float("inf"))
+    with pytest.raises(NumericalError, match=r"model\.layers\.1\.mlp\.down_proj: its keys are not finite"):
+        editor.make_edit(model, facts, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_steps": 0}, "n_steps is 0; allowed: a whole number of at least 1"),
+        ({"learning_rate": 0}, "learning_rate is 0; allowed: a finite number above 0"),
+        ({"clamp_factor": -1.0}, "clamp_factor is -1.0; allowed: a finite number above 0"),
+        ({"kl_weight": "a"}, "kl_weight is 'a'; allowed: a finite number of at least 0"),
+        ({"target_decay": float("nan")}, "target_decay is nan; allowed: a finite number of at least 0"),
+        ({"context_prefixes": [""]}, "context_prefixes is \\[''\\]; allowed: None, or"),
+        ({"facts_per_step": 3}, "facts_per_step is 3; allowed: nothing, with method 'memit'"),
+        ({"n_preserved_keys": 3}, "n_preserved_keys is 3; allowed with method 'memit': 0"),
+        ({"method": "malmen", "n_steps": 3}, "n_steps is 3; allowed: nothing, with method 'malmen'"),
+        ({"method": "malmen", "context_prefixes": ["a"]}, "context_prefixes is \\['a'\\]; allowed: None"),
+    ],
+)
+def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
+    """Each by name, with what is allowed."""
+    with pytest.raises(ValueError, match=message):
+        EditorConfig(**({"method": "memit"} | settings))
+    assert EditorConfig(method="memit", kl_weight=0, target_decay=0).kl_weight == 0
+
+
+@pytest.mark.parametrize(("n_layers", "blocks"), [(2, [0, 1]), (7, [0, 1, 2, 3, 4]), (28, [4, 5, 6, 7, 8])])
+def test_default_layers_are_early(make_llama: Callable[..., PreTrainedModel], n_layers: int, blocks: list[int]) -> None:
+    """Five blocks around a fifth of the depth, as many as there are; what is named goes first."""
+    model = make_llama(n_layers=n_layers)
+    config = EditorConfig(method="memit")
+    assert find_targets(model, config) == [f"model.layers.{block}.mlp.down_proj" for block in blocks]
+    config = EditorConfig(method="memit", layers_to_transform=[1])
+    assert find_targets(model, config) == ["model.layers.1.mlp.down_proj"]
+
+
+# The covariance
+
+
+def plain_second_moment(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, name: str, n_tokens: int) -> Tensor:
+    """KᵀK / n over the first tokens of `TEXTS`, one unpadded text a pass."""
+    rows: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_hook(lambda _, args, __: rows.append(args[0][0].double()))
+    for text in TEXTS:
+        if (ids := tokenizer(text)["input_ids"]) and sum(map(len, rows)) < n_tokens:
+            with torch.no_grad():
+                model(input_ids=torch.tensor([ids[: n_tokens - sum(map(len, rows))]]))
+    handle.remove()
+    keys = torch.cat(rows)
+    assert len(keys) == n_tokens
+    return keys.T @ keys / n_tokens
+
+
+@pytest.mark.parametrize(("batch_size", "n_tokens"), [(1, 40), (2, 61), (16, 1000)])
+def test_covariance_is_exact_in_any_batches(
+    case: tuple[str, PreTrainedModel], tokenizer: PreTrainedTokenizerFast, batch_size: int, n_tokens: int
+) -> None:
+    """Every token counts once, padding and what comes after `n_tokens` not at all."""
+    _, model = case
+    editor = build(model, tokenizer, covariance=False)
+    read = editor.collect_covariance(model, TEXTS, tokenizer, n_tokens=n_tokens, batch_size=batch_size)
+    assert read == min(n_tokens, sum(len(tokenizer(text)["input_ids"]) for text in TEXTS))
+    for name in editor.module_names:
+        expected = editor.config.preservation * plain_second_moment(model, tokenizer, name, read)
+        found = editor.key_penalty(name)
+        assert found is not None
+        assert found.dtype == torch.float64
+        assert float((found - expected).norm()) <= 1e-12 * float(expected.norm())
+        assert editor.preservation(name) == editor.config.preservation
+
+
+def test_covariance_goes_on_and_is_saved_with_the_editor(
+    tmp_path: Path, make_llama: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast, facts: list[Fact]
+) -> None:
+    """Texts in two calls count as in one; the editor that is loaded makes the same edit, and none of it was rounded."""
+    model = make_llama()
+    one, two = (build(model, tokenizer, covariance=False) for _ in range(2))
+    one.collect_covariance(model, TEXTS, tokenizer)
+    two.collect_covariance(model, datasets.Dataset.from_dict({"text": TEXTS[:2]}), tokenizer)
+    (tmp_path / "rest.txt").write_text(TEXTS[4], encoding="utf-8")
+    two.collect_covariance(model, ["is"], tokenizer)
+    two.collect_covariance(model, tmp_path / "rest.txt", tokenizer)
+    two.to(torch.bfloat16).save_pretrained(tmp_path / "editor")
+    loaded = EditorModel.from_pretrained(tmp_path / "editor")
+    assert loaded.is_trained
+    edit = loaded.make_edit(model, facts, tokenizer)
+    for name, shift in one.make_edit(model, facts, tokenizer).shifts.items():
+        penalties = [editor.key_penalty(name) for editor in (one, two, loaded)]
+        torch.testing.assert_close(penalties[0], penalties[1], rtol=1e-5, atol=1e-8)
+        assert torch.equal(penalties[1], penalties[2])
+        torch.testing.assert_close(edit.shifts[name], shift, rtol=1e-4, atol=1e-6)
+    assert edit.editor["method"] == "memit"
+
+
+def test_texts_longer_than_the_model_reads_are_read_in_windows(
+    make_llama: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """No token is lost; a window starts anew."""
+    model = make_llama(torch.float64)
+    text = "The country of Cairo is Ghana. " * 20
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) > 2 * 64
+    editor = build(model, tokenizer, covariance=False)
+    assert editor.collect_covariance(model, [text], tokenizer) == len(ids)
+    name, rows = editor.module_names[1], []
+    handle = model.get_submodule(name).register_forward_hook(lambda _, args, __: rows.append(args[0][0]))
+    for start in range(0, len(ids), 64):
+        with torch.no_grad():
+            model(input_ids=torch.tensor([ids[start : start + 64]]))
+    handle.remove()
+    keys = torch.cat(rows)
+    torch.testing.assert_close(editor.key_penalty(name), 3.0 * keys.T @ keys / len(keys), rtol=1e-10, atol=1e-12)
+
+
+# Where a subject ends
+
+
+def test_first_token_is_not_edited(tokenizer: PreTrainedTokenizerFast) -> None:
+    """It is a sink of attention in many models, alike for every text; the one behind it stands for the subject."""
+    tokenize = Tokenizer(tokenizer, EditorConfig())
+    assert len(tokenizer("Lyon")["input_ids"]) == 1
+    assert tokenize.subject_position("Lyon is a city in", "France", "Lyon") == 1
+    assert tokenize.subject_position("The country of Lyon is", "France", "Lyon") == 4
