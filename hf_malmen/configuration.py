@@ -124,7 +124,7 @@ METHODS: dict[str, Method] = {
         "answer",
         "standardised",
         "least_squares",
-        "fine-tuning of the edited layers, a baseline",
+        "Zhu et al., 2020, arXiv 2012.00363",
         is_trained=False,
         maker="ft",
         key_covariance="optional",

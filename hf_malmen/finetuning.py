@@ -54,7 +54,8 @@ def fine_tune(
         config: `n_steps`, `learning_rate`, `facts_per_step`, `seed`.
         penalty: of a module: κ C, (key_size, key_size); None for 0.
         ridge: of a module: λ.
-        batch_size: facts a pass of the language model. Does not change the result.
+        batch_size: facts a pass of the language model. Does not change the result, but for rounding, which Adam makes
+            more of where a gradient is next to nothing.
 
     Raises:
         FactError: a fact is too long for the model.
