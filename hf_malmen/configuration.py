@@ -114,7 +114,7 @@ METHODS: dict[str, Method] = {
             "n_blocks": 0,
             "ridge": 1e-2,
             "n_steps": 10,
-            "learning_rate": 0.5,
+            "edit_lr": 0.5,
             "clamp_factor": 0.75,
             "kl_weight": 0.0625,
             "target_decay": 0.1,
@@ -134,7 +134,7 @@ METHODS: dict[str, Method] = {
             "ridge": 1e-2,
             "preservation": 1.0,
             "n_steps": 10,
-            "learning_rate": 1e-3,
+            "edit_lr": 1e-3,
             "facts_per_step": 64,
             "seed": 0,
         },
@@ -145,7 +145,7 @@ _DEFAULTS = {"rank": 512, "n_blocks": 2, "edit_lr": 1e-6, "ridge": 1.0, "preserv
 # Fields of methods that find something by gradient descent on the facts: {name: the least value of a whole number, or
 # whether a number may be 0}. Of any other method they are None.
 _DESCENT_COUNTS = {"n_steps": 1, "facts_per_step": 1, "seed": 0}
-_DESCENT_NUMBERS = {"learning_rate": False, "clamp_factor": False, "kl_weight": True, "target_decay": True}
+_DESCENT_NUMBERS = {"clamp_factor": False, "kl_weight": True, "target_decay": True}
 
 
 class EditorConfig(PreTrainedConfig):
@@ -170,7 +170,8 @@ class EditorConfig(PreTrainedConfig):
             three: 512, of `"rledit"` 1024, or 0 where there is no network.
         n_blocks: number of hyper-network blocks: 2, of `"rledit"` 4, or 0 where there is no network.
         edit_lr: η, the scale of a value difference: 1e-6. Where the method is trained, log η is learned per layer from
-            there.
+            there. Of methods that descend on the facts, the learning rate of Adam: `"memit"`: 0.5, in units of the root
+            mean square of the hidden state; `"ft"`: 1e-3.
         ridge: λ of the least squares (paper section 4.1): 1. Learned like η.
         n_preserved_keys: keys of earlier training facts, a layer, that an edit is asked to leave where they are;
             0, as in the paper, asks for none. Method `"malmen"` only. Each costs `key_size` floats a layer.
@@ -186,8 +187,6 @@ class EditorConfig(PreTrainedConfig):
             the copy goes on to the next turn of `facts_per_turn`. Either way an edit never changes the editor.
         n_steps: how often the loss of each fact is differentiated, of methods that descend on it: steps to its target
             (`"memit"`: 10), passes over all facts (`"ft"`: 10).
-        learning_rate: of their Adam. `"memit"`: 0.5, in units of the root mean square of the hidden state; `"ft"`:
-            1e-3, in units of weights.
         clamp_factor: `"memit"`: a target is at most so many times the hidden state's length away from it (0.75).
         kl_weight: `"memit"`: of the divergence between what follows "{subject} is a" before and after (0.0625).
         target_decay: `"memit"`: of the squared length of the way to the target, relative to the hidden state's (0.1).
@@ -224,7 +223,6 @@ class EditorConfig(PreTrainedConfig):
     token_selection: str | None = None
     statistics: str | None = None
     n_steps: int = _OF_METHOD
-    learning_rate: float = _OF_METHOD
     clamp_factor: float = _OF_METHOD
     kl_weight: float = _OF_METHOD
     target_decay: float = _OF_METHOD

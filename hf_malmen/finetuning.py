@@ -51,7 +51,7 @@ def fine_tune(
         tokenize: its tokenizer.
         facts: the facts.
         module_names: the layers.
-        config: `n_steps`, `learning_rate`, `facts_per_step`, `seed`.
+        config: `n_steps`, `edit_lr`, `facts_per_step`, `seed`.
         penalty: of a module: κ C, (key_size, key_size); None for 0.
         ridge: of a module: λ.
         batch_size: facts a pass of the language model. Does not change the result, but for rounding, which Adam makes
@@ -70,7 +70,7 @@ def fine_tune(
     }
     moments = {name: penalty(name) for name in module_names}
     penalties = {name: None if of is None else of.to(shifts[name]) for name, of in moments.items()}
-    optimizer = torch.optim.Adam(shifts.values(), lr=config.learning_rate)
+    optimizer = torch.optim.Adam(shifts.values(), lr=config.edit_lr)
     trunk = Trunk(model, module_names, _TRUNK_BYTES)
     generator = torch.Generator().manual_seed(config.seed)
     with logging.tqdm(total=config.n_steps * len(facts), desc="Fine-tuning", unit=" facts", leave=False) as bar:
@@ -83,7 +83,7 @@ def fine_tune(
                     _add_penalty_gradient(shift, ridge(name), penalties[name], len(facts))
                     if not torch.isfinite(shift.grad).all():  # type: ignore[arg-type] # just computed
                         raise NumericalError(
-                            f"{name}: its gradient is not finite. Lower EditorConfig.learning_rate, or load the base "
+                            f"{name}: its gradient is not finite. Lower EditorConfig.edit_lr, or load the base "
                             "model in bfloat16 or float32 if it is in float16."
                         )
                 optimizer.step()

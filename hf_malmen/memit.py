@@ -114,7 +114,7 @@ def find_moves(
         requests: the facts.
         states: h, without any context.
         block: name of the last edited block.
-        config: `n_steps`, `learning_rate`, `clamp_factor`, `kl_weight`, `target_decay`.
+        config: `n_steps`, `edit_lr`, `clamp_factor`, `kl_weight`, `target_decay`.
         batch_size: facts a pass. Does not change the result.
 
     Raises:
@@ -149,7 +149,7 @@ def _find_moves_of_batch(
     size = states.shape[1]
     unit = states.norm(dim=1, keepdim=True) / size**0.5  # the root mean square of each h
     moves = torch.zeros_like(states, requires_grad=True)  # in these units
-    optimizer = torch.optim.Adam([moves], lr=config.learning_rate)
+    optimizer = torch.optim.Adam([moves], lr=config.edit_lr)
     with torch.no_grad():
         before = describe(moves)[0].log_softmax(-1)
     for _ in range(config.n_steps):

@@ -175,6 +175,7 @@ def render_editor_card(editor: "EditorModel", run: EditorRun) -> str:
         config=config,
         fingerprint=_short(config.base_model_fingerprint),
         run=run,
+        n_covariance_tokens=editor.n_covariance_tokens if config.key_covariance else 0,
         plot_file=PLOT_FILE,
         results=_results_table(run.measurements) if run.measurements else None,
         layers=table(

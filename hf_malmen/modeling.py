@@ -302,20 +302,18 @@ class EditorModel(PreTrainedModel):
     def is_trained(self) -> bool:
         """Whether the editor has seen any training data, or its method needs none."""
         if self.config.key_covariance is not None:
-            return self.config.key_covariance == "optional" or self.has_covariance
+            return self.config.key_covariance == "optional" or self.n_covariance_tokens > 0
         ready_from_the_start = not self.config.needs_training and self.config.follows_edits
         return ready_from_the_start or any(int(network.statistics.count) > 1 for network in self._networks().values())
 
     @property
-    def has_covariance(self) -> bool:
-        """Whether `collect_covariance` has seen any text."""
-        return self.config.key_covariance is not None and all(
-            int(self._covariance(name)[0].count) > 0 for name in self.module_names
-        )
+    def n_covariance_tokens(self) -> int:
+        """How many tokens `collect_covariance` has read."""
+        return int(self._covariance(self.module_names[0])[0].count) if self.config.key_covariance else 0
 
     def key_penalty(self, name: str) -> Tensor | None:  # (key_size, key_size), float64
         """κ C of the module `name`, with C the second moment of ordinary keys; None where none was collected."""
-        if not self.has_covariance:
+        if self.n_covariance_tokens == 0:
             return None
         covariance, index = self._covariance(name)
         return self.config.preservation * covariance.moment(index)
@@ -558,7 +556,7 @@ class EditorModel(PreTrainedModel):
         network, index = self.network(name)
         if network.n_preserved_keys:
             return network.log_preservation[index].detach().double().exp().item()
-        return self.config.preservation if self.has_covariance else 0.0
+        return self.config.preservation if self.n_covariance_tokens else 0.0
 
     def scales(self) -> dict[str, list[float]]:
         """The learned η, λ and κ of every target module, in that order."""
@@ -1071,7 +1069,7 @@ def _from_rows(editor: EditorModel, request: EditRequest) -> MadeShifts:
 
 def _from_targets(editor: EditorModel, request: EditRequest) -> MadeShifts:
     """MEMIT's way. All facts are held: their targets are sought before the first layer is solved."""
-    if not editor.has_covariance:
+    if editor.n_covariance_tokens == 0:
         raise EditStateError(
             f"Method {editor.config.method!r} weighs an edit against the covariance of ordinary keys, and this editor "
             "has none yet. Call editor.collect_covariance(model, texts) first; save_pretrained keeps it."

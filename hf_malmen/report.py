@@ -81,6 +81,8 @@ def _describe_state(editor: "EditorModel") -> str:
             f"{editor.num_parameters():,} parameters: rank {config.rank}, {config.n_blocks} blocks; "
             f"{'trained' if editor.is_trained else 'not trained yet'}"
         )
+    if config.key_covariance is not None:
+        return f"nothing to train; covariance of the keys of {editor.n_covariance_tokens:,} tokens"
     n_rows = sum(int(own.count) for own in editor.statistics.values())
     follow = "follow the edits" if config.follows_edits else "are frozen"
     return f"nothing to train; statistics of {n_rows:,} rows, which {follow}"

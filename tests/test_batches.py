@@ -227,6 +227,11 @@ def test_a_tokenizer_without_offsets_gives_the_same(end: bool) -> None:
         assert slow(text)["input_ids"] == quick(text)["input_ids"]
         expected = check_boundary(quick, prompt, target, text)
         assert check_boundary(slow, prompt, target, text) == expected
+        for subject in prompt.split():
+            positions = [
+                Tokenizer(one, EditorConfig()).subject_position(prompt, target, subject) for one in (quick, slow)
+            ]
+            assert positions[0] == positions[1]
 
 
 def test_a_slow_tokenizer_with_a_target_that_repeats_the_prompt() -> None:
@@ -531,3 +536,56 @@ def test_templates_and_limits_of_a_prompt_alone(
     tokenizer = make_tokenizer()
     with pytest.raises(FactError, match="gives no tokens"):
         read("")
+
+
+# Where a subject ends
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize(
+    ("prompt", "subject"),
+    [
+        ("The country of Lyon is", "Lyon"),
+        ("The country of Lyon is", "country of Lyon is"),
+        ("of Quito lies in", "Quito"),
+        ("Is it true?", "it"),
+        ("  The country of Lyon is ", "Lyon "),
+        ("The COUNTRY is a country", "Country"),
+    ],
+)
+def test_subject_ends_where_its_last_character_is_read(name: str, prompt: str, subject: str) -> None:
+    """The text read up to that token has the subject as often as the prompt, and one token less lacks it once."""
+    tokenizer = TOKENIZERS[name]()
+    tokenize = Tokenizer(tokenizer, EditorConfig())
+    ids = tokenize(prompt, "Ecuador").input_ids
+    position = tokenize.subject_position(prompt, "Ecuador", subject)
+    assert 0 < position < len(tokenize(prompt, "Ecuador").prompt_ids)
+    # Whole words: tokenizers write what stands between them in their own ways.
+    wanted = "".join(subject.split()).lower()
+
+    def count(n: int) -> int:
+        return "".join(tokenizer.decode(ids[:n], skip_special_tokens=True).split()).lower().count(wanted)
+
+    if "<unk>" not in tokenizer.decode(ids):
+        assert count(position + 1) == count(len(ids)) > count(position)
+
+
+def test_subject_in_a_template_or_a_chat() -> None:
+    """It is looked for in the prompt, not in what a template puts around it."""
+    tokenizer = byte_level()
+    plain = Tokenizer(tokenizer, EditorConfig(prompt_template="is Lyon? {prompt} of Lyon is:"))
+    ids = plain("The country of Lyon", "France").input_ids
+    position = plain.subject_position("The country of Lyon", "France", "Lyon")
+    assert tokenizer.decode(ids[: position + 1]) == "is Lyon? The country of Lyon"
+    tokenizer.chat_template = "{% for message in messages %}<s>{{ message['content'] | trim }}</s>{% endfor %}"
+    chat = Tokenizer(tokenizer, EditorConfig(use_chat_template=True))
+    ids = chat("The country of Lyon is", "Lyon").input_ids
+    position = chat.subject_position("The country of Lyon is", "Lyon", "Lyon")
+    assert tokenizer.decode(ids[: position + 1]) == "<s>The country of Lyon"
+
+
+def test_subject_that_is_not_in_the_prompt_is_an_error() -> None:
+    """Names both, and says what to do."""
+    tokenize = Tokenizer(byte_level(), EditorConfig())
+    with pytest.raises(FactError, match=r"subject 'France' does not occur in the prompt 'Lyon is in'\. Give the sub"):
+        tokenize.subject_position("Lyon is in", "France", "France")

@@ -49,7 +49,7 @@ def reference(
         difference = weights[name] - base.get_submodule(name).weight.detach()
         return difference if name in flipped else difference.T
 
-    optimizer = torch.optim.Adam(weights.values(), lr=config.learning_rate)
+    optimizer = torch.optim.Adam(weights.values(), lr=config.edit_lr)
     generator = torch.Generator().manual_seed(config.seed)
     for _ in range(config.n_steps):
         order = torch.randperm(len(facts), generator=generator).tolist()
@@ -80,7 +80,7 @@ def test_shifts_equal_plain_fine_tuning(
     """Steps of Adam on S through hooks are steps of Adam on W, penalty and short last steps included."""
     model = {"llama": make_llama, "gpt2": make_gpt2}[kind](torch.float64)
     facts = make_long_facts(7)
-    editor = build(model, tokenizer, covariance=covariance, ridge=0.5, preservation=20.0, learning_rate=0.01)
+    editor = build(model, tokenizer, covariance=covariance, ridge=0.5, preservation=20.0, edit_lr=0.01)
     expected = reference(model, tokenizer, facts, editor)
     shifts = editor.make_edit(model, facts, tokenizer, batch_size=2).shifts
     assert list(shifts) == list(expected)
@@ -92,14 +92,14 @@ def test_facts_are_learned_and_then_it_ends(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, facts: list[Fact]
 ) -> None:
     """The edit loss falls until every answer token is the most likely one; more passes change nothing any more."""
-    editor = build(model, tokenizer, n_steps=60, learning_rate=0.01, preservation=1e-3)
+    editor = build(model, tokenizer, n_steps=60, edit_lr=0.01, preservation=1e-3)
     edit = editor.make_edit(model, facts, tokenizer)
     before = sum(float(loss_of(model, tokenizer, fact)) for fact in facts)
     with edit.applied_to(model):
         after = sum(float(loss_of(model, tokenizer, fact)) for fact in facts)
     assert after < 0.5 * before
     assert editor.evaluate(model, facts, tokenizer)["edit_success"] == 1.0
-    longer = build(model, tokenizer, n_steps=80, learning_rate=0.01, preservation=1e-3)
+    longer = build(model, tokenizer, n_steps=80, edit_lr=0.01, preservation=1e-3)
     for name, shift in longer.make_edit(model, facts, tokenizer).shifts.items():
         assert torch.equal(shift, edit.shifts[name])
 
@@ -147,7 +147,7 @@ def test_other_tasks(kind: str, tokenizer: PreTrainedTokenizerFast, facts: list[
     """A classifier and an encoder-decoder are fine-tuned alike."""
     row = KINDS[kind]
     model = row.build()
-    config = EditorConfig(method="ft", n_steps=40, learning_rate=0.01, task_type=row.task)
+    config = EditorConfig(method="ft", n_steps=40, edit_lr=0.01, task_type=row.task)
     editor = EditorModel.from_base(model, config)
     given = row.facts(facts)
     scores = editor.evaluate(model, given, tokenizer)
@@ -190,8 +190,8 @@ def test_a_step_that_is_not_finite_names_the_module(
 ) -> None:
     """Descent that runs away ends with an error, and no edit."""
     model = make_llama()
-    editor = build(model, tokenizer, learning_rate=1e30, covariance=False)
-    with pytest.raises(NumericalError, match=r"model\.layers\..*its gradient is not finite\. Lower EditorConfig\.lea"):
+    editor = build(model, tokenizer, edit_lr=1e30, covariance=False)
+    with pytest.raises(NumericalError, match=r"model\.layers\..*its gradient is not finite\. Lower EditorConfig\.edit"):
         editor.make_edit(model, facts, tokenizer)
 
 

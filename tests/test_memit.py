@@ -133,7 +133,7 @@ def reference_move(
         loss = loss + config.kl_weight * (after.exp() * (after - before)).sum()
         gradient = torch.autograd.grad(loss, scaled)[0]
         first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
-        found = found - config.learning_rate * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+        found = found - config.edit_lr * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
         length = (found * unit).norm() / (config.clamp_factor * state.norm())
         found = found / length.clamp(min=1)
     return found * unit, state
@@ -461,7 +461,7 @@ def test_states_that_are_not_finite_name_the_module(
     ("settings", "message"),
     [
         ({"n_steps": 0}, "n_steps is 0; allowed: a whole number of at least 1"),
-        ({"learning_rate": 0}, "learning_rate is 0; allowed: a finite number above 0"),
+        ({"edit_lr": 0}, "edit_lr is 0; allowed: a finite number above 0"),
         ({"clamp_factor": -1.0}, "clamp_factor is -1.0; allowed: a finite number above 0"),
         ({"kl_weight": "a"}, "kl_weight is 'a'; allowed: a finite number of at least 0"),
         ({"target_decay": float("nan")}, "target_decay is nan; allowed: a finite number of at least 0"),
