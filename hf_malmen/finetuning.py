@@ -15,6 +15,7 @@ from .batches import Tokenizer, TokenSequence
 from .configuration import EditorConfig
 from .errors import NumericalError
 from .facts import Fact
+from .features import FeatureCache
 from .shifts import Shift, dense
 from .tracing import answer_logits, input_device, shifted
 from .trunk import Trunk
@@ -71,14 +72,17 @@ def fine_tune(
     moments = {name: penalty(name) for name in module_names}
     penalties = {name: None if of is None else of.to(shifts[name]) for name, of in moments.items()}
     optimizer = torch.optim.Adam(shifts.values(), lr=config.edit_lr)
-    trunk = Trunk(model, module_names, _TRUNK_BYTES)
+    features = FeatureCache(_TRUNK_BYTES)
+    trunk = Trunk(model, module_names, features)
     generator = torch.Generator().manual_seed(config.seed)
     with logging.tqdm(total=config.n_steps * len(facts), desc="Fine-tuning", unit=" facts", leave=False) as bar:
         for _ in range(config.n_steps):
             n_missed = 0
             for chosen in torch.randperm(len(facts), generator=generator).split(config.facts_per_step):
                 optimizer.zero_grad()
-                n_missed += _backward(model, tokenize, trunk, [sequences[i] for i in chosen], shifts, batch_size)
+                step = [sequences[i] for i in chosen]
+                features.make_room(trunk.keys(step))
+                n_missed += _backward(model, tokenize, trunk, step, shifts, batch_size)
                 for name, shift in shifts.items():
                     _add_penalty_gradient(shift, ridge(name), penalties[name], len(facts))
                     if not torch.isfinite(shift.grad).all():  # type: ignore[arg-type] # just computed

@@ -18,6 +18,7 @@ from .batches import IGNORED, Tokenizer, TokenSequence
 from .configuration import EditorConfig
 from .errors import ModelMismatchError
 from .facts import Fact, require_fields
+from .features import FeatureCache
 from .least_squares import RidgeLeastSquares
 from .shifts import Shift, materialise
 from .targets import last_block, target_module
@@ -121,11 +122,13 @@ def find_moves(
         NumericalError: a loss is not finite.
     """
     moves = torch.zeros_like(states)
-    trunk = Trunk(model, [block], max_bytes=0, inclusive=True)  # keeps what the batch needs
+    features = FeatureCache(0)  # keeps what a batch needs, and forgets it with the next one
+    trunk = Trunk(model, [block], features, inclusive=True)
     prompts = [request.asked[0].sequence for request in requests]
     with logging.tqdm(total=len(requests), desc="Finding targets", unit=" facts", leave=False) as bar:
         for chosen, _ in tokenize.batches(prompts, batch_size):
             batch = [requests[i] for i in chosen]
+            features.make_room(())
             moves[chosen] = _find_moves_of_batch(model, tokenize, trunk, batch, states[chosen], block, config)
             bar.update(len(chosen))
     return moves

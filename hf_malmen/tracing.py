@@ -361,10 +361,6 @@ def run_until(model: nn.Module, batch: TokenBatch, module: nn.Module) -> Any:
     return reached[0]
 
 
-class _EndOfPass(Exception):
-    """Raised by a hook to end a forward pass."""
-
-
 @torch.no_grad()
 def read_keys(
     model: nn.Module,
@@ -411,7 +407,7 @@ def read_keys(
         seen[name] = rows[selected.to(rows.device)]
         if not torch.isfinite(seen[name]).all():
             raise NumericalError(
-                f"{name}: its keys are not finite for these texts. The base model overflows in {values.dtype}; load it "
+                f"{name}: its values are not finite for these texts. The base model overflows in {values.dtype}; load it "
                 "in bfloat16 or float32, or leave this layer out of target_modules."
             )
     return seen, seen.pop(hidden)

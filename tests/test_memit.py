@@ -453,7 +453,7 @@ def test_states_that_are_not_finite_name_the_module(
     model = make_llama()
     editor = build(model, tokenizer)
     model.model.layers[1].mlp.up_proj.weight.data.fill_(float("inf"))
-    with pytest.raises(NumericalError, match=r"model\.layers\.1\.mlp\.down_proj: its keys are not finite"):
+    with pytest.raises(NumericalError, match=r"model\.layers\.1\.mlp\.down_proj: its values are not finite"):
         editor.make_edit(model, facts, tokenizer)
 
 
