@@ -1,7 +1,7 @@
 """python benchmarks/smollm2.py
 
-Seconds of a training step of 64 facts on SmolLM2-135M beside the floor (see floor.py) measured in the same run: on facts
-never seen before, and on the same facts again. Machines are noisy: read the ratios.
+Seconds of a training step of 64 facts on SmolLM2-135M beside the floor (see floor.py) measured in the same run: on
+facts never seen before, and on the same facts again. Machines are noisy: read the ratios.
 """
 
 import argparse
