@@ -38,7 +38,7 @@ def state_bytes(
     rows = 4 * (key_size + value_size)
     if n_rows > key_size:
         folded = key_size * value_size + (0 if aggregation == "sum" else key_size**2)
-        return 8 * folded + 4 * rows * min(_FOLD_ROWS, key_size)  # as they came, stacked, and in float64
+        return 8 * folded + 5 * rows * min(_FOLD_ROWS, key_size)  # as they come, as kept, stacked, and in float64
     # The rows in float64, UUᵀ and as many numbers to select rows by; then P and both factors of S, or S and C.
     kept = is_small(n_rows, key_size, value_size)
     answer = (8 * key_size + rows) * n_rows if kept else 8 * value_size * (key_size + n_rows)
