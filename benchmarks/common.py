@@ -100,6 +100,27 @@ def plot_lines(
     figure.savefig(path)
 
 
+def plot_bars(path: Path, labels: Sequence[str], groups: Mapping[str, Sequence[float]], y_label: str) -> None:
+    """Write groups of bars as an image, one bar of each group over every label.
+
+    Args:
+        path: the image.
+        labels: below the bars.
+        groups: {name: one height a label}.
+        y_label: with its unit.
+    """
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(groups)
+    for i, (name, heights) in enumerate(groups.items()):
+        axes.bar([x + i * width for x in range(len(labels))], heights, width, label=name)
+    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(labels))], labels)
+    axes.set_ylabel(y_label)
+    axes.grid(alpha=0.3, axis="y")
+    axes.legend()
+    figure.savefig(path)
+
+
 def write_json(path: Path, results: Any) -> None:
     """Write the numbers of a run."""
     path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -16,7 +16,7 @@ import smollm2
 RANK = 512
 
 
-def load(folder: Path, n_facts: int, dtype: str) -> tuple[Any, Any, list[Fact], EditorModel]:
+def load(folder: Path, n_facts: int, dtype: str, n_preserved: int = 1024) -> tuple[Any, Any, list[Fact], EditorModel]:
     """SmolLM2, its tokenizer, facts, over again where there are not enough, and an untrained editor for six blocks."""
     facts_file = folder / "facts" / "train.jsonl"
     if not facts_file.is_file():
@@ -25,6 +25,6 @@ def load(folder: Path, n_facts: int, dtype: str) -> tuple[Any, Any, list[Fact], 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
     tokenizer = AutoTokenizer.from_pretrained(base)
     torch.manual_seed(0)
-    editor = EditorModel.from_base(model, EditorConfig(rank=RANK, edit_lr=1e-3, n_preserved_keys=1024))
+    editor = EditorModel.from_base(model, EditorConfig(rank=RANK, edit_lr=1e-3, n_preserved_keys=n_preserved))
     facts = load_facts(facts_file)
     return model, tokenizer, (facts * -(-n_facts // len(facts)))[:n_facts], editor
