@@ -14,11 +14,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
 from .configuration import METHODS, EditorConfig
+from .covariance import DEFAULT_N_TOKENS
 from .evaluation import n_measured
 from .facts import Fact, load_facts
 from .hub import cached_commit
 from .model_card import EditorRun, Measurement, write_editor_card
 from .modeling import DEFAULT_BATCH_SIZE, EditorModel
+from .side_effects import load_texts
 from .tables import METRIC_TITLES
 from .tasks import AUTO_CLASSES
 from .training import EditorTrainer, EditorTrainingArguments
@@ -34,6 +36,9 @@ class Recipe:
         base_model: folder or Hub id of the base model.
         train_facts: anything `load_facts` takes by name: a file or a Hub data set. A method without training takes its
             statistics from them (`EditorModel.warm_up`), or starts without any where there are none.
+        texts: anything `load_texts` takes by name, for methods that read ordinary text
+            (`EditorModel.collect_covariance`). None takes the training facts, prompt and answer, for texts.
+        n_tokens: how many tokens of them to read at most; None takes `collect_covariance`'s own number.
         eval_facts: held-out facts, measured during training and for the card.
         max_eval_facts: use only the first of them, this many; None uses all.
         eval_sizes: numbers of held-out facts to edit at once for the card, each at most as many as there are. None
@@ -46,6 +51,8 @@ class Recipe:
 
     base_model: str
     train_facts: str | None = None
+    texts: str | None = None
+    n_tokens: int | None = None
     eval_facts: str | None = None
     max_eval_facts: int | None = None
     eval_sizes: list[int] | None = None
@@ -84,6 +91,11 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     method = METHODS.get(str(recipe.editor.get("method", EditorConfig.method)))
     if not recipe.train_facts and (method is None or method.is_trained):  # one that is unknown is refused later
         raise ValueError(f"{path} has no train_facts.")
+    if method is not None and method.key_covariance == "required" and not (recipe.texts or recipe.train_facts):
+        raise ValueError(f"{path} has no texts, nor train_facts to read in their place, which this method needs.")
+    reads_text = method is not None and method.key_covariance is not None
+    if (recipe.texts or recipe.n_tokens) and not reads_text:
+        raise ValueError(f"{path} has texts or n_tokens, and its method reads no text. Remove them.")
     if recipe.dtype not in DTYPES:
         raise ValueError(f"{path}: dtype is {recipe.dtype!r}; allowed: {', '.join(DTYPES)}.")
     if recipe.eval_sizes is not None:
@@ -144,7 +156,12 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> Path:
         trainer.save_state()
     else:
         nn.Module.to(model, args.device)
-        if train_facts:
+        if config.key_covariance is not None:
+            texts = load_texts(recipe.texts) if recipe.texts else list(map(_sentence, train_facts))
+            if texts:
+                n_tokens = recipe.n_tokens or DEFAULT_N_TOKENS
+                editor.collect_covariance(model, texts, tokenizer, n_tokens=n_tokens, batch_size=args.lm_batch_size)
+        elif train_facts:
             editor.warm_up(model, train_facts, tokenizer, batch_size=args.lm_batch_size)
         if args.should_save:
             editor.save_pretrained(folder)
@@ -161,7 +178,8 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> Path:
     run = EditorRun(
         train_facts=recipe.train_facts,
         n_train_facts=len(train_facts) or None,
-        settings={"dtype": recipe.dtype, **recipe.editor, **settings},
+        settings={"dtype": recipe.dtype, **recipe.editor, **settings}
+        | ({"texts": recipe.texts} if recipe.texts else {}),
         eval_facts=recipe.eval_facts,
         measurements=measurements,
         measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -215,6 +233,11 @@ def measure(
         counts = {name: n_measured(used, name) for name in METRIC_TITLES if name in scores}
         measurements.append(Measurement(size, scores, counts))
     return measurements
+
+
+def _sentence(fact: Fact) -> str:
+    """A fact as it was before any edit, if that is known."""
+    return f"{fact.prompt} {fact.ground_truth or fact.target}"
 
 
 def _check_sizes(sizes: Any, where: str) -> None:

@@ -407,8 +407,8 @@ def read_keys(
         seen[name] = rows[selected.to(rows.device)]
         if not torch.isfinite(seen[name]).all():
             raise NumericalError(
-                f"{name}: its values are not finite for these texts. The base model overflows in {values.dtype}; load it "
-                "in bfloat16 or float32, or leave this layer out of target_modules."
+                f"{name}: its values are not finite for these texts. The base model overflows in {values.dtype}; load "
+                "it in bfloat16 or float32, or leave this layer out of target_modules."
             )
     return seen, seen.pop(hidden)
 

@@ -129,6 +129,52 @@ def test_a_recipe_without_training(
         run_recipe(load_recipe(path), resume=True)
 
 
+@pytest.mark.parametrize("method", ["memit", "ft"])
+@pytest.mark.parametrize("from_texts", [True, False])
+def test_a_recipe_that_reads_text(
+    method: str,
+    from_texts: bool,
+    tmp_path: Path,
+    make_llama: Callable[..., Any],
+    tokenizer: Any,
+    make_facts: Callable[..., list[Fact]],
+) -> None:
+    """The editor is saved with its card and with the covariance of a text, or of the training facts as sentences."""
+    facts = make_facts(8)
+    content = save_inputs(tmp_path, make_llama(), tokenizer, facts)
+    content["editor"] = {"method": method, "layers_to_transform": [1, 2], "n_steps": 2}
+    sentences = [f"{fact.prompt} {fact.target}" for fact in facts]
+    if from_texts:
+        del content["train_facts"]
+        (tmp_path / "texts.txt").write_text("\n".join(sentences), encoding="utf-8")
+        content |= {"texts": str(tmp_path / "texts.txt"), "n_tokens": 30}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    folder = run_recipe(load_recipe(path))
+    editor = EditorModel.from_pretrained(folder)
+    n_tokens = 30 if from_texts else sum(len(tokenizer(sentence)["input_ids"]) for sentence in sentences)
+    assert editor.n_covariance_tokens == n_tokens
+    scores = json.loads((folder / "eval_results.json").read_text(encoding="utf-8"))["measurements"][0]["scores"]
+    assert scores == pytest.approx(editor.evaluate(make_llama(), facts, tokenizer), abs=1e-6)
+    card = ModelCard.load(folder / "README.md").text
+    assert f"The covariance is that of the keys of {n_tokens} tokens of text." in card
+    assert "the covariance of ordinary keys, which a method without training leaves where they are" in card
+
+
+def test_what_a_recipe_that_reads_text_needs(tmp_path: Path) -> None:
+    """Texts, or facts in their place; and no other method takes any."""
+    cases = {
+        "has no texts, nor train_facts to read": {"editor": {"method": "memit"}},
+        "its method reads no text": {"editor": {"method": "ultraedit"}, "texts": "t"},
+    }
+    for message, fields in cases.items():
+        path = tmp_path / "recipe.yaml"
+        content = {"base_model": "b", "training": {"output_dir": "o"}} | fields
+        path.write_text(yaml.safe_dump(content), encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            load_recipe(path)
+
+
 def test_training_needs_facts(tmp_path: Path) -> None:
     """A recipe of a method that is trained, or of one that is not known, has some."""
     for number, editor in enumerate(({}, {"method": "rledit"}, {"method": "magic"})):
