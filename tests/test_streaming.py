@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_malmen import Edit, Fact, FactStream
+from hf_malmen import Edit, Fact, FactError, FactStream
 
 Build = Callable[..., Any]
 
@@ -74,3 +74,61 @@ def test_a_stream_cannot_be_measured(
     model = make_llama()
     with pytest.raises(ValueError, match=r"a FactStream is read once\. Use a list"):
         make_editor(model).apply(model, FactStream(file), tokenizer, measure=True)
+
+
+def test_a_stream_counts_where_that_is_cheap(file: Path, make_facts: Build) -> None:
+    """A file by reading it, which finds a bad fact; a sequence by its length; anything else not at all."""
+    assert FactStream(file).count() == 300
+    assert FactStream(make_facts(7)).count() == 7
+
+    class Unknown:
+        def __iter__(self) -> Any:
+            return iter(make_facts(3))
+
+    assert FactStream(Unknown()).count() is None
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write('{"prompt": "", "target": "Rome"}\n')
+    with pytest.raises(FactError, match=r"Fact 300 has an empty prompt"):
+        FactStream(file).count()
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_progress_knows_how_much_is_left(
+    streamed: bool,
+    make_llama: Build,
+    make_editor: Build,
+    tokenizer: PreTrainedTokenizerFast,
+    file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of facts and of layers: bars are given their whole, and reach it."""
+    bars: list[tuple[str, Any, list[int]]] = []
+
+    class Bar:
+        def __init__(self, iterable: Any = (), total: int | None = None, desc: str = "", **_: Any) -> None:
+            self.iterable, self.steps = iterable, list[int]()
+            bars.append((desc, len(iterable) if total is None else total, self.steps))
+
+        def __iter__(self) -> Any:
+            for entry in self.iterable:
+                yield entry
+                self.steps.append(1)
+
+        def __enter__(self) -> "Bar":
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            pass
+
+        def update(self, n: int) -> None:
+            self.steps.append(n)
+
+    monkeypatch.setattr("transformers.utils.logging.tqdm", Bar)
+    model = make_llama()
+    editor = make_editor(model)
+    editor.make_edit(model, FactStream(file) if streamed else str(file), tokenizer, batch_size=32)
+    n_layers = len(editor.module_names)
+    assert [(desc, total, sum(steps)) for desc, total, steps in bars] == [
+        (f"Tracing {n_layers} layers", 300, 300),
+        ("Solving", n_layers, n_layers),
+    ]
