@@ -225,7 +225,7 @@ def test_apply_in_its_own_process(home: Path, tmp_path: Path, monkeypatch: pytes
     assert all(torch.equal(saved.shifts[name], shift) for name, shift in expected.shifts.items())
 
 
-@pytest.mark.parametrize("options", [[], ["--facts-per-turn", "3"], ["--batch-size", "1"], ["--max-memory", "1GiB"]])
+@pytest.mark.parametrize("options", [[], ["--facts-per-turn", "3"], ["--batch-size", "1"], ["--max-memory", "1000000"]])
 def test_apply_in_place(home: Path, call: Callable[..., Done], options: list[str], tmp_path: Path) -> None:
     """With the options that the Python call has."""
     shutil.copytree(home / "model", tmp_path / "model")
