@@ -30,6 +30,7 @@ _MODULE_OF = {
     "CheckpointError": "errors",
     "CheckpointWriteError": "errors",
     "EditStateError": "errors",
+    "OtherProcessError": "errors",
     "HfMalmenWarning": "errors",
     "FingerprintWarning": "errors",
     "TruncationWarning": "errors",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from .errors import HfMalmenWarning as HfMalmenWarning
     from .errors import ModelMismatchError as ModelMismatchError
     from .errors import NumericalError as NumericalError
+    from .errors import OtherProcessError as OtherProcessError
     from .errors import TruncationWarning as TruncationWarning
     from .errors import UntrainedEditorWarning as UntrainedEditorWarning
     from .evaluation import Evaluation as Evaluation

@@ -115,6 +115,8 @@ def train(
     if max_steps is not None:
         overrides["max_steps"] = max_steps
     folder = run_recipe(load_recipe(config, overrides), resume=resume)
+    if int(os.environ.get("RANK", "0")) > 0:  # one of several processes is enough to say it
+        return
     print(f"Saved the editor to {folder}. Try it: hf-malmen evaluate {folder} MODEL FACTS")
 
 
@@ -154,8 +156,10 @@ def apply(
     if save_edit is not None and output_dir is not None and save_edit.resolve() == output_dir.resolve():
         raise ValueError(f"{save_edit} cannot hold both the checkpoint and the edit. Choose another folder for one.")
     checked = FactStream(facts) if stream else load_facts(facts)
-    from .modeling import EditorModel  # seconds, so after the checks
+    from . import distributed  # seconds, so after the checks
+    from .modeling import EditorModel
 
+    distributed.join()
     edit = EditorModel.from_pretrained(editor).apply(
         model,
         checked,
@@ -167,6 +171,8 @@ def apply(
         measure=measure,
         revision=revision,
     )
+    if not distributed.is_main():
+        return
     folder = model if in_place else output_dir
     print(f"Wrote {edit.n_facts} facts into {len(edit.layers)} layers of {folder}. Undo: hf-malmen undo {folder}")
     if save_edit is not None:  # when it is known that the facts are written, should this fail
@@ -275,22 +281,28 @@ def evaluate(
 
     require_settled(Path(model))
     checked = load_facts(facts)[:n_facts]
+    from . import distributed
     from .modeling import EditorModel
     from .side_effects import load_texts, measure_side_effects
     from .tables import scores_table, table
     from .tasks import AUTO_CLASSES
 
+    distributed.join()
     trained = EditorModel.from_pretrained(editor)
     other_texts = load_texts(texts) if texts else None
     auto_class = AUTO_CLASSES[trained.config.task_type]
     base = auto_class.from_pretrained(model, dtype=dtype.value)
+    distributed.place(base)
     found = trained.measure(base, checked, batch_size=batch_size, generate=generate, probabilities=probabilities)
+    edit = trained.make_edit(base, checked, batch_size=batch_size) if other_texts or tasks else None
+    if not distributed.is_main():
+        return
     print(scores_table({len(checked): found.scores}, found.intervals))
     scores = dict(found.scores)
-    if other_texts or tasks:
+    if edit is not None:
         effects = measure_side_effects(
             base,
-            trained.make_edit(base, checked, batch_size=batch_size),
+            edit,
             trained.tokenizer_for(base).tokenizer,
             texts=other_texts,
             tasks=tasks.split(",") if tasks else (),

@@ -29,6 +29,10 @@ class EditStateError(HfMalmenError, RuntimeError):
     """An edit or an editor is asked for something its state does not allow, such as undoing what was never applied."""
 
 
+class OtherProcessError(HfMalmenError, RuntimeError):
+    """Another of the processes that work together failed, so that this one cannot go on. The message says which."""
+
+
 class HfMalmenWarning(UserWarning):
     """Base class of this package's warnings."""
 

@@ -11,6 +11,7 @@ from torch import Tensor, no_grad
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from . import distributed
 from .batches import TokenBatch, Tokenizer, TokenSequence
 from .edit import Edit
 from .facts import Fact
@@ -121,6 +122,8 @@ def answer(
 ) -> dict[Pair, Answer]:
     """Put prompts to the model, teacher-forced with the expected answers, and by greedy free generation.
 
+    Several processes call it together: each puts its share, and all get all answers.
+
     Args:
         model: as before afterwards.
         tokenize: puts prompt and answer together.
@@ -129,11 +132,17 @@ def answer(
         generate: those of `pairs` whose prompts are answered freely too.
         n_extra_tokens: length of a free answer, in tokens beyond those of the expected one.
     """
-    sequences = [tokenize(prompt, expected) for prompt, expected in pairs]
+    pairs = list(distributed.own(pairs))
     found: dict[Pair, Answer] = {}
     # Not `frozen`: where no gradient of the weights is wanted, PyTorch multiplies the one position that `generate` asks
     # for by a copy of the vocabulary projection for each sequence, which is nine times slower.
-    with in_eval_mode(model), no_grad(), logging.tqdm(total=len(sequences), unit=" prompts", leave=False) as bar:
+    with (
+        distributed.together(),
+        in_eval_mode(model),
+        no_grad(),
+        logging.tqdm(total=len(pairs), unit=" prompts", leave=False) as bar,
+    ):
+        sequences = [tokenize(prompt, expected) for prompt, expected in pairs]
         for chosen, batch in tokenize.batches(sequences, batch_size):
             logits, targets = answer_logits(model, batch.to(input_device(model)))
             predicted = iter(logits.argmax(-1).tolist())
@@ -147,7 +156,7 @@ def answer(
                 log_probability = math.fsum(next(log_probabilities) for _ in expected)
                 found[pairs[i]] = Answer(expected, tokens, log_probability, text_of.get(i))
             bar.update(len(chosen))
-    return found
+    return dict(distributed.gather_items(list(found.items())))
 
 
 def evaluate_edit(

@@ -1,18 +1,20 @@
 """Rows of all facts -> one weight shift per layer, and the adjoint of that solve (paper sections 4.1 and 4.3).
 
-Both aggregations answer to the same three calls: `add` rows as they stream in, `solve`, and on the result `adjoint`.
+Both aggregations answer to the same calls: `add` rows as they stream in, `pool` those of all processes, `solve`, and on
+the result `adjoint`.
 With ∇ = ∂L/∂S they share one rule: the gradient of the rows is that of ⟨P M, D⟩ differentiated through P and D, where
 M = ∇ for the sum and M = (UᵀU + λI)⁻¹ ∇ for least squares (whose P, the keys, is constant).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from . import distributed
 from .errors import NumericalError
 from .shifts import Shift, dense, factored, is_small
 
@@ -52,7 +54,7 @@ class Adjoint:
     Attributes:
         ridge_gradient: ∂L/∂λ; None where there is no λ.
         multiplier: M, (key_size, value_size); or
-        row_gradients: P M, (n_rows, value_size), for all rows in the order they were added.
+        row_gradients: P M, (n_rows, value_size), for this process's rows in the order they were added.
     """
 
     ridge_gradient: Tensor | None
@@ -139,6 +141,7 @@ class DualSolution:
     keys: Tensor  # (n, key_size)
     differences: Tensor  # (n, value_size)
     factor: Tensor  # (n, n), lower Cholesky factor of UUᵀ + λI
+    own: slice = field(default_factory=lambda: slice(None))  # the rows that this process added
 
     @cached_property
     def coefficients(self) -> Tensor:  # (n, value_size)
@@ -157,7 +160,7 @@ class DualSolution:
     def adjoint(self, gradient: Tensor) -> Adjoint:
         # U (UᵀU + λI)⁻¹ = (UUᵀ + λI)⁻¹ U, so the rows U M need no k × k matrix, and ⟨M, S⟩ = ⟨U M, C⟩ neither.
         row_gradients = _solved_in_place(self.factor, self.keys @ gradient.to(self.keys))
-        return Adjoint(-(row_gradients * self.coefficients).sum(), row_gradients=row_gradients)
+        return Adjoint(-(row_gradients * self.coefficients).sum(), row_gradients=row_gradients[self.own])
 
     def to_shift(self) -> Shift:
         """S = Pᵀ D over the rows whose D is not zero (preserved keys have none), with P = (UUᵀ + λI)⁻¹ U.
@@ -200,10 +203,17 @@ class RowSum:
         self._kept.append((left.to(device), value_differences.to(device)))
         self._n_kept += len(left)
         if self._product is not None or max(self._n_kept, self._n_expected) > left.shape[1]:
-            rows, differences = _stacked(self._kept)
-            product = rows.T @ differences
-            self._product = product if self._product is None else self._product.add_(product)
-            self._kept = []
+            self._fold()
+
+    def pool(self) -> None:
+        """Put the rows of all processes together. Each has added some, if only (0, ...) ones."""
+        self._n_kept = sum(distributed.counts(self._n_kept))
+        if not any(distributed.counts(self._product is not None)) and self._n_kept <= self._kept[0][0].shape[1]:
+            self._kept = [_gathered(*_stacked(self._kept))]
+        else:
+            self._fold()
+            assert self._product is not None  # for the type checker: set in _fold
+            self._product = distributed.add_up(self._product)
 
     def solve(self, ridge: float, *, in_place: bool = False) -> SumSolution:
         """The shift so far. `ridge` has no part in a sum, and there is nothing to save by `in_place`.
@@ -216,6 +226,13 @@ class RowSum:
         solution = SumSolution(_stacked(self._kept) if self._product is None else None, self._product)
         _require_finite(solution.shift, self.name, "the sum of updates")
         return solution
+
+    def _fold(self) -> None:
+        if self._kept:
+            rows, differences = _stacked(self._kept)
+            product = rows.T @ differences
+            self._product = product if self._product is None else self._product.add_(product)
+            self._kept = []
 
 
 class RidgeLeastSquares:
@@ -242,6 +259,7 @@ class RidgeLeastSquares:
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._gram: Tensor | None = None  # (key_size, key_size), what is below the diagonal does not count
         self._moment: Tensor | None = None  # (key_size, value_size)
+        self._own = slice(None)  # this process's rows among those kept
 
     def add(
         self,
@@ -257,6 +275,23 @@ class RidgeLeastSquares:
         is_folding = self._gram is not None or self._n_expected > keys.shape[1]
         if self._n_kept > (min(keys.shape[1], _FOLD_ROWS) if is_folding else keys.shape[1]):
             self._fold()
+
+    def pool(self) -> None:
+        """Put the rows of all processes together. Each has added some last, if only (0, ...) ones.
+
+        The rows themselves while there are up to k, in the order of the processes; else UᵀU and UᵀD.
+        """
+        counts = distributed.counts(self.n_rows)
+        first = sum(counts[: distributed.process_index()])
+        self._own = slice(first, first + self.n_rows)
+        self.n_rows = sum(counts)
+        if not any(distributed.counts(self._gram is not None)) and self.n_rows <= self._kept[0][0].shape[1]:
+            self._kept = [_gathered(*_stacked(self._kept))]
+        else:
+            self._fold()
+            assert self._gram is not None  # for the type checker: both are set in _fold
+            assert self._moment is not None
+            self._gram, self._moment = distributed.add_up(self._gram), distributed.add_up(self._moment)
 
     def solve(self, ridge: float, *, in_place: bool = False) -> PrimalSolution | DualSolution:
         """The minimiser at λ = `ridge`.
@@ -281,7 +316,7 @@ class RidgeLeastSquares:
             _require_finite(keys, self.name, "its keys")
             _require_finite(differences, self.name, "its value differences")
             if self._penalty is None:
-                return DualSolution(keys, differences, self._factor(keys @ keys.T, ridge, n_rows))
+                return DualSolution(keys, differences, self._factor(keys @ keys.T, ridge, n_rows), self._own)
             gram, moment, rows = keys.T @ keys, keys.T @ differences, (keys, differences)
         else:
             assert gram is not None  # for the type checker: both are set in _fold
@@ -357,6 +392,10 @@ def _solved_in_place(
     torch.linalg.solve_triangular(factor.mT, columns, upper=True, left=False, out=columns)
     torch.linalg.solve_triangular(factor, columns, upper=False, left=False, out=columns)
     return right
+
+
+def _gathered(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.cat(distributed.gather_rows(left)), torch.cat(distributed.gather_rows(right))
 
 
 def _require_finite(tensor: Tensor, name: str, what: str) -> None:

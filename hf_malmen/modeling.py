@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from . import distributed
 from .batches import TokenBatch, Tokenizer
 from .checkpoint import check_checkpoint, fingerprints_of
 from .configuration import METHODS, EditorConfig
@@ -36,7 +37,7 @@ from .finetuning import fine_tune
 from .history import CARD_FILE, EDITS_FOLDER, read_history
 from .hub import cached_commit, push_folder
 from .hypernetwork import DoubleBuffers, HyperBlock, HyperNetwork, Normaliser, RunningStatistics
-from .least_squares import Solution, aggregator, solve_device, state_bytes
+from .least_squares import Adjoint, Solution, aggregator, solve_device, state_bytes
 from .memit import write_targets
 from .memory import parse_memory, plan_groups, traces_by_group
 from .model_card import HUB_RESULTS_FILE, N_FACTS_SHOWN, PLOT_FILE, RESULTS_FILE, EditorRun, write_editor_card
@@ -366,8 +367,10 @@ class EditorModel(PreTrainedModel):
     ) -> dict[str, Solution]:
         """Weight shifts of all target modules from the traces of all facts (paper section 4.1).
 
+        Several processes call it together, each with the traces of its own facts, and all get the shifts of all facts.
+
         Args:
-            traces: one mapping a language-model batch; consumed one at a time.
+            traces: one mapping a language-model batch; consumed one at a time. A process may have none.
             editor_batch_size: tokens a pass of the hyper-network. Does not change the result.
             statistics: by the shape of their layers, in place of the editor's own; see `statistics_after`.
 
@@ -401,17 +404,22 @@ class EditorModel(PreTrainedModel):
         for name in names:
             network, index = self.network(name)
             aggregators[name] = aggregator(self.config.aggregation, name, n_rows + network.n_preserved_keys)
-            if network.n_preserved_keys:
+            if network.n_preserved_keys and distributed.is_main():  # they count once
                 still = network.preserved_rows(index)
                 aggregators[name].add(still, still.new_zeros(len(still), network.value_size))
         # Once for all rows: whitening has a matrix to factorise.
         normalisers = {shape: own.normaliser() for shape, own in (statistics or self.statistics).items()}
-        for traced in traces:
-            for name, entry in traced.items():
-                for keys, gradients in _split(entry, editor_batch_size):
-                    aggregators[name].add(*self(keys, gradients, name, normalisers[self._places[name][0]]))
+        with distributed.together():
+            for traced in traces:
+                for name, entry in traced.items():
+                    for keys, gradients in _split(entry, editor_batch_size):
+                        aggregators[name].add(*self(keys, gradients, name, normalisers[self._places[name][0]]))
         for name in logging.tqdm(names, desc="Solving", unit=" layers", leave=False):
-            yield name, aggregators.pop(name).solve(self.ridge(name), in_place=True)
+            rows = aggregators.pop(name)
+            if distributed.n_processes() > 1:
+                rows.add(*self._no_rows(name))
+                rows.pool()
+            yield name, rows.solve(self.ridge(name), in_place=True)
 
     @property
     def statistics(self) -> dict[str, RunningStatistics]:
@@ -422,32 +430,30 @@ class EditorModel(PreTrainedModel):
     def update_statistics(
         self,
         traces: Iterable[Mapping[str, Trace]],
-        gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
         statistics: Mapping[str, RunningStatistics] | None = None,
     ) -> None:
-        """Take traces into the running statistics.
+        """Take traces into the running statistics; of several processes, those of all.
 
         Args:
-            traces: one mapping a language-model batch; consumed one at a time.
-            gather: stacks a (1, ...) tensor of every process into (n_processes, ...); the statistics then merge
-                exactly, and alike on every process.
+            traces: one mapping a language-model batch; consumed one at a time. Of several processes, each has its own,
+                and all end with the same statistics.
             statistics: which to update; None: the editor's own.
         """
         statistics = self.statistics if statistics is None else statistics
         seen = {shape: network.new_statistics().to(self.device) for shape, network in self._networks().items()}
-        for traced in traces:
-            for name, entry in traced.items():
-                rows = torch.cat((entry.keys, entry.value_gradients), dim=-1).to(self.device)
-                seen[self._places[name][0]].update(rows)
+        with distributed.together():
+            for traced in traces:
+                for name, entry in traced.items():
+                    rows = torch.cat((entry.keys, entry.value_gradients), dim=-1).to(self.device)
+                    seen[self._places[name][0]].update(rows)
         for shape, own in statistics.items():
-            for row in gather(seen[shape].pack()[None]):
-                own.merge_packed(row)
+            for of_process in distributed.gather_rows(seen[shape].pack()[None]):
+                own.merge_packed(of_process[0])
 
     def statistics_after(
         self,
         traces: Iterable[Mapping[str, Trace]],
         earlier: Mapping[str, Tensor] | None = None,
-        gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> dict[str, RunningStatistics]:
         """Statistics that have followed an edit: copies, with the rows of the edit merged in.
 
@@ -455,7 +461,6 @@ class EditorModel(PreTrainedModel):
             traces: the edit's, as for `update_statistics`.
             earlier: the statistics that the edits so far have left, as `pack_statistics` makes them; None: the
                 editor's own.
-            gather: as for `update_statistics`.
 
         Raises:
             ModelMismatchError: `earlier` is of another editor.
@@ -464,7 +469,7 @@ class EditorModel(PreTrainedModel):
             statistics = self._unpack_statistics(earlier)
         else:
             statistics = {shape: deepcopy(own) for shape, own in self.statistics.items()}
-        self.update_statistics(traces, gather, statistics)
+        self.update_statistics(traces, statistics)
         return statistics
 
     def _unpack_statistics(self, packed: Mapping[str, Tensor]) -> dict[str, RunningStatistics]:
@@ -481,28 +486,27 @@ class EditorModel(PreTrainedModel):
         return statistics
 
     @torch.no_grad()
-    def preserve(
-        self,
-        traces: Sequence[Mapping[str, Trace]],
-        gather: Callable[[list[Tensor]], list[Tensor]] = lambda tensors: tensors,
-    ) -> None:
+    def preserve(self, traces: Sequence[Mapping[str, Trace]]) -> None:
         """Keep the keys of one training step in place of the oldest preserved ones.
 
         Called after the step's facts were edited, which must move their own keys.
 
         Args:
-            traces: one mapping a language-model batch.
-            gather: the lists of every process as one, in the same order on each.
+            traces: one mapping a language-model batch; of several processes, each has its own, and all keep the same.
         """
         for shape, network in self.networks.items():
             assert isinstance(network, HyperNetwork)  # for the type checker
             if network.n_preserved_keys:
                 names = [name for name in self.module_names if self._places[name][0] == shape]
-                rows = [torch.cat([traced[name].keys for traced in traces]).to(self.device) for name in names]
+                rows = []
+                for name in names:
+                    own = torch.cat([self._no_rows(name)[0], *(traced[name].keys.to(self.device) for traced in traces)])
+                    rows.append(torch.cat(distributed.gather_rows(own.to(network.preserved_keys))))
                 # The two sides of an encoder-decoder have different tokens: each keeps as many of its own, evenly.
                 fewest = min(map(len, rows))
-                keys = torch.stack([own[torch.arange(fewest, device=own.device) * len(own) // fewest] for own in rows])
-                network.preserve(torch.cat([entry.to(self.device) for entry in gather([keys])], dim=1))
+                network.preserve(
+                    torch.stack([own[torch.arange(fewest, device=own.device) * len(own) // fewest] for own in rows])
+                )
 
     @torch.enable_grad()
     def backward(
@@ -515,31 +519,48 @@ class EditorModel(PreTrainedModel):
         """Turn ∂L/∂S of every module into gradients of the editor's parameters, added to those that are there.
 
         The hyper-network runs again, `editor_batch_size` tokens at a time, with the adjoint of the solve as the
-        gradient of its rows (paper section 4.3).
+        gradient of its rows (paper section 4.3). Several processes call it together: each replays its own rows, and all
+        get the gradients of the sum of their losses.
 
         Args:
             traces: what `solve` was given.
             solutions: what `solve` returned.
-            shift_gradients: {module name: ∂L/∂S of shape (key_size, value_size)}.
+            shift_gradients: {module name: ∂L/∂S of shape (key_size, value_size)}, the same modules on every process;
+                of several processes, that of each one's own part of the loss.
         """
-        for name, gradient in shift_gradients.items():
-            adjoint = solutions[name].adjoint(gradient)
-            network, index = self.network(name)
-            start = 0
-            if adjoint.ridge_gradient is not None:
-                (network.log_ridge[index].exp() * adjoint.ridge_gradient.to(network.log_ridge)).backward()
-            if network.n_preserved_keys:
-                # κ stands before K₀ᵀK₀ / m as λ stands before I, so ∂L/∂κ = −⟨M, K₀ᵀK₀ S⟩ / m = −⟨K₀ M, K₀ S⟩ / m.
-                still = network.preserved_rows(index)  # scaled by √(κ / m), so this is κ ∂L/∂κ = ∂L/∂log κ
-                slope = -adjoint.inner(still, still @ solutions[name].shift, start)
-                (network.log_preservation[index] * slope.to(network.log_preservation)).backward()
-                start += len(still)
-            keys = torch.cat([traced[name].keys for traced in traces])
-            gradients = torch.cat([traced[name].value_gradients for traced in traces])
-            for part in _split(Trace(keys, gradients), editor_batch_size):
-                left, differences = self(*part, name)
-                adjoint.inner(left, differences, start).backward()
-                start += len(left)
+        with distributed.gradients_added_up(self.parameters()):
+            for name, gradient in shift_gradients.items():
+                adjoint = solutions[name].adjoint(distributed.add_up(gradient))
+                start = 0
+                if distributed.is_main():  # what is not of rows of facts counts once
+                    start = self._backward_scales(name, adjoint, solutions[name])
+                if not traces:
+                    continue
+                keys = torch.cat([traced[name].keys for traced in traces])
+                gradients = torch.cat([traced[name].value_gradients for traced in traces])
+                for part in _split(Trace(keys, gradients), editor_batch_size):
+                    left, differences = self(*part, name)
+                    adjoint.inner(left, differences, start).backward()
+                    start += len(left)
+
+    def _backward_scales(self, name: str, adjoint: Adjoint, solution: Solution) -> int:
+        """Gradients of log λ and log κ of the module `name`; returns how many rows its preserved keys take."""
+        network, index = self.network(name)
+        if adjoint.ridge_gradient is not None:
+            (network.log_ridge[index].exp() * adjoint.ridge_gradient.to(network.log_ridge)).backward()
+        if not network.n_preserved_keys:
+            return 0
+        # κ stands before K₀ᵀK₀ / m as λ stands before I, so ∂L/∂κ = −⟨M, K₀ᵀK₀ S⟩ / m = −⟨K₀ M, K₀ S⟩ / m.
+        still = network.preserved_rows(index)  # scaled by √(κ / m), so this is κ ∂L/∂κ = ∂L/∂log κ
+        slope = -adjoint.inner(still, still @ solution.shift, 0)
+        (network.log_preservation[index] * slope.to(network.log_preservation)).backward()
+        return len(still)
+
+    def _no_rows(self, name: str) -> tuple[Tensor, Tensor]:  # (0, key_size), (0, value_size)
+        """What the facts of a process come to that has none."""
+        key_size, value_size = self.config.shape_of(name)
+        empty = torch.zeros(0, key_size + value_size, device=self.device)
+        return empty[:, :key_size], empty[:, key_size:]
 
     def ridge(self, name: str) -> float:
         """λ of the module `name`."""
@@ -585,6 +606,8 @@ class EditorModel(PreTrainedModel):
         max_memory: int | str | None = None,
     ) -> Edit:
         """Compute the edit that writes `facts` into `model`, without applying it.
+
+        Several processes call it together, with the same facts: each traces its share, and all get the same edit.
 
         Args:
             model: the live base model. Its weights, gradients, modes and hooks are as found afterwards.
@@ -766,6 +789,9 @@ class EditorModel(PreTrainedModel):
     ) -> Edit:
         """Write `facts` into a model.
 
+        Several processes call it together, with the same facts, each with its own copy of a live model. To disk, one of
+        them writes.
+
         Args:
             model: a live model, edited in place; or the folder or Hub id of a checkpoint, edited on disk (see
                 `Edit.write`: crash-safe, recorded in the checkpoint's history, and undone by `hf-malmen undo`).
@@ -806,12 +832,16 @@ class EditorModel(PreTrainedModel):
             check_checkpoint(model, output_dir, in_place)
             hub = {"revision": revision or "main", "token": token}
             base = AUTO_CLASSES[self.config.task_type].from_pretrained(model, **hub)
+            distributed.place(base)
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, **hub)
             edit = self._make_edit_in_turns(base, facts, tokenizer, batch_size, facts_per_turn, max_memory, measure)
             edit.base_model_revision = cached_commit(str(model), revision) or edit.base_model_revision
             # The weights that the edit was made from are the ones to be overwritten, or somebody changed them since.
             exact = {"on_fingerprint_mismatch": "error", "before_edits": False}
-            edit.write_with(model, output_dir=output_dir, in_place=in_place, revision=revision, token=token, **exact)
+            with distributed.together():
+                if distributed.is_main():
+                    settings = {"revision": revision, "token": token, **exact}
+                    edit.write_with(model, output_dir=output_dir, in_place=in_place, **settings)
             return edit
         if output_dir is not None or in_place:
             raise ValueError(
@@ -840,7 +870,7 @@ class EditorModel(PreTrainedModel):
         generate: bool = False,
         probabilities: bool = False,
     ) -> dict[str, float]:
-        """Apply `facts` at once, measure, and undo.
+        """Apply `facts` at once, measure, and undo. Several processes call it together, and all get the scores.
 
         Args:
             model: the live base model, as before afterwards.
@@ -1055,7 +1085,8 @@ def _from_rows(editor: EditorModel, request: EditRequest) -> MadeShifts:
     if editor.config.follows_edits:  # all rows are needed before the first is standardised: held, or traced twice
         traces: Iterable[Mapping[str, Trace]] = request.traces(editor)
         if request.max_memory is None:
-            traces = held = list(traces)
+            with distributed.together():
+                traces = held = list(traces)
         statistics = editor.statistics_after(traces, request.statistics)
     shifts: dict[str, Shift] = {}
     first = (lambda _: iter(held)) if held is not None else (lambda names: request.traces(editor, names))

@@ -6,6 +6,7 @@ from itertools import islice
 import torch
 from transformers.utils import logging
 
+from . import distributed
 from .batches import TokenBatch, Tokenizer, TokenSequence
 from .facts import Fact, FactStream
 
@@ -58,12 +59,15 @@ class FactReader:
     def batches(self, batch_size: int, device: torch.device, title: str) -> Iterator[TokenBatch]:
         """Batches on `device`, longest first within a window, under a bar with facts a second and the time left.
 
+        Of several processes, each reads all facts, and gets the batches of its share.
+
         Raises:
             FactError: when it reaches a bad fact.
             ValueError: a batch size below 1.
         """
-        sequences = self.sequences()
-        with logging.tqdm(total=self.n_facts, desc=title, unit=" facts", leave=False) as bar:
+        sequences = (self.tokenize(fact.prompt, fact.target) for fact in distributed.own(self.facts()))
+        total = None if self.n_facts is None else len(list(distributed.own(range(self.n_facts))))
+        with logging.tqdm(total=total, desc=title, unit=" facts", leave=False) as bar:
             while read := list(islice(sequences, max(1, _WINDOW_BATCHES * batch_size))):
                 for chosen, batch in self.tokenize.batches(read, batch_size):
                     yield batch.to(device)

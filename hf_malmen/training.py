@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather_object
+from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,6 +27,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy, speed_metrics
 from transformers.utils.hub import PushInProgress
 
+from . import distributed
 from .batches import TokenBatch, TokenSequence
 from .evaluation import n_measured
 from .facts import Fact, load_facts, require_fields
@@ -70,7 +72,8 @@ class EditorTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with what training an editor needs besides.
 
     `per_device_train_batch_size` counts the facts edited together in one step, and `per_device_eval_batch_size` those
-    edited together in evaluation. The defaults that differ from `TrainingArguments` are the paper's.
+    edited together in evaluation. Of several processes, the training facts of all are edited together: N processes take
+    the steps of one with N times as many. The defaults that differ from `TrainingArguments` are the paper's.
 
     Args:
         lm_batch_size: sequences a pass of the language model. Changes memory and speed, not the result.
@@ -150,6 +153,9 @@ class EditorTrainer(Trainer):
         Σ_(k < look_back) look_back_decay^k L_(t−k) + shift_penalty ‖S_t‖².
 
     "Before" in its locality loss is before turn t. The model itself is never written to.
+
+    Several processes share the work of a step: each traces its part of the facts, measures its part of the prompts and
+    replays its part of the rows. Shift, losses and gradients are those of one process with all facts.
 
     Args:
         editor: the editor to train.
@@ -232,6 +238,22 @@ class EditorTrainer(Trainer):
         assert isinstance(editor, EditorModel)  # for the type checker
         return editor
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """All processes read the same sets of facts, which `training_step` shares out.
+
+        Not left to accelerate's sharding, which repeats facts where the last set of an epoch is short.
+        """
+        loader: DataLoader[Any] = DataLoader(
+            self.train_dataset,  # type: ignore[arg-type] # a list
+            batch_size=self._train_batch_size * self.args.world_size,
+            sampler=self._get_train_sampler(),
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            drop_last=self.args.dataloader_drop_last,
+        )
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return prepare_data_loader(loader, num_processes=1, process_index=0, use_seedable_sampler=True, data_seed=seed)
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """`Trainer`'s optimizer, with log η, log λ and log κ in a group of their own."""
         if self.optimizer is None:
@@ -248,17 +270,21 @@ class EditorTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:  # ()
-        """Edit the facts of `inputs`, and leave the gradient of the meta loss on the editor's parameters."""
+        """Edit the facts of `inputs`, and leave the gradient of the meta loss on the editor's parameters.
+
+        Several processes call it with the same facts, and all get the same loss and gradient.
+        """
         model.train()
         facts: list[Fact] = inputs["facts"]
+        # Every process reads every prompt, so that all know how many answer tokens there are, and a bad one stops all.
         rephrases, unrelated = self._draw(facts)
-        edits = [self.tokenize(fact.prompt, fact.target) for fact in facts]
+        edits = _own([self.tokenize(fact.prompt, fact.target) for fact in facts])
         before = self._sequence.shifts
         window = [(rephrases, unrelated), *self._sequence.sets][: self.args.look_back]
         with frozen(self.base_model):
             self.passes.begin_step(edits, *(_joined(window, part) for part in (0, 1)))
             traces = self._trace(edits, before)
-            self.editor.update_statistics(traces, self.accelerator.gather)
+            self.editor.update_statistics(traces)
             solutions = self.editor.solve(traces, self.args.editor_batch_size)
             dtype = torch.promote_types(self.base_model.dtype, torch.float32)
             shifts = {
@@ -276,14 +302,13 @@ class EditorTrainer(Trainer):
                 generalization, locality = generalization + losses[0], locality + losses[1]
         penalty = self.args.shift_penalty * sum(shift.square().sum().item() for shift in shifts.values())
         share = 1 / self.current_gradient_accumulation_steps
-        gradients = {
-            name: share * (total.grad + 2 * self.args.shift_penalty * shifts[name])
-            for name, total in after.items()
-            if total.grad is not None
-        }
+        gradients = {}
+        for name, total in after.items():
+            gradients[name] = torch.zeros_like(total) if total.grad is None else share * total.grad
+            if distributed.is_main():  # it counts once
+                gradients[name] += share * 2 * self.args.shift_penalty * shifts[name]
         self.editor.backward(traces, solutions, gradients, self.args.editor_batch_size)
-        self._average_gradients()
-        self.editor.preserve(traces, gather_object)
+        self.editor.preserve(traces)
         self._sequence.n_sets += 1
         self._sequence.shifts = {name: total.detach() for name, total in after.items()}
         self._sequence.sets = window
@@ -381,7 +406,8 @@ class EditorTrainer(Trainer):
     ) -> tuple[float, float]:
         """`weight` × generalisation and locality loss of one set, each a mean over all of its answer tokens.
 
-        Leaves the gradient of generalisation + `locality_weight` × locality on the shifts `after`.
+        Leaves the gradient of generalisation + `locality_weight` × locality on the shifts `after`; of several processes,
+        each that of its own part, and all get the losses of the whole.
 
         Args:
             before, after: {module name: what is added to the weights before and after the edit}; before the first edit
@@ -390,25 +416,27 @@ class EditorTrainer(Trainer):
             weight: its part in the loss.
         """
         totals = [0.0, 0.0]
-        for _, batch in self._batches(rephrases):
+        for _, batch in self._batches(_own(rephrases)):
             with self._shifted(batch, after):
                 logits, targets = answer_logits(self.base_model, batch)
                 loss = weight * F.cross_entropy(logits, targets, reduction="sum") / _n_answer_tokens(rephrases)
                 loss.backward()
             totals[0] += loss.item()
-        for chosen, batch in self._batches(unrelated):
+        asked = _own(unrelated)
+        for chosen, batch in self._batches(asked):
             if before:
                 with self._shifted(batch, before), torch.no_grad():
                     old = answer_logits(self.base_model, batch)[0].log_softmax(-1)
             else:
-                old = self.passes.log_probabilities([unrelated[i] for i in chosen])
+                old = self.passes.log_probabilities([asked[i] for i in chosen])
             with self._shifted(batch, after):
                 new = answer_logits(self.base_model, batch)[0].log_softmax(-1)
                 divergence = F.kl_div(new, old, reduction="sum", log_target=True) / _n_answer_tokens(unrelated)
                 divergence = weight * divergence
                 (self.args.locality_weight * divergence).backward()
             totals[1] += divergence.item()
-        return totals[0], totals[1]
+        generalization, locality = distributed.add_up(torch.tensor(totals, dtype=torch.float64)).tolist()
+        return generalization, locality
 
     @contextmanager
     def _shifted(self, batch: TokenBatch, shifts: Mapping[str, Tensor]) -> Iterator[None]:
@@ -419,7 +447,7 @@ class EditorTrainer(Trainer):
     def _trace(self, edits: Sequence[TokenSequence], before: Mapping[str, Tensor]) -> list[dict[str, Trace]]:
         """Keys and value gradients of facts, in the model with `before` added to its weights."""
         if not before:
-            return [self.passes.traces(edits)]
+            return [self.passes.traces(edits)] if edits else []  # as a process may have none
         batches = (batch for _, batch in self._batches(edits))
         return list(self.editor.trace(self.base_model, batches, lambda batch: self._shifted(batch, before)))
 
@@ -440,13 +468,6 @@ class EditorTrainer(Trainer):
             return next(iter(editor.trace(self.base_model, [batch])))
 
         return FrozenPasses(self.base_model, names, trace, selection, self.tokenize, self.args.lm_batch_size, features)
-
-    def _average_gradients(self) -> None:
-        # Not left to DistributedDataParallel: the gradient is made outside of the editor's forward pass.
-        if self.accelerator.num_processes > 1:
-            for parameter in self.editor.parameters():
-                if parameter.grad is not None:
-                    parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
 
 
 @dataclass
@@ -480,11 +501,17 @@ class _ForgetFeatures(TrainerCallback):
 
 
 def _joined(window: Sequence[tuple[Sequence[TokenSequence], ...]], part: int) -> list[TokenSequence]:
-    return [sequence for questions in window for sequence in questions[part]]
+    return [sequence for questions in window for sequence in _own(questions[part])]
 
 
 def _is_scale(name: str) -> bool:
     return name.endswith(("log_edit_lr", "log_ridge", "log_preservation"))
+
+
+def _own(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
+    """This process's part, in the order in which one process would run through all: longest first."""
+    ordered = sorted(sequences, key=len, reverse=True)
+    return distributed.stretch(ordered, [len(sequence) for sequence in ordered])
 
 
 def _n_answer_tokens(sequences: Sequence[TokenSequence]) -> int:

@@ -1,10 +1,5 @@
-"""`EditorTrainer` on a tiny model: what moves, what must not, logs, checkpoints, resuming, two processes."""
+"""`EditorTrainer` on a tiny model: what moves, what must not, logs, checkpoints, resuming."""
 
-import math
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -26,7 +21,6 @@ from transformers import (
 )
 
 from hf_malmen import EditorModel, EditorTrainer, EditorTrainingArguments, Fact, FactError, ModelMismatchError
-from hf_malmen.tracing import frozen
 
 TARGETS = {"target_modules": ["down_proj", "o_proj"], "layers_to_transform": [2, 3]}
 METRICS = ("edit_success", "generalization", "locality", "unrelated_accuracy")
@@ -568,126 +562,6 @@ def test_arguments_are_checked(tmp_path: Path, name: str, value: float) -> None:
     """A setting that cannot be is named with its value."""
     with pytest.raises(ValueError, match=rf"{name} is {value}"):
         EditorTrainingArguments(output_dir=tmp_path, use_cpu=True, **{name: value})
-
-
-# Two processes
-
-WORKER = """
-import importlib.util, sys, torch
-spec = importlib.util.spec_from_file_location("builders", sys.argv[1])
-builders = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(builders)
-from hf_malmen import EditorTrainer, EditorTrainingArguments
-
-model, facts = builders.build_llama(), builders.build_long_facts(8)
-editor = builders.build_editor(
-    model, seed=None, n_preserved_keys=4, target_modules=["down_proj", "o_proj"], layers_to_transform=[2, 3]
-)
-seen, gradients = [], []
-plain = EditorTrainer.training_step
-
-def record(self, model, inputs, *rest):
-    loss = plain(self, model, inputs, *rest)
-    seen.append([fact.prompt for fact in inputs["facts"]])
-    gradients.append({name: value.grad.clone() for name, value in editor.named_parameters()})
-    return loss
-
-EditorTrainer.training_step = record
-trainer = EditorTrainer(
-    editor, model,
-    EditorTrainingArguments(
-        output_dir=sys.argv[2], use_cpu=True, report_to=[], disable_tqdm=True, per_device_train_batch_size=2,
-        num_train_epochs=1, rephrases_per_fact=2, save_strategy="no",
-    ),
-    train_dataset=facts, processing_class=builders.build_tokenizer(),
-)
-trainer.train()
-result = {
-    "n_processes": trainer.accelerator.num_processes, "state": editor.state_dict(), "seen": seen,
-    "gradients": gradients,
-}
-torch.save(result, f"{sys.argv[2]}/rank{trainer.accelerator.process_index}.pt")
-"""
-
-
-def run_two_processes(folder: Path) -> list[dict[str, Any]]:
-    """What each of two training processes, joined over gloo, ends with."""
-    script = folder / "worker.py"
-    script.write_text(WORKER, encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        environment = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-        arguments = [sys.executable, str(script), str(Path(__file__).with_name("conftest.py")), str(folder)]
-        processes.append(
-            subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
-
-
-def test_two_processes_train_one_editor(
-    llama: PreTrainedModel,
-    many: list[Fact],
-    make_editor: Callable[..., EditorModel],
-    make_trainer: Callable[..., EditorTrainer],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Both end with the same editor, whose statistics are those of all facts, and step along the mean gradient."""
-    first, second = run_two_processes(tmp_path)
-    assert first["n_processes"] == second["n_processes"] == 2
-    assert_identical(second["state"], first["state"])
-    prompts = [prompt for rank in (first, second) for chosen in rank["seen"] for prompt in chosen]
-    assert sorted(prompts) == sorted(fact.prompt for fact in many)  # each fact once, on one of the two
-
-    # Statistics: of the rows of all facts, computed here in one batch by torch.
-    editor = make_editor(llama, seed=None, n_preserved_keys=4, **TARGETS)
-    trainer = make_trainer(editor, llama, many, rephrases_per_fact=2)
-    with frozen(llama):
-        traced = next(
-            editor.trace(llama, [trainer.tokenize.pad([trainer.tokenize(fact.prompt, fact.target) for fact in many])])
-        )
-    for shape in editor.networks:
-        rows = [
-            torch.cat((entry.keys, entry.value_gradients), dim=1).double()
-            for entry in traced.values()
-            if f"{entry.keys.shape[1]}x{entry.value_gradients.shape[1]}" == shape
-        ]
-        stacked, prefix = torch.cat(rows), f"networks.{shape}.statistics"
-        assert first["state"][f"{prefix}.count"].item() == len(stacked)
-        torch.testing.assert_close(first["state"][f"{prefix}.mean"], stacked.mean(0), rtol=1e-4, atol=1e-6)
-        variance = first["state"][f"{prefix}.squared_deviation"] / (len(stacked) - 1)
-        torch.testing.assert_close(variance, stacked.var(0), rtol=1e-4, atol=1e-10)
-
-    # The first step: the mean of the gradients of both sets, each edited alone, under the statistics of both.
-    by_prompt = {fact.prompt: fact for fact in many}
-    sets = [[by_prompt[prompt] for prompt in rank["seen"][0]] for rank in (first, second)]
-    sequences = [trainer.tokenize(fact.prompt, fact.target) for chosen in sets for fact in chosen]
-    with frozen(llama):
-        editor.update_statistics(list(editor.trace(llama, [trainer.tokenize.pad(sequences)])))
-    monkeypatch.setattr(EditorModel, "update_statistics", lambda *args: None)
-    monkeypatch.setattr(EditorModel, "preserve", lambda *args: None)
-    trainer.current_gradient_accumulation_steps = 2
-    for chosen in sets:
-        trainer.training_step(editor, {"facts": chosen})
-    expected = {name: value.grad for name, value in editor.named_parameters()}
-    whole = math.sqrt(sum(float(value.square().sum()) for value in expected.values() if value is not None))
-    for rank in (first, second):
-        for name, value in expected.items():
-            assert value is not None
-            assert float((rank["gradients"][0][name] - value).norm()) < 1e-5 * whole, name
 
 
 def test_sharding_the_editor_is_refused(

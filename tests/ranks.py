@@ -1,0 +1,133 @@
+"""What the tests of several processes run on each of them, and here on one: `python ranks.py NAME FOLDER` a process."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if __name__ == "__main__":  # a process of its own; among the tests, the package is known
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hf_malmen import EditorModel, EditorTrainer, EditorTrainingArguments, Fact
+from hf_malmen.distributed import join, n_processes, process_index
+from tests.conftest import build_editor, build_llama, build_long_facts, build_tokenizer
+
+TARGETS = {"target_modules": ["down_proj", "o_proj"], "layers_to_transform": [2, 3]}
+LOGGED = ("loss", "generalization_loss", "locality_loss", "grad_norm")
+# Name: configuration of the editor, and the numbers of facts in the sets that are edited one after another. With three
+# processes a set of two or one leaves processes without facts; a set of fourteen has more tokens than features.
+STEPS: dict[str, tuple[torch.dtype, dict[str, Any], list[int]]] = {
+    "malmen": (torch.float32, {}, [8, 2, 14, 1]),
+    "malmen in float64": (torch.float64, {}, [14, 3]),
+    "preserve": (torch.float32, {"n_preserved_keys": 12}, [5, 14, 2, 1]),
+    "preserve in float64": (torch.float64, {"n_preserved_keys": 12}, [2, 14, 3]),
+    "mend": (torch.float32, {"method": "mend"}, [1, 2, 7]),
+}
+
+
+def trainer_for(editor: EditorModel, model: Any, folder: str | Path, **arguments: Any) -> EditorTrainer:
+    """A trainer on the CPU that reports nowhere."""
+    settings: dict[str, Any] = {"output_dir": folder, "use_cpu": True, "report_to": [], "disable_tqdm": True}
+    settings |= {"rephrases_per_fact": 2, "locality_weight": 0.7, "lm_batch_size": 3, "editor_batch_size": 11}
+    facts: list[Fact] = arguments.pop("facts", None) or build_long_facts(7)
+    return EditorTrainer(
+        editor,
+        model,
+        EditorTrainingArguments(**settings | arguments),
+        train_dataset=facts,
+        processing_class=build_tokenizer(),
+    )
+
+
+def steps(folder: str | Path) -> dict[str, Any]:
+    """Training steps over sets of facts, two accumulated into every gradient: losses, gradients, what editors keep."""
+    found: dict[str, Any] = {}
+    for name, (dtype, config, sizes) in STEPS.items():
+        model = build_llama(dtype)
+        editor = build_editor(model, **TARGETS, **config)
+        trainer = trainer_for(editor, model, folder)
+        trainer.current_gradient_accumulation_steps = 2
+        facts = build_long_facts(sum(sizes))
+        for i, size in enumerate(sizes):
+            chosen, facts = facts[:size], facts[size:]
+            loss = trainer.training_step(trainer.model, {"facts": chosen})
+            found[f"{name} {i}"] = {
+                "loss": loss.item(),
+                "parts": torch.tensor(trainer._losses[-1]),
+                "gradients": {
+                    key: value.grad.clone() for key, value in editor.named_parameters() if value.grad is not None
+                },
+                "buffers": {key: value.clone() for key, value in editor.named_buffers()},
+            }
+            if i % 2:
+                editor.zero_grad()
+    return found
+
+
+def train(folder: Path, resume_from: Path | None = None) -> dict[str, Any]:
+    """Two epochs over seven facts, four of them edited together, whatever the number of processes."""
+    model = build_llama(torch.float64)
+    editor = build_editor(model, seed=None, n_preserved_keys=6, **TARGETS)
+    trainer = trainer_for(
+        editor, model, folder, facts=build_long_facts(7), per_device_train_batch_size=4 // n_processes(),
+        num_train_epochs=2, save_steps=1, logging_steps=1, learning_rate=1e-3, lr_scheduler_type="linear",
+    )  # fmt: skip
+    sets: list[list[str]] = []
+    plain = trainer.training_step
+
+    def record(model: Any, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
+        sets.append([fact.prompt for fact in inputs["facts"]])
+        return plain(model, inputs, *rest)
+
+    trainer.training_step = record  # type: ignore[method-assign]
+    trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    losses = [[entry[key] for key in LOGGED] for entry in trainer.state.log_history if "loss" in entry]
+    return {"state": editor.state_dict(), "sets": sets, "losses": torch.tensor(losses, dtype=torch.float64)}
+
+
+def train_and_resume(folder: str | Path) -> dict[str, Any]:
+    """A run of this many processes, and one that goes on from the first step of the run of one process in `one`."""
+    folder = Path(folder)
+    return {
+        "whole": train(folder / "several"),
+        "resumed": train(folder / "resumed", resume_from=folder / "one" / "checkpoint-1"),
+    }
+
+
+RUNS = {"steps": steps, "train_and_resume": train_and_resume}
+
+
+def run(name: str, n: int, folder: Path) -> list[dict[str, Any]]:
+    """What `RUNS[name]` returns on each of `n` processes that are joined over gloo."""
+    folder.mkdir(exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(n):
+        environment = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        arguments = [sys.executable, __file__, name, str(folder)]
+        processes.append(
+            subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output
+    return [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(n)]
+
+
+if __name__ == "__main__":
+    join()
+    result = RUNS[sys.argv[1]](sys.argv[2]) | {"n_processes": n_processes()}
+    torch.save(result, Path(sys.argv[2]) / f"{sys.argv[1]}-{process_index()}.pt")

@@ -1,0 +1,78 @@
+"""Several processes, joined over gloo, against one: the same losses, gradients, editors, edits and scores."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from . import ranks
+
+State = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def stepped(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What the steps come to on one process, and on each of several."""
+    folder = tmp_path_factory.mktemp("steps")
+    found = ranks.run("steps", request.param, folder)
+    assert [entry.pop("n_processes") for entry in found] == [request.param] * request.param
+    return ranks.steps(folder), found
+
+
+def assert_close(found: State, expected: State, tolerance: float) -> None:
+    """The same names, and each tensor differs by `tolerance` of the norm of all at most."""
+    whole = float(torch.stack([value.double().norm() for value in expected.values()]).norm())
+    for name, value in expected.items():
+        assert float((found[name].double() - value.double()).norm()) <= tolerance * whole, name
+
+
+@pytest.mark.parametrize("name", ranks.STEPS)
+def test_steps_of_several_processes_are_those_of_one(
+    stepped: tuple[dict[str, Any], list[dict[str, Any]]], name: str
+) -> None:
+    """Shares are uneven, and some processes have no facts; losses, gradients, statistics and preserved keys agree."""
+    expected, found = stepped
+    dtype, _, sizes = ranks.STEPS[name]
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-9
+    for step in (f"{name} {i}" for i in range(len(sizes))):
+        for of_process in found:
+            assert of_process[step]["loss"] == pytest.approx(expected[step]["loss"], rel=1e-5), step
+            # A divergence between nearly equal distributions is a difference, exact to the rounding of its terms only.
+            torch.testing.assert_close(of_process[step]["parts"], expected[step]["parts"], rtol=tolerance, atol=1e-6)
+            gradients = of_process[step]["gradients"]
+            # One process leaves None where there is nothing to learn (λ of a sum), several a zero.
+            extra = gradients.keys() - expected[step]["gradients"].keys()
+            assert not any(gradients[key].any() for key in extra)
+            assert_close(gradients, expected[step]["gradients"], tolerance)
+            for key, value in expected[step]["buffers"].items():
+                torch.testing.assert_close(of_process[step]["buffers"][key], value, rtol=tolerance, atol=tolerance)
+            # Of one another, the same bits: they take the same step.
+            for key, value in found[0][step]["gradients"].items():
+                assert torch.equal(gradients[key], value), key
+
+
+def test_training_and_resuming_with_another_number_of_processes(tmp_path: Path) -> None:
+    """Two epochs end alike on one process and two, and on one that resumes where two stopped and the other way round.
+
+    The sets are the same as well, the short last one of each epoch included.
+    """
+    (one := tmp_path / "one").mkdir()
+    whole = ranks.train(one)
+    assert sorted(map(len, whole["sets"])) == [3, 3, 4, 4]
+    several = ranks.run("train_and_resume", 2, tmp_path)
+    assert several[0]["n_processes"] == 2
+    from_two = ranks.train(tmp_path / "back", resume_from=tmp_path / "several" / "checkpoint-1")
+    for found, start in [(rank[kind], kind == "resumed") for rank in several for kind in ("whole", "resumed")] + [
+        (from_two, True)
+    ]:
+        assert found["sets"] == whole["sets"][start:]
+        torch.testing.assert_close(found["losses"], whole["losses"], rtol=1e-5, atol=1e-6)
+        assert found["state"].keys() == whole["state"].keys()
+        for name, value in whole["state"].items():
+            torch.testing.assert_close(found["state"][name], value, rtol=1e-7, atol=1e-8, msg=name)
+    for name, value in several[0]["whole"]["state"].items():  # of one another, the same bits
+        assert torch.equal(several[1]["whole"]["state"][name], value), name
