@@ -406,8 +406,8 @@ class EditorTrainer(Trainer):
     ) -> tuple[float, float]:
         """`weight` × generalisation and locality loss of one set, each a mean over all of its answer tokens.
 
-        Leaves the gradient of generalisation + `locality_weight` × locality on the shifts `after`; of several processes,
-        each that of its own part, and all get the losses of the whole.
+        Leaves the gradient of generalisation + `locality_weight` × locality on the shifts `after`; of several
+        processes, each that of its own part, and all get the losses of the whole.
 
         Args:
             before, after: {module name: what is added to the weights before and after the edit}; before the first edit

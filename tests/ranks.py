@@ -4,15 +4,25 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 if __name__ == "__main__":  # a process of its own; among the tests, the package is known
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hf_malmen import EditorModel, EditorTrainer, EditorTrainingArguments, Fact
+from hf_malmen import (
+    EditorModel,
+    EditorTrainer,
+    EditorTrainingArguments,
+    Fact,
+    FactError,
+    FactStream,
+    OtherProcessError,
+)
 from hf_malmen.distributed import join, n_processes, process_index
 from tests.conftest import build_editor, build_llama, build_long_facts, build_tokenizer
 
@@ -26,6 +36,7 @@ STEPS: dict[str, tuple[torch.dtype, dict[str, Any], list[int]]] = {
     "preserve": (torch.float32, {"n_preserved_keys": 12}, [5, 14, 2, 1]),
     "preserve in float64": (torch.float64, {"n_preserved_keys": 12}, [2, 14, 3]),
     "mend": (torch.float32, {"method": "mend"}, [1, 2, 7]),
+    "rledit": (torch.float64, {"method": "rledit"}, [4, 1]),
 }
 
 
@@ -68,6 +79,41 @@ def steps(folder: str | Path) -> dict[str, Any]:
     return found
 
 
+# Name: configuration of the editor, and arguments of `make_edit`.
+EDITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "rows": ({}, {}),
+    "products": ({"token_selection": "all"}, {}),
+    "in groups": ({"token_selection": "all", "n_preserved_keys": 5}, {"max_memory": 100_000}),
+    "sum": ({"method": "mend"}, {}),
+    "following": ({"method": "ultraedit", "rank": 0}, {}),
+}
+
+
+def edit_and_measure(folder: str | Path) -> dict[str, Any]:
+    """Edits of facts in a list and in a stream, what they score, and an edit of a checkpoint on disk."""
+    folder = Path(folder)
+    model, tokenizer, facts = build_llama(), build_tokenizer(), build_long_facts(7)
+    found: dict[str, Any] = {}
+    for name, (config, arguments) in EDITS.items():
+        editor = build_editor(model, **TARGETS, **config)
+        for source in (facts, FactStream(str(folder / "facts.jsonl")), facts[:1]):
+            edit = editor.make_edit(model, source, tokenizer, batch_size=2, **arguments)
+            key = f"{name}, {type(source).__name__} of {edit.n_facts}"
+            found[key] = {"shifts": dict(edit.shifts), "facts": [fact.prompt for fact in edit.facts]}
+    measured = editor.measure(model, facts, tokenizer, batch_size=3, generate=True, probabilities=True)
+    found["scores"], found["per_fact"] = measured.scores, measured.per_fact.to_list()
+    editor = build_editor(model, edit_lr=0.1, **TARGETS)
+    output = folder / f"edited-{n_processes()}"
+    edit = editor.apply(str(folder / "base"), facts, output_dir=output, facts_per_turn=3, measure=True)
+    found["measured"] = edit.measured
+    with pytest.raises(FactError if process_index() == 1 or n_processes() == 1 else OtherProcessError) as failure:
+        # The second fact, which is the second process's, is longer than the model reads.
+        editor.make_edit(model, [facts[0], replace(facts[1], prompt="word " * 200), *facts[2:]], tokenizer)
+    found["failure"] = str(failure.value)
+    found["edit after a failure"] = dict(editor.make_edit(model, facts, tokenizer).shifts)
+    return found
+
+
 def train(folder: Path, resume_from: Path | None = None) -> dict[str, Any]:
     """Two epochs over seven facts, four of them edited together, whatever the number of processes."""
     model = build_llama(torch.float64)
@@ -98,7 +144,7 @@ def train_and_resume(folder: str | Path) -> dict[str, Any]:
     }
 
 
-RUNS = {"steps": steps, "train_and_resume": train_and_resume}
+RUNS = {"steps": steps, "edit_and_measure": edit_and_measure, "train_and_resume": train_and_resume}
 
 
 def run(name: str, n: int, folder: Path) -> list[dict[str, Any]]:

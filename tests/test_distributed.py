@@ -1,13 +1,18 @@
 """Several processes, joined over gloo, against one: the same losses, gradients, editors, edits and scores."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from hf_malmen import read_history
+
 from . import ranks
+from .conftest import build_llama, build_long_facts, build_tokenizer
 
 State = dict[str, Tensor]
 
@@ -53,6 +58,36 @@ def test_steps_of_several_processes_are_those_of_one(
             # Of one another, the same bits: they take the same step.
             for key, value in found[0][step]["gradients"].items():
                 assert torch.equal(gradients[key], value), key
+
+
+def test_edits_and_scores_of_several_processes_are_those_of_one(tmp_path: Path) -> None:
+    """Of lists, streams and checkpoints on disk, which one process writes; an error of one process reaches all."""
+    build_llama().save_pretrained(tmp_path / "base")
+    build_tokenizer().save_pretrained(tmp_path / "base")
+    lines = [json.dumps(fact.to_dict()) for fact in build_long_facts(7)]
+    (tmp_path / "facts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    expected = ranks.edit_and_measure(tmp_path)
+    for n in (2, 3):
+        found = ranks.run("edit_and_measure", n, tmp_path)
+        for index, of_process in enumerate(found):
+            for name, value in expected.items():
+                if isinstance(value, dict) and "shifts" in value:
+                    assert of_process[name]["facts"] == value["facts"], name
+                    assert_close(of_process[name]["shifts"], value["shifts"], 1e-5)
+            assert_close(of_process["edit after a failure"], expected["edit after a failure"], 1e-5)
+            for name in ("scores", "measured"):
+                assert of_process[name] == pytest.approx(expected[name], abs=1e-6)
+            for row, wanted in zip(of_process["per_fact"], expected["per_fact"], strict=True):
+                assert {k: v for k, v in row.items() if isinstance(v, str)} == {
+                    k: v for k, v in wanted.items() if isinstance(v, str)
+                }
+            text = of_process["failure"]
+            assert "takes" in text
+            assert (text == expected["failure"]) == (index == 1)
+            assert text.startswith(f"Process 1 of {n} failed. FactError: ") == (index != 1)
+        tensors = load_file(tmp_path / f"edited-{n}" / "model.safetensors")
+        assert_close(tensors, load_file(tmp_path / "edited-1" / "model.safetensors"), 1e-5)
+        assert len(read_history(tmp_path / f"edited-{n}")) == 1
 
 
 def test_training_and_resuming_with_another_number_of_processes(tmp_path: Path) -> None:
