@@ -165,18 +165,19 @@ def case(
 
 
 @pytest.mark.parametrize("contexts", [None, CONTEXTS])
-@pytest.mark.parametrize("clamp_factor", [0.75, 0.1])
+@pytest.mark.parametrize(("clamp_factor", "kl_weight"), [(0.75, 0.5), (0.1, 0.5), (0.75, 0.0)])
 def test_moves_equal_those_of_single_facts(
     case: tuple[str, PreTrainedModel],
     tokenizer: PreTrainedTokenizerFast,
     make_long_facts: Callable[..., list[Fact]],
     contexts: list[str] | None,
     clamp_factor: float,
+    kl_weight: float,
 ) -> None:
     """Adam over a padded batch, above a trunk that ran once, finds what each fact finds by itself."""
     kind, model = case
     facts = make_long_facts(3)
-    settings = {"context_prefixes": contexts, "clamp_factor": clamp_factor, "kl_weight": 0.5, "target_decay": 2.0}
+    settings = {"context_prefixes": contexts, "clamp_factor": clamp_factor, "kl_weight": kl_weight, "target_decay": 2.0}
     editor = build(model, tokenizer, covariance=False, **settings)
     found = moves_of(model, tokenizer, editor, facts)
     lengths = []
@@ -312,6 +313,18 @@ def test_edits_take_in_every_precision(
         editor = build(model, tokenizer, preservation=1e-3, **FAR)
         scores = editor.evaluate(model, AT_SUBJECT, tokenizer)
         assert scores["edit_success"] > 0.9 > 0.5 > scores["edit_success_before"]
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "olmo2", "gptj", "falcon", "opt", "mpt", "phi3", "mixtral"])
+def test_edits_take_in_every_kind_of_block(kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Norms behind the layers, attention beside them, outputs in tuples, a mixture of experts."""
+    row = KINDS[kind]
+    model = row.build()
+    config = EditorConfig(method="memit", preservation=1e-3, **FAR, **row.config)
+    editor = EditorModel.from_base(model, config)
+    editor.collect_covariance(model, TEXTS, tokenizer)
+    scores = editor.evaluate(model, AT_SUBJECT, tokenizer)
+    assert scores["edit_success"] > 0.9 > 0.5 > scores["edit_success_before"]
 
 
 # What users do with it
