@@ -22,7 +22,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from hf_malmen import Edit, EditorModel, Fact, TruncationWarning, __version__, cli, read_history
+from hf_malmen import Edit, EditorConfig, EditorModel, Fact, TruncationWarning, __version__, cli, read_history
 from hf_malmen.shifts import FactoredShift
 
 Build = Callable[..., Any]
@@ -277,6 +277,11 @@ def test_inspect(home: Path, call: Callable[..., Done], tmp_path: Path) -> None:
         assert re.search(
             rf"{re.escape(name)} .*48x32.* {editor.edit_lr(name):.3g} .* {editor.ridge(name):.3g} ", done.out
         )
+    model = AutoModelForCausalLM.from_pretrained(home / "model")
+    EditorModel.from_base(model, EditorConfig(method="ultraedit")).save_pretrained(tmp_path / "untrained")
+    done = call("inspect", tmp_path / "untrained")
+    assert "ultraedit editor" in done.out and "learned" not in done.out
+    assert "nothing to train; statistics of 0 rows, which follow the edits" in done.out
     done = call("inspect", home / "edit")
     assert "Edit of 8 facts" in done.out
     assert "The country of Lyon is -> Italy" in done.out

@@ -24,8 +24,8 @@ from huggingface_hub.errors import (
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_malmen import Edit, EditorModel, EditorTrainingArguments, Fact, ModelMismatchError
-from hf_malmen.configuration import FORMAT_VERSION
+from hf_malmen import Edit, EditorConfig, EditorModel, EditorTrainingArguments, Fact, ModelMismatchError
+from hf_malmen.configuration import FORMAT_VERSION, METHODS
 
 from .hub_server import HubServer
 
@@ -177,6 +177,24 @@ def test_what_is_pushed_is_pulled(hub: HubServer, api: HfApi, make_artifact: Bui
         assert same(pull(kind, revision=revision, cache_dir=hub.root / f"cache of {revision}".replace("/", "")), pushed)
     (commit,) = hub.seen("POST", "/commit/")
     assert json.loads(commit.body.splitlines()[0])["value"]["summary"] == "The first"
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.is_trained])
+def test_an_editor_without_parameters(
+    hub: HubServer,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    facts: list[Fact],
+    method: str,
+) -> None:
+    """It comes back with the statistics it was warmed up with, and with its card."""
+    pushed = EditorModel.from_base(model, EditorConfig(method=method))
+    if pushed.config.maker == "rows":
+        pushed.warm_up(model, facts, tokenizer)
+    pushed.push_to_hub(ID, token=TOKEN)
+    assert same(pull("editor"), pushed)
+    card = hub.files(ID)["README.md"].decode()
+    assert f"# {method.upper()} editor" in card and "yper-network" not in card
 
 
 def test_an_edit_names_the_editor_it_came_from(

@@ -62,7 +62,9 @@ def logged(trainer: EditorTrainer, key: str) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"method": "mend"}, {"n_preserved_keys": 6}], ids=["malmen", "mend", "preserve"]
+    "config",
+    [{}, {"method": "mend"}, {"method": "rledit"}, {"n_preserved_keys": 6}],
+    ids=["malmen", "mend", "rledit", "preserve"],
 )
 def test_every_parameter_moves(
     llama: PreTrainedModel,
@@ -458,6 +460,52 @@ def test_resumed_run_ends_where_an_uninterrupted_one_does(
         assert logged(resumed, key) == logged(whole, key)
 
 
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_sequence_is_an_optimizer_step(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    stop: int,
+) -> None:
+    """RLEdit's sets follow on each other within a step, a short last one of an epoch too, and never beyond it.
+
+    A run that is stopped after a step, within an epoch or at its end, resumes to the same bits.
+    """
+    measured: list[tuple[bool, float]] = []
+    measure = EditorTrainer._meta_loss
+
+    def record(self: EditorTrainer, before: Any, after: Any, *rest: Any) -> tuple[float, float]:
+        measured.append((bool(before), rest[-1]))
+        return measure(self, before, after, *rest)
+
+    monkeypatch.setattr(EditorTrainer, "_meta_loss", record)
+
+    def trainer_for(folder: str, **arguments: Any) -> EditorTrainer:
+        editor = make_editor(llama, seed=None, method="rledit", **TARGETS)
+        return make_trainer(
+            editor, llama, many, output_dir=tmp_path / folder, per_device_train_batch_size=2, num_train_epochs=2,
+            gradient_accumulation_steps=3, look_back=2, save_strategy="steps", save_steps=stop, logging_steps=1,
+            **arguments,
+        )  # fmt: skip
+
+    whole = trainer_for("whole")
+    assert (whole.args.shift_penalty, whole.args.locality_weight) == (1e-4, 0.6)
+    whole.train()
+    assert whole.state.global_step == 4
+    later = [(True, 1.0), (True, 0.95)]
+    assert measured == [(False, 1.0), *later, *later, (False, 1.0)] * 2  # three sets, one set
+    trainer_for("stopped", callbacks=[StopAt(stop)]).train()
+    resumed = trainer_for("stopped")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    assert_identical(resumed.editor.state_dict(), whole.editor.state_dict())
+    for key in ("loss", "generalization_loss", "locality_loss", "grad_norm"):
+        assert logged(resumed, key) == logged(whole, key)
+
+
 def test_checkpoint_is_an_editor(
     llama: PreTrainedModel,
     many: list[Fact],
@@ -556,7 +604,15 @@ def test_editor_of_another_model_is_refused(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("lm_batch_size", 0), ("editor_batch_size", -1), ("rephrases_per_fact", 0), ("locality_weight", -0.1)],
+    [
+        ("lm_batch_size", 0),
+        ("editor_batch_size", -1),
+        ("rephrases_per_fact", 0),
+        ("locality_weight", -0.1),
+        ("look_back", 0),
+        ("look_back_decay", 1.5),
+        ("shift_penalty", -1.0),
+    ],
 )
 def test_arguments_are_checked(tmp_path: Path, name: str, value: float) -> None:
     """A setting that cannot be is named with its value."""
