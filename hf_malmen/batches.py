@@ -6,7 +6,7 @@ tokens, merged spaces and chat templates need no special case.
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .configuration import EditorConfig
 from .errors import FactError
+from .facts import Fact
 from .tasks import Classes
 
 # Label of a position that answers nothing: what PyTorch's cross-entropy ignores.
@@ -31,11 +32,13 @@ class TokenSequence:
         labels: what each position must answer with, or `IGNORED`: of the decoder's positions where there is a decoder
             of its own, else of those of `input_ids`. A target token; or the class, at the token that its head reads.
         decoder_input_ids: what the decoder of an encoder-decoder reads; else empty.
+        subject: position in `input_ids` of the last token of the fact's subject, where that was asked for.
     """
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
     decoder_input_ids: tuple[int, ...] = ()
+    subject: int | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -63,6 +66,7 @@ class TokenBatch:
         labels: (n_sequences, length), or of the decoder's length where there is one.
         decoder_input_ids, decoder_attention_mask: (n_sequences, decoder length) of an encoder-decoder, else None. The
             two lengths differ.
+        subject: (n_sequences, length), bool: the last token of each subject; None where it was not asked for.
     """
 
     input_ids: Tensor
@@ -70,6 +74,7 @@ class TokenBatch:
     labels: Tensor
     decoder_input_ids: Tensor | None = None
     decoder_attention_mask: Tensor | None = None
+    subject: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "TokenBatch":
         """The same batch on `device`; as it is for "meta", where a model says it is whose weights are offloaded."""
@@ -81,6 +86,7 @@ class TokenBatch:
             self.labels,
             self.decoder_input_ids,
             self.decoder_attention_mask,
+            self.subject,
         )
         moved: list[Any] = [None if tensor is None else tensor.to(device) for tensor in tensors]
         return TokenBatch(*moved)
@@ -89,8 +95,11 @@ class TokenBatch:
         """The traced tokens of `input_ids`.
 
         `"answer"`: those that predict a target token, or that the class is read off; of an encoder, every unmasked one.
-        `"all"`: every unmasked one.
+        `"all"`: every unmasked one. `"subject"`: the last one of each subject.
         """
+        if token_selection == "subject":
+            assert self.subject is not None  # for the type checker: `Tokenizer.edit` marks it
+            return self.subject
         if token_selection == "answer" and self.decoder_input_ids is None:
             return self.labels != IGNORED
         return self.attention_mask.bool()
@@ -157,6 +166,27 @@ class Tokenizer:
                 "EditorConfig.use_chat_template is set, but the tokenizer has no chat template. "
                 "Use prompt_template, or a tokenizer that has one."
             )
+        if config.traced_tokens == "subject" and config.task_type != "CAUSAL_LM":
+            raise ValueError(
+                f"EditorConfig.token_selection is 'subject', which is for causal language models, and task_type is "
+                f"{config.task_type!r}. Use token_selection='answer' or 'all'."
+            )
+
+    def edit(self, fact: Fact) -> TokenSequence:
+        """Tokenise what `fact` edits: its prompt and target, with its subject marked where subjects are traced.
+
+        Raises:
+            FactError: as of a call; or the subject is needed, and missing or not in the prompt.
+        """
+        sequence = self(fact.prompt, fact.target)
+        if self.config.traced_tokens != "subject":
+            return sequence
+        if not fact.subject:
+            raise FactError(
+                f"The fact {fact.prompt!r} has no subject, and this editor traces subjects (token_selection='subject')"
+                ". Add the subject, as it stands in the prompt."
+            )
+        return replace(sequence, subject=self.subject_position(fact.prompt, fact.target, fact.subject))
 
     def __call__(self, prompt: str, target: str) -> TokenSequence:
         """Tokenise a prompt and its target.
@@ -270,7 +300,9 @@ class Tokenizer:
         ids, labels = [s.input_ids for s in sequences], [s.labels for s in sequences]
         mask = stack([[1] * len(s) for s in sequences], 0)
         if not sequences[0].decoder_input_ids:
-            return TokenBatch(stack(ids, self.pad_token_id), mask, stack(labels, IGNORED))
+            marked = [[int(i == s.subject) for i in range(len(s))] for s in sequences if s.subject is not None]
+            subject = stack(marked, 0).bool() if marked else None
+            return TokenBatch(stack(ids, self.pad_token_id), mask, stack(labels, IGNORED), subject=subject)
         decoder_ids = [s.decoder_input_ids for s in sequences]
         decoder_length = max(map(len, decoder_ids))
         decoder_length += decoder_length == length  # by which a module's rows tell its side

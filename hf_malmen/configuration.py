@@ -16,7 +16,7 @@ from .version import __version__
 FORMAT_VERSION = 1
 
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")
-TOKEN_SELECTIONS = ("answer", "all")
+TOKEN_SELECTIONS = ("answer", "all", "subject")
 STATISTICS = ("frozen", "following")
 FINGERPRINT_POLICIES = ("warn", "error", "ignore")
 # How alike a keyword must be to a field to be taken for a slip: two letters swapped in a word of four ("rnak") are.
@@ -161,7 +161,8 @@ class EditorConfig(PreTrainedConfig):
             classifier). `EditorModel.from_base` reads it off a base model of transformers' own.
         target_modules: names or PEFT-style suffixes of the layers to edit, such as `["mlp.down_proj"]`. `None` picks
             the second feed-forward linear of the last six blocks, of an encoder-decoder that of the last three blocks
-            of each side. Expanded to full names by `EditorModel.from_base`.
+            of each side; where subjects are looked at, that of five early blocks. Expanded to full names by
+            `EditorModel.from_base`.
         layers_to_transform: keep only the targets in these blocks (indices as PEFT counts them).
         module_shapes: `{module name: [key_size, value_size]}`. Filled by `EditorModel.from_base`.
         fan_in_fan_out: names of the targets that store their weight as (key_size, value_size), as GPT-2's `Conv1D`
@@ -179,9 +180,11 @@ class EditorConfig(PreTrainedConfig):
             ‖U S − D‖² + λ ‖S‖² + (κ / n_preserved_keys) ‖K₀ S‖². With a key covariance C (see
             `EditorModel.collect_covariance`) the weight of κ tr(Sᵀ C S), which is the same with all keys collected as
             K₀. None takes the method's own: 100; with `"ft"` 1.
-        token_selection: traced tokens, `"answer"` or `"all"`; `None` takes the method's own. `"answer"` is, for a
-            causal language model, the tokens that predict a target token; for an encoder-decoder, all tokens of the
-            side that a layer sits in; for a classifier, the token that its head reads.
+        token_selection: traced tokens, `"answer"`, `"all"` or `"subject"`; `None` takes the method's own. `"answer"`
+            is, for a causal language model, the tokens that predict a target token; for an encoder-decoder, all tokens
+            of the side that a layer sits in; for a classifier, the token that its head reads. `"subject"` is the last
+            token of each fact's `subject` (causal language models only): what the model knows of a subject gathers
+            there, in early and middle layers, whatever wording follows.
         statistics: `None` takes the method's own. `"frozen"`: an edit is standardised by the statistics that training
             or `EditorModel.warm_up` left. `"following"`: an edit's own rows are merged into a copy of them first, and
             the copy goes on to the next turn of `facts_per_turn`. Either way an edit never changes the editor.
@@ -301,8 +304,11 @@ class EditorConfig(PreTrainedConfig):
 
     @property
     def default_blocks(self) -> str:
-        """Which blocks the method edits if `target_modules` and `layers_to_transform` are None."""
-        return self._method.blocks
+        """Which blocks are edited if `target_modules` and `layers_to_transform` are None: `"last"` or `"early"` ones.
+
+        The method's own; where subjects are traced, early ones: later blocks have read them already.
+        """
+        return "early" if self.traced_tokens == "subject" else self._method.blocks
 
     @property
     def task_types(self) -> tuple[str, ...]:

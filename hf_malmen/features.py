@@ -206,7 +206,7 @@ def features_fingerprint(model: nn.Module, *settings: Any) -> str:
 
 def sequence_key(kind: str, sequence: TokenSequence) -> Key:
     """The key of what depends on all of a sequence, its answer too."""
-    return kind, (sequence.input_ids, sequence.labels, sequence.decoder_input_ids)
+    return kind, (sequence.input_ids, sequence.labels, sequence.decoder_input_ids, sequence.subject)
 
 
 # Of a configuration: where the model came from, and what wrote it.

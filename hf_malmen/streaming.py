@@ -50,7 +50,7 @@ class FactReader:
 
     def sequences(self) -> Iterator[TokenSequence]:
         """The facts as token sequences, in their order, in a pass of its own."""
-        return (self.tokenize(fact.prompt, fact.target) for fact in self.facts())
+        return (self.tokenize.edit(fact) for fact in self.facts())
 
     def count_rows(self, token_selection: str) -> int:
         """The most rows that tracing all facts gives a layer, in a pass of its own that runs no model."""
@@ -65,7 +65,7 @@ class FactReader:
             FactError: when it reaches a bad fact.
             ValueError: a batch size below 1.
         """
-        sequences = (self.tokenize(fact.prompt, fact.target) for fact in distributed.own(self.facts()))
+        sequences = (self.tokenize.edit(fact) for fact in distributed.own(self.facts()))
         total = None if self.n_facts is None else len(list(distributed.own(range(self.n_facts))))
         with logging.tqdm(total=total, desc=title, unit=" facts", leave=False) as bar:
             while read := list(islice(sequences, max(1, _WINDOW_BATCHES * batch_size))):
@@ -75,6 +75,8 @@ class FactReader:
 
 
 def _n_rows(sequence: TokenSequence, token_selection: str) -> int:
+    if token_selection == "subject":
+        return 1
     if sequence.decoder_input_ids:
         return max(len(sequence.input_ids), len(sequence.decoder_input_ids))
     return len(sequence.target_ids) if token_selection == "answer" else len(sequence.input_ids)

@@ -179,7 +179,7 @@ def trace(
         model: the base model, inside `frozen`.
         batch: facts, on the model's device.
         module_names: modules to trace.
-        token_selection: `"answer"` or `"all"`.
+        token_selection: `"answer"`, `"all"` or `"subject"`.
 
     Raises:
         NumericalError: a key or gradient is not finite, or a module never runs; names the module.

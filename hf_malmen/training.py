@@ -278,7 +278,7 @@ class EditorTrainer(Trainer):
         facts: list[Fact] = inputs["facts"]
         # Every process reads every prompt, so that all know how many answer tokens there are, and a bad one stops all.
         rephrases, unrelated = self._draw(facts)
-        edits = _own([self.tokenize(fact.prompt, fact.target) for fact in facts])
+        edits = _own([self.tokenize.edit(fact) for fact in facts])
         before = self._sequence.shifts
         window = [(rephrases, unrelated), *self._sequence.sets][: self.args.look_back]
         with frozen(self.base_model):
