@@ -17,6 +17,9 @@ _MODULE_OF = {
     "Evaluation": "evaluation",
     "Fact": "facts",
     "FactStream": "facts",
+    "Ledger": "ledger",
+    "LedgerEntry": "ledger",
+    "facts_in_force": "sequential",
     "load_facts": "facts",
     "measure_edit": "evaluation",
     "measure_side_effects": "side_effects",
@@ -62,7 +65,10 @@ if TYPE_CHECKING:
     from .history import read_history as read_history
     from .history import recover_checkpoint as recover_checkpoint
     from .history import undo_edit as undo_edit
+    from .ledger import Ledger as Ledger
+    from .ledger import LedgerEntry as LedgerEntry
     from .modeling import EditorModel as EditorModel
+    from .sequential import facts_in_force as facts_in_force
     from .side_effects import measure_side_effects as measure_side_effects
     from .training import EditorTrainer as EditorTrainer
     from .training import EditorTrainingArguments as EditorTrainingArguments

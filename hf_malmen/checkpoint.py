@@ -221,6 +221,28 @@ def check_checkpoint(checkpoint: str | Path, output_dir: str | Path | None, in_p
                 raise CheckpointError(f"{file} is read-only. Use output_dir, or allow writing: chmod u+w {file}.")
 
 
+def copy_checkpoint(
+    checkpoint: str | Path,
+    output_dir: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> None:
+    """Copy a checkpoint as `write_shifts` does, with nothing added.
+
+    Args:
+        checkpoint, output_dir, revision, token: as in `write_shifts`.
+
+    Raises:
+        CheckpointError: as `write_shifts`.
+    """
+    _check_destination(checkpoint, output_dir, in_place=False)
+    source = _resolve(checkpoint, False, revision, token)
+    require_settled(source.folder)
+    with _staged_copy(source, Path(output_dir), set()):
+        pass
+
+
 def base_tensors(folder: Path, tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
     """The tensors of a checkpoint as they were before its edits in force, where they are saved.
 
@@ -246,13 +268,43 @@ def fingerprints_of(
     Raises:
         CheckpointError, ModelMismatchError: see `write_shifts`.
     """
-    # Nothing is added; the shifts only say which tensors are meant.
+    tensors = read_tensor_index(folder)
+    plan = _places(folder, shapes, fan_in_fan_out, tensors)
+    return stored_fingerprint(plan, tensors), stored_fingerprint(plan, base_tensors(folder, tensors))
+
+
+def weights_before_edits(
+    folder: Path, shapes: Mapping[str, tuple[int, int]], fan_in_fan_out: Iterable[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """The target weights of a checkpoint as they were before its edits in force, one at a time, as they are stored.
+
+    Args:
+        folder, shapes, fan_in_fan_out: as in `fingerprints_of`.
+
+    Raises:
+        CheckpointError, ModelMismatchError: see `write_shifts`.
+    """
+    tensors = read_tensor_index(folder)
+    flipped = set(fan_in_fan_out)
+    plan = _places(folder, shapes, flipped, tensors)
+    before = base_tensors(folder, tensors)
+    for name, shape in shapes.items():
+        keys = [key for key, shift in plan.items() if shift.module == name]
+        weight = torch.cat(list(_weight_rows(keys, plan, before)))
+        yield name, weight.reshape(shape if name in flipped else shape[::-1])
+
+
+def _places(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, int]],
+    fan_in_fan_out: Iterable[str],
+    tensors: Mapping[str, TensorEntry],
+) -> dict[str, TensorShift]:
+    """Which tensors hold the target weights: nothing is added by these shifts."""
     nothing: dict[str, Shift] = {
         name: FactoredShift(*(torch.empty(0, size) for size in shape)) for name, shape in shapes.items()
     }
-    tensors = read_tensor_index(folder)
-    plan = map_shifts(folder, nothing, fan_in_fan_out, tensors)
-    return stored_fingerprint(plan, tensors), stored_fingerprint(plan, base_tensors(folder, tensors))
+    return map_shifts(folder, nothing, fan_in_fan_out, tensors)
 
 
 def stored_fingerprint(plan: Mapping[str, TensorShift], tensors: Mapping[str, TensorEntry]) -> str:

@@ -130,6 +130,14 @@ def apply(
     facts_per_turn: Annotated[
         int | None, typer.Option(min=1, help="Edit sequentially, this many facts a turn; default: all at once.")
     ] = None,
+    accumulate: Annotated[
+        bool,
+        typer.Option(
+            "--accumulate",
+            help="Solve anew over the facts of all edits in force, read by the unedited model: any number of calls "
+            "gives what one would.",
+        ),
+    ] = False,
     stream: Annotated[
         bool, typer.Option("--stream", help="Read the facts as they are needed, for more than memory should hold.")
     ] = False,
@@ -168,13 +176,20 @@ def apply(
         batch_size=batch_size,
         facts_per_turn=facts_per_turn,
         max_memory=max_memory,
+        accumulate=accumulate,
         measure=measure,
         revision=revision,
     )
     if not distributed.is_main():
         return
     folder = model if in_place else output_dir
-    print(f"Wrote {edit.n_facts} facts into {len(edit.layers)} layers of {folder}. Undo: hf-malmen undo {folder}")
+    skipped = f"Skipped {edit.n_skipped} facts that are in force already, or come twice. " if edit.n_skipped else ""
+    if not edit.layers:
+        print(f"{skipped}Nothing was left to write; {folder} holds what {model} does.")
+        return
+    print(
+        f"{skipped}Wrote {edit.n_facts} facts into {len(edit.layers)} layers of {folder}. Undo: hf-malmen undo {folder}"
+    )
     if save_edit is not None:  # when it is known that the facts are written, should this fail
         edit.save_pretrained(save_edit)
 
@@ -206,16 +221,22 @@ def write(
 def log(
     checkpoint: Checkpoint,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    facts: Annotated[
+        bool, typer.Option("--facts", help="Show every fact instead: which edit wrote it, and what replaced it.")
+    ] = False,
 ) -> None:
     """Show the edits in force on a checkpoint, oldest first. For one edit's facts: hf-malmen inspect DIR/edits/0001."""
     from dataclasses import asdict
 
-    from .history import read_history, recover_checkpoint
-    from .report import describe_history
+    from .history import read_history, read_ledger, recover_checkpoint
+    from .report import describe_history, describe_ledger
 
     if recover_checkpoint(checkpoint):
         print("A change that had not ended was finished or taken back first.", file=sys.stderr)
-    if as_json:
+    if facts:
+        ledger = read_ledger(checkpoint)
+        print(json.dumps(ledger.to_dict(), indent=2, ensure_ascii=False) if as_json else describe_ledger(ledger))
+    elif as_json:
         summaries = [asdict(record.summary) for record in read_history(checkpoint)]
         print(json.dumps(summaries, indent=2, ensure_ascii=False))
     else:

@@ -22,15 +22,16 @@ from .errors import EditStateError, FingerprintWarning, ModelMismatchError
 from .facts import Fact
 from .history import CARD_FILE, SHIFTS_FILE
 from .hub import push_folder
+from .ledger import EDIT_CONFIG_FILE
 from .model_card import N_FACTS_SHOWN, EditSummary, describe_maker, hub_id, render_edit_card
 from .shards import parse_json
 from .shifts import Shift, add, add_rows, blocks, check_shape, dense, load_shifts, materialise, save_shifts
+from .state import STATE_FILE, EditState
 from .targets import check_targets, fingerprint, is_fan_in_fan_out, plain_model, target_module, weight_of
 from .version import __version__
 
 # The layout of what `Edit.save_pretrained` writes.
 EDIT_FORMAT_VERSION = 1
-_CONFIG_FILE = "config.json"
 
 
 @dataclass
@@ -69,13 +70,13 @@ class Edit:
         fan_in_fan_out: the modules that store their weight as (key_size, value_size).
         facts: the facts written; of facts that were streamed, the first few.
         n_facts: how many were written.
-        statistics: of a method whose statistics follow its edits, those after this edit: what `make_edit` takes for the
-            next one on the same model.
         task_type: PEFT's task type of the model.
         base_model_name_or_path, base_model_revision, base_model_fingerprint: the model they are for.
         editor: what made the shifts: method, name, revision, version, and the learned λ and η of each layer.
         created_at: ISO 8601, UTC.
         measured: {metric: score after the edit}, where it was measured.
+        state: what follows the edits: running statistics, rows of an accumulated edit. Mostly empty.
+        n_skipped: facts that `apply` was given and left out, because they are in force already. Not saved.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Edit:
         created_at: str | None = None,
         measured: Mapping[str, float] | None = None,
         n_facts: int | None = None,
-        statistics: Mapping[str, Tensor] | None = None,
+        state: EditState | None = None,
     ) -> None:
         self.layers: dict[str, Shift] = {
             name: dense(shift) if isinstance(shift, Tensor) else shift for name, shift in shifts.items()
@@ -107,13 +108,19 @@ class Edit:
         self.editor = dict(editor or {})
         self.created_at = created_at or datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.measured = dict(measured or {})
-        self.statistics = dict(statistics or {})
+        self.state = state or EditState()
+        self.n_skipped = 0
         self._model: weakref.ref[nn.Module] | None = None
 
     @property
     def shifts(self) -> Mapping[str, Tensor]:
         """{module name: S of shape (key_size, value_size), float32 on the CPU}."""
         return _Shifts(self.layers, self.fan_in_fan_out)
+
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        """Of a method whose statistics follow its edits, those after this edit."""
+        return self.state.statistics
 
     def __repr__(self) -> str:
         return f"Edit({self.n_facts} facts, {len(self.layers)} layers of {self.base_model_name_or_path})"
@@ -319,6 +326,8 @@ class Edit:
     def merge(self, other: "Edit") -> "Edit":
         """One edit with the shifts of both added up, and the facts of both.
 
+        Where both have a fact of the same prompt, that of `other` is the one in force. The state is that after `other`.
+
         Raises:
             ModelMismatchError: the two are for different base models.
         """
@@ -344,13 +353,16 @@ class Edit:
             base_model_revision=self.base_model_revision,
             base_model_fingerprint=self.base_model_fingerprint,
             editor=makers[0] if len(makers) == 1 else {"merged": makers},
-            statistics=other.statistics or self.statistics,
+            state=self.state.then(other.state, len(self.facts)),
         )
 
     # Folders and the Hub
 
     def save_pretrained(self, save_directory: str | Path) -> Path:
-        """Write `edit.safetensors` (shifts), `config.json` (provenance, sorted) and a card into a folder."""
+        """Write `edit.safetensors` (shifts), `config.json` (provenance, sorted) and a card into a folder.
+
+        What follows the edits goes into `state.safetensors`, if there is any.
+        """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         self._save(folder)
@@ -359,6 +371,7 @@ class Edit:
 
     def _save(self, folder: Path) -> None:
         save_shifts(self.layers, folder / SHIFTS_FILE)
+        self.state.save(folder)
         config = {
             "base_model_fingerprint": self.base_model_fingerprint,
             "base_model_name_or_path": self.base_model_name_or_path,
@@ -374,7 +387,7 @@ class Edit:
             "task_type": self.task_type,
         }
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        (folder / _CONFIG_FILE).write_text(text, encoding="utf-8")
+        (folder / EDIT_CONFIG_FILE).write_text(text, encoding="utf-8")
 
     @classmethod
     def from_pretrained(
@@ -400,19 +413,19 @@ class Edit:
             folder = Path(
                 snapshot_download(
                     str(name_or_path),
-                    allow_patterns=[SHIFTS_FILE, _CONFIG_FILE],
+                    allow_patterns=[SHIFTS_FILE, STATE_FILE, EDIT_CONFIG_FILE],
                     revision=revision,
                     token=token,
                     cache_dir=cache_dir,
                     local_files_only=local_files_only,
                 )
             )
-        config_file, shifts_file = folder / _CONFIG_FILE, folder / SHIFTS_FILE
+        config_file, shifts_file = folder / EDIT_CONFIG_FILE, folder / SHIFTS_FILE
         config = parse_json(config_file.read_bytes(), config_file) if config_file.is_file() else {}
         if "edit_format_version" not in config or not shifts_file.is_file():
             what = "an editor; use EditorModel.from_pretrained"
             if config.get("model_type") != EditorConfig.model_type:
-                what = f"no edit: expected {_CONFIG_FILE} and {SHIFTS_FILE}, as Edit.save_pretrained writes them"
+                what = f"no edit: expected {EDIT_CONFIG_FILE} and {SHIFTS_FILE}, as Edit.save_pretrained writes them"
             raise ModelMismatchError(f"{name_or_path} holds {what}.")
         version = config.pop("edit_format_version", None)
         if version != EDIT_FORMAT_VERSION:
@@ -424,7 +437,7 @@ class Edit:
         shifts = load_shifts(shifts_file)
         try:
             facts = [Fact(**{**fact, "rephrases": tuple(fact.get("rephrases", ()))}) for fact in config.pop("facts")]
-            edit = cls(shifts, facts=facts, **config)
+            edit = cls(shifts, facts=facts, state=EditState.load(folder), **config)
             _check_provenance(edit)
             return edit
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -524,12 +537,23 @@ def check_fingerprint(
     warnings.warn(message, FingerprintWarning, stacklevel=3)
 
 
+def live_edits(model: nn.Module) -> list[Edit]:
+    """The edits in force on a live model, oldest first; not those of the checkpoint that it was loaded from."""
+    return [application.edit for application in _in_force.get(plain_model(model), [])]
+
+
+def weights_before_live_edits(model: nn.Module) -> dict[str, Tensor]:
+    """{module name: its weight before any edit of `live_edits`}, of the modules that these changed."""
+    originals: dict[str, Tensor] = {}
+    for application in reversed(_in_force.get(plain_model(model), [])):
+        originals |= application.originals
+    return originals
+
+
 def base_fingerprint(model: nn.Module, names: Iterable[str]) -> str:
     """Fingerprint of the target weights as they were before any edit in force."""
     model = plain_model(model)
-    originals: dict[str, Tensor] = {}
-    for application in reversed(_in_force.get(model, [])):
-        originals |= application.originals
+    originals = weights_before_live_edits(model)
     return fingerprint((name, originals.get(name, weight_of(model, name))) for name in sorted(names))
 
 

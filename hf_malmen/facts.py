@@ -313,8 +313,9 @@ def _checked(facts: Iterable[Fact], where: str, held: Sequence[Fact] = ()) -> It
     targets = array("q")  # hash of each fact's target
     for number, fact in enumerate(facts):
         _check(fact, number)
-        first = first_with.setdefault(hash(fact.prompt), number)
-        targets.append(hash(fact.target))
+        # White space around them is nothing that a model could answer differently by.
+        first = first_with.setdefault(hash(fact.prompt.strip()), number)
+        targets.append(hash(fact.target.strip()))
         if targets[first] != targets[number]:
             earlier = f"{held[first].target!r}" if held else f"that of fact {first}"
             raise FactError(

@@ -6,6 +6,7 @@ edits/0001/                one record an edit in force, oldest first
     originals.safetensors  the bytes that it replaced
     README.before.md       the checkpoint's card before it, if there was one
     config.json, edit.safetensors   the edit itself; `Edit.from_pretrained` reads the folder
+    state.safetensors      what follows the edits, where something does: see `state.py`
 edits/.journal/            a change that has begun and not ended
 ```
 
@@ -22,7 +23,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -33,6 +34,8 @@ import torch
 from safetensors import SafetensorError
 
 from .errors import CheckpointError, CheckpointWriteError
+from .facts import Fact
+from .ledger import Ledger, build_ledger, read_facts
 from .mapping import TensorShift, map_shifts
 from .model_card import EditSummary, render_checkpoint_card, strip_checkpoint_card
 from .shards import TensorEntry, copy_bytes, in_hub_cache, parse_json, raw, read_header, write_entries
@@ -129,6 +132,18 @@ def read_history(checkpoint: str | Path) -> list[Record]:
         if record.id != record.folder.name:
             raise CheckpointError(f"{record.folder} holds the record of edit {record.id}. The history is damaged.")
     return records
+
+
+def read_ledger(checkpoint: str | Path) -> Ledger:
+    """The facts that the edits in force on a checkpoint wrote, and which of them later ones replaced.
+
+    Args:
+        checkpoint: its folder.
+
+    Raises:
+        CheckpointError: no such folder, or a damaged record.
+    """
+    return build_ledger(_written(read_history(checkpoint)))
 
 
 def undo_edit(checkpoint: str | Path, edit_id: str | None = None) -> UndoReport:
@@ -323,6 +338,8 @@ def recorded(
         _require_space(folder, sum(entry.end - entry.begin for entry in tensors.values()))
         preparing.mkdir(parents=True)
         save_edit(preparing)
+        ledger = build_ledger([*_written(records), (edit_id, read_facts(preparing), summary.n_facts)])
+        summary = replace(summary, n_replaced=ledger.n_replaced_by(edit_id))
         write_entries(preparing / _ORIGINALS_FILE, tensors)
         card, before = None, _read_card(folder)
         if not (folder / CARD_FILE).is_file() or before is not None:  # a card that is no text is left alone
@@ -438,6 +455,7 @@ def _prepare_removal(folder: Path, record: Record, records: Sequence[Record]) ->
     weights = write_entries(preparing / _WEIGHTS_FILE, originals)
     card_before = _card_before(record)
     kept = [other.summary for other in records[: records.index(record)]]
+    ledger = build_ledger(_written([other for other in records if other is not record]))
     for other in later:
         staged = preparing / _REPLACING / other.id
         staged.mkdir()
@@ -460,11 +478,12 @@ def _prepare_removal(folder: Path, record: Record, records: Sequence[Record]) ->
         had_card = card_before is not None
         if card_before is not None:
             (staged / _CARD_BEFORE).write_bytes(card_before.encode())
-        kept.append(other.summary)
+        summary = replace(other.summary, n_replaced=ledger.n_replaced_by(other.id))
+        kept.append(summary)
         if other.card_sha256 is not None:
             card_before = render_checkpoint_card(card_before, kept)
         sha256 = _sha256(card_before) if other.card_sha256 is not None and card_before is not None else None
-        changed = replace(other, had_card=had_card, card_sha256=sha256)
+        changed = replace(other, summary=summary, had_card=had_card, card_sha256=sha256)
         (staged / _RECORD_FILE).write_text(_record_text(changed), encoding="utf-8")
     card = _read_card(folder)
     if card is not None:
@@ -612,6 +631,12 @@ def _sync_tree(folder: Path) -> None:
 # Records as text
 
 
+def _written(records: Iterable[Record]) -> Iterator[tuple[str, list[Fact], int]]:
+    """What a ledger is built from."""
+    for record in records:
+        yield record.id, read_facts(record.folder), record.summary.n_facts
+
+
 def _record_text(record: Record) -> str:
     content = {
         "summary": asdict(record.summary),
@@ -673,7 +698,13 @@ def _check_record(record: Record) -> None:
     optional = (summary.base_model, summary.base_model_fingerprint, record.card_sha256)
     for text in (*texts, *(text for text in optional if text is not None)):
         text.encode()
-    numbers = [summary.n_facts, *summary.measured.values(), *record.checksums.values(), *record.rounding.values()]
+    numbers = [
+        summary.n_facts,
+        summary.n_replaced,
+        *summary.measured.values(),
+        *record.checksums.values(),
+        *record.rounding.values(),
+    ]
     if not all(isinstance(number, int | float) for number in numbers) or not isinstance(record.had_card, bool):
         raise ValueError("a number is expected where it has something else")
 

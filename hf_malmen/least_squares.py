@@ -215,6 +215,22 @@ class RowSum:
             assert self._product is not None  # for the type checker: set in _fold
             self._product = distributed.add_up(self._product)
 
+    def add_products(
+        self,
+        gram: Tensor | None,
+        moment: Tensor,  # (key_size, value_size)
+        n_rows: int,
+    ) -> None:
+        """Take in rows by what they come to: PᵀD. A sum needs no `gram`."""
+        device = solve_device(moment.device)
+        product = moment.to(device, SOLVE_DTYPE, copy=True)
+        if self._kept:
+            left, differences = _stacked(self._kept)
+            product += left.T @ differences
+            self._kept = []
+        self._n_kept += n_rows
+        self._product = product if self._product is None else self._product.add_(product)
+
     def solve(self, ridge: float, *, in_place: bool = False) -> SumSolution:
         """The shift so far. `ridge` has no part in a sum, and there is nothing to save by `in_place`.
 
@@ -292,6 +308,20 @@ class RidgeLeastSquares:
             assert self._gram is not None  # for the type checker: both are set in _fold
             assert self._moment is not None
             self._gram, self._moment = distributed.add_up(self._gram), distributed.add_up(self._moment)
+
+    def add_products(
+        self,
+        gram: Tensor | None,  # (key_size, key_size)
+        moment: Tensor,  # (key_size, value_size)
+        n_rows: int,
+    ) -> None:
+        """Take in rows by what they come to: UᵀU and UᵀD."""
+        assert gram is not None  # for the type checker: only a sum has none
+        device = solve_device(moment.device)
+        gram, moment = (product.to(device, SOLVE_DTYPE, copy=True) for product in (gram, moment))
+        self._gram = gram if self._gram is None else self._gram.add_(gram)
+        self._moment = moment if self._moment is None else self._moment.add_(moment)
+        self.n_rows += n_rows
 
     def solve(self, ridge: float, *, in_place: bool = False) -> PrimalSolution | DualSolution:
         """The minimiser at λ = `ridge`.

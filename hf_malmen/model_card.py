@@ -106,6 +106,7 @@ class EditSummary:
         base_model_fingerprint: of the target weights that the edit was made for.
         hf_malmen_version: that wrote it.
         measured: {metric: score after the edit}; empty where nothing was measured.
+        n_replaced: how many facts, of earlier edits in force or its own, are not in force any more because of it.
     """
 
     id: str
@@ -117,6 +118,7 @@ class EditSummary:
     base_model_fingerprint: str | None = None
     hf_malmen_version: str = __version__
     measured: Mapping[str, float] = field(default_factory=dict)
+    n_replaced: int = 0
 
 
 # An editor's repo
@@ -347,6 +349,7 @@ def render_checkpoint_card(original: str | None, records: Sequence[EditSummary])
         begin=SECTION_BEGIN,
         end=SECTION_END,
         n_facts=sum(record.n_facts for record in records),
+        n_replaced=sum(record.n_replaced for record in records),
         n_edits=len(records),
         base_model=escape(records[0].base_model) if records[0].base_model else None,
         edits=table(

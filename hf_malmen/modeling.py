@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path, PurePosixPath
 from shutil import copyfile
 from tempfile import TemporaryDirectory
@@ -26,23 +25,29 @@ from transformers.utils import logging
 
 from . import distributed
 from .batches import TokenBatch, Tokenizer
-from .checkpoint import check_checkpoint, fingerprints_of
+from .checkpoint import check_checkpoint, copy_checkpoint
 from .configuration import METHODS, EditorConfig
 from .covariance import DEFAULT_N_TOKENS, DEFAULT_TEXT_BATCH_SIZE, KeyCovariance, ordinary_keys
 from .edit import Edit, base_fingerprint, check_fingerprint
 from .errors import CheckpointError, EditStateError, ModelMismatchError, UntrainedEditorWarning
-from .evaluation import Evaluation, evaluate_edit, measure_edit
+from .evaluation import Evaluation, measure_edit
 from .facts import Fact, FactStream, load_facts
 from .finetuning import fine_tune
-from .history import CARD_FILE, EDITS_FOLDER, read_history
+from .history import CARD_FILE
 from .hub import cached_commit, push_folder
 from .hypernetwork import DoubleBuffers, HyperBlock, HyperNetwork, Normaliser, RunningStatistics
-from .least_squares import Adjoint, Solution, aggregator, solve_device, state_bytes
+from .least_squares import Adjoint, RidgeLeastSquares, RowSum, Solution, aggregator, solve_device, state_bytes
 from .memit import write_targets
 from .memory import parse_memory, plan_groups, traces_by_group
 from .model_card import HUB_RESULTS_FILE, N_FACTS_SHOWN, PLOT_FILE, RESULTS_FILE, EditorRun, write_editor_card
+from .sequential import (
+    fingerprint_before_edits,
+    make_next_edit,
+    statistics_in_force,
+)
 from .shifts import Shift
 from .side_effects import load_texts
+from .state import EditState
 from .streaming import FactReader
 from .targets import check_targets, find_targets, is_fan_in_fan_out, module_shape, plain_model, target_module
 from .tasks import AUTO_CLASSES, Classes, infer_task_type
@@ -400,13 +405,7 @@ class EditorModel(PreTrainedModel):
             The module's name and its solution.
         """
         names = list(names or self.module_names)
-        aggregators = {}
-        for name in names:
-            network, index = self.network(name)
-            aggregators[name] = aggregator(self.config.aggregation, name, n_rows + network.n_preserved_keys)
-            if network.n_preserved_keys and distributed.is_main():  # they count once
-                still = network.preserved_rows(index)
-                aggregators[name].add(still, still.new_zeros(len(still), network.value_size))
+        aggregators = self.aggregators(names, n_rows, pooled=True)
         # Once for all rows: whitening has a matrix to factorise.
         normalisers = {shape: own.normaliser() for shape, own in (statistics or self.statistics).items()}
         with distributed.together():
@@ -420,6 +419,24 @@ class EditorModel(PreTrainedModel):
                 rows.add(*self._no_rows(name))
                 rows.pool()
             yield name, rows.solve(self.ridge(name), in_place=True)
+
+    def aggregators(
+        self, names: Sequence[str] | None = None, n_rows: int = 0, *, pooled: bool = False
+    ) -> dict[str, RowSum | RidgeLeastSquares]:
+        """What takes in the rows of target modules, with the rows that ask for preserved keys in it already.
+
+        Args:
+            names, n_rows: as for `solutions`.
+            pooled: whether the rows of several processes will be put together, where those keys must count once.
+        """
+        aggregators = {}
+        for name in names or self.module_names:
+            network, index = self.network(name)
+            aggregators[name] = aggregator(self.config.aggregation, name, n_rows + network.n_preserved_keys)
+            if network.n_preserved_keys and (distributed.is_main() or not pooled):
+                still = network.preserved_rows(index)
+                aggregators[name].add(still, still.new_zeros(len(still), network.value_size))
+        return aggregators
 
     @property
     def statistics(self) -> dict[str, RunningStatistics]:
@@ -616,10 +633,10 @@ class EditorModel(PreTrainedModel):
             tokenizer: the base model's; loaded from `model.name_or_path` if None.
             batch_size: facts a forward and backward pass of the language model. Does not change the result.
             editor_batch_size: tokens a pass of the hyper-network. Does not change the result.
-            statistics: where they follow the edits, what the edits that `model` holds have left in
-                `Edit.statistics`; None: those of the editor. Before the first row of an edit is standardised, all of
-                its rows are known, so that memory grows with the number of facts; `facts_per_turn` of `apply` bounds
-                it.
+            statistics: where they follow the edits, those to go on from; None: what the edits in force on `model` have
+                left (`EditState.statistics`), or before any the editor's own. Before the first row of an edit is
+                standardised, all of its rows are known, so that memory grows with the number of facts;
+                `facts_per_turn` of `apply` bounds it.
             max_memory: the most that the rows, or UᵀU and UᵀD, of the layers that are solved together may take, in
                 bytes or as a text such as `"8GiB"`. Where all layers take more, groups of them are solved one after
                 the other; see `memory.traces_by_group` for what that costs. Models, their passes and the shifts come
@@ -634,18 +651,31 @@ class EditorModel(PreTrainedModel):
         limit = parse_memory(max_memory)
         source = _facts(facts)
         model = _base(model)
-        self.check_base(model)
-        if self.config.key_covariance is None and not self.is_trained:  # without a covariance there is no edit at all
-            _warn_untrained(self.config)
+        self.check_ready(model)
+        if statistics is None and self.config.follows_edits:
+            statistics = statistics_in_force(model, pack_statistics(self.statistics))
         reader = FactReader(source, self.tokenizer_for(model, tokenizer), N_FACTS_SHOWN)
         request = EditRequest(model, reader, batch_size, editor_batch_size, statistics, limit)
-        with frozen(model), self._beside(input_device(model)):
+        with frozen(model), self.beside(input_device(model)):
             made = MAKERS[self.config.maker](self, request)
+        edit = self.wrap(made.shifts, model, reader.kept, reader.n_facts or 0)
+        edit.state = EditState(statistics=dict(made.statistics))
+        return edit
+
+    def wrap(self, shifts: Mapping[str, Shift], model: nn.Module, facts: Sequence[Fact], n_facts: int) -> Edit:
+        """Shifts for `model` as an edit that says where it comes from.
+
+        Args:
+            shifts: {module name: its shift}.
+            model: the base model.
+            facts: those that the edit keeps.
+            n_facts: how many it writes.
+        """
         return Edit(
-            made.shifts,
+            shifts,
             fan_in_fan_out=self.config.fan_in_fan_out or (),
-            facts=reader.kept,
-            n_facts=reader.n_facts,
+            facts=facts,
+            n_facts=n_facts,
             base_model_name_or_path=self.config.base_model_name_or_path,
             base_model_revision=self.config.base_model_revision,
             base_model_fingerprint=base_fingerprint(model, self.module_names),
@@ -658,7 +688,6 @@ class EditorModel(PreTrainedModel):
                 "edit_lr": {name: self.edit_lr(name) for name in self.module_names},
                 "ridge": {name: self.ridge(name) for name in self.module_names},
             },
-            statistics=made.statistics,
         )
 
     @torch.no_grad()
@@ -753,12 +782,12 @@ class EditorModel(PreTrainedModel):
                     newest.popleft()
                 yield traced
 
-        with frozen(model), self._beside(input_device(model)):
+        with frozen(model), self.beside(input_device(model)):
             self.update_statistics(traces())
             self.preserve(newest)
 
     @contextmanager
-    def _beside(self, device: torch.device) -> Iterator[None]:
+    def beside(self, device: torch.device) -> Iterator[None]:
         """This editor on the language model's device, so that nothing travels in between; then on the CPU again.
 
         An editor that somebody moved stays where it is, and so does one beside a device without float64.
@@ -783,6 +812,7 @@ class EditorModel(PreTrainedModel):
         batch_size: int = DEFAULT_BATCH_SIZE,
         facts_per_turn: int | None = None,
         max_memory: int | str | None = None,
+        accumulate: bool = False,
         measure: bool = False,
         revision: str | None = None,
         token: str | bool | None = None,
@@ -803,14 +833,32 @@ class EditorModel(PreTrainedModel):
             facts_per_turn: edit sequentially, this many facts at a time, each turn on the model as edited so far;
                 None edits all at once.
             max_memory: as for `make_edit`.
+            accumulate: solve anew over the facts of all edits in force and these. Keys and value gradients come from
+                the unedited model, so that any split into turns and calls gives the weights of one shot, and
+                `facts_per_turn` changes nothing. See below for what it costs.
             measure: measure the edit before it is written, and keep the scores in `edit.measured` and, on disk, in the
                 checkpoint's history and card.
             revision, token: for a checkpoint on the Hub.
 
+        Facts that are in force on the model already (see `facts_in_force`), or come twice, are skipped. A fact whose
+        prompt is in force with another target replaces that one. Repeated calls go on from each other, also on a model
+        loaded from an edited checkpoint, and edit sequentially in one of two ways:
+
+        - Turn by turn, the default. Each turn reads the model as edited so far, and shifts add up. It costs what the
+          new facts cost, whatever came before; later turns disturb earlier facts, and each call rounds the weights.
+        - Accumulated. A turn solves for all facts in force at once, so that none is disturbed that one shot would not
+          disturb, and a replaced fact is taken out of the solve. Each edit keeps its rows of the least squares, as
+          large as n·(k + v) numbers a layer, or UᵀU and UᵀD where these are smaller (to replace a fact among those
+          traces its edit's other facts again). A call needs the target weights a second time, and edits after the
+          first are dense. The edits in force must all have been accumulated by this editor.
+
         Returns:
-            The edit, in force on a live model (`edit.undo()` lifts it).
+            The edit, in force on a live model (`edit.undo()` lifts it). Without facts and shifts, `n_facts == 0`, if
+            all are in force already: then nothing was written, and an `output_dir` gets a plain copy.
 
         Raises:
+            EditStateError: `accumulate` on top of an edit that was not accumulated by this editor; or to replace a
+                fact that an edit from a `FactStream` wrote, of which neither rows nor texts are left.
             FactError, ModelMismatchError, CheckpointError, NumericalError: see `make_edit` and `Edit.write`. All of
                 them come before the first write.
         """
@@ -823,6 +871,8 @@ class EditorModel(PreTrainedModel):
             raise ValueError(
                 "measure=True puts every fact to the model twice, and a FactStream is read once. Use a list."
             )
+        options: dict[str, Any] = {"batch_size": batch_size, "facts_per_turn": facts_per_turn, "measure": measure}
+        options |= {"accumulate": accumulate, "max_memory": max_memory}
         if isinstance(model, str | Path):
             if Path(model).is_file():
                 raise CheckpointError(
@@ -830,26 +880,30 @@ class EditorModel(PreTrainedModel):
                     "that is made already: edit.write(file, output_dir)."
                 )
             check_checkpoint(model, output_dir, in_place)
-            hub = {"revision": revision or "main", "token": token}
-            base = AUTO_CLASSES[self.config.task_type].from_pretrained(model, **hub)
+            loading = {"revision": revision or "main", "token": token}
+            base = AUTO_CLASSES[self.config.task_type].from_pretrained(model, **loading)
             distributed.place(base)
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, **hub)
-            edit = self._make_edit_in_turns(base, facts, tokenizer, batch_size, facts_per_turn, max_memory, measure)
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, **loading)
+            edit = make_next_edit(self, base, facts, tokenizer, **options)
             edit.base_model_revision = cached_commit(str(model), revision) or edit.base_model_revision
             # The weights that the edit was made from are the ones to be overwritten, or somebody changed them since.
             exact = {"on_fingerprint_mismatch": "error", "before_edits": False}
             with distributed.together():
                 if distributed.is_main():
-                    settings = {"revision": revision, "token": token, **exact}
-                    edit.write_with(model, output_dir=output_dir, in_place=in_place, **settings)
+                    hub: dict[str, Any] = {"revision": revision, "token": token}
+                    if edit.layers:
+                        edit.write_with(model, output_dir=output_dir, in_place=in_place, **hub, **exact)
+                    elif output_dir is not None:
+                        copy_checkpoint(model, output_dir, **hub)
             return edit
         if output_dir is not None or in_place:
             raise ValueError(
                 "output_dir and in_place are for a checkpoint; a live model is edited in memory. "
                 "Pass the checkpoint's folder or Hub id, or call edit.write(checkpoint, output_dir) afterwards."
             )
-        edit = self._make_edit_in_turns(model, facts, tokenizer, batch_size, facts_per_turn, max_memory, measure)
-        return edit.apply_to(model, on_fingerprint_mismatch="ignore")  # checked when the edit was made
+        edit = make_next_edit(self, model, facts, tokenizer, **options)
+        # The fit was checked when the edit was made.
+        return edit.apply_to(model, on_fingerprint_mismatch="ignore") if edit.layers else edit
 
     @contextmanager
     def applied(self, model: PreTrainedModel, facts: Any, **kwargs: Any) -> Iterator[Edit]:
@@ -858,7 +912,8 @@ class EditorModel(PreTrainedModel):
         try:
             yield edit
         finally:
-            edit.undo()
+            if edit.layers:
+                edit.undo()
 
     def evaluate(
         self,
@@ -947,13 +1002,25 @@ class EditorModel(PreTrainedModel):
         fingerprint = self.config.base_model_fingerprint
         check_fingerprint(
             model,
-            None if fingerprint is None or fingerprint == self._fingerprint_before_edits(model) else fingerprint,
+            None
+            if fingerprint is None or fingerprint == fingerprint_before_edits(model, self.module_names)
+            else fingerprint,
             self.module_names,
             self.config.fingerprint_policy,
             "This editor",
             f"{self.config.base_model_name_or_path or 'its base model'} at revision "
             f"{self.config.base_model_revision or 'unknown'}",
         )
+
+    def check_ready(self, model: nn.Module) -> None:
+        """`check_base`, and a warning where this editor has seen nothing yet.
+
+        Raises:
+            ModelMismatchError: as `check_base`.
+        """
+        self.check_base(model)
+        if self.config.key_covariance is None and not self.is_trained:  # without a covariance there is no edit at all
+            _warn_untrained(self.config)
 
     def tokenizer_for(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Tokenizer:
         """The base model's tokenizer, in this editor's prompt format and with the model's length limit.
@@ -973,49 +1040,6 @@ class EditorModel(PreTrainedModel):
             decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
             classes=Classes.of(model) if self.config.task_type == "SEQ_CLS" else None,
         )
-
-    def _make_edit_in_turns(
-        self,
-        model: PreTrainedModel,
-        facts: Sequence[Fact] | FactStream,
-        tokenizer: PreTrainedTokenizerBase | None,
-        batch_size: int,
-        facts_per_turn: int | None,
-        max_memory: int | str | None,
-        measure: bool,
-    ) -> Edit:
-        edit: Edit | None = None
-        try:
-            for turn_facts in [facts] if facts_per_turn is None else _turns(facts, facts_per_turn):
-                options: dict[str, Any] = {"batch_size": batch_size, "max_memory": max_memory}
-                options["statistics"] = edit.statistics if edit is not None else None
-                turn = self.make_edit(model, turn_facts, tokenizer, **options)
-                if edit is not None:  # one merged edit in force, so that memory does not grow with the turns
-                    edit.undo()
-                    turn = edit.merge(turn)
-                if isinstance(facts, FactStream):
-                    turn.facts = turn.facts[:N_FACTS_SHOWN]
-                edit = turn.apply_to(model, on_fingerprint_mismatch="ignore")
-        finally:
-            if edit is not None and edit.in_force:
-                edit.undo()
-        assert edit is not None  # for the type checker: there are facts
-        if measure:
-            assert not isinstance(facts, FactStream)  # for the type checker: refused
-            tokenize = self.tokenizer_for(model, tokenizer)
-            scores = evaluate_edit(_base(model), edit, facts, tokenize, batch_size=batch_size, generate=False)
-            edit.measured = {name: score for name, score in scores.items() if not name.endswith("_before")}
-        return edit
-
-    def _fingerprint_before_edits(self, model: nn.Module) -> str | None:
-        """Of the target weights before the edits of the checkpoint that `model` was loaded from, if it holds those."""
-        model = plain_model(model)
-        folder = Path(getattr(model, "name_or_path", None) or "")
-        if not (folder / EDITS_FOLDER).is_dir() or not read_history(folder):
-            return None
-        shapes = {name: self.config.shape_of(name) for name in self.module_names}
-        now, before = fingerprints_of(folder, shapes, self.config.fan_in_fan_out or ())
-        return before if base_fingerprint(model, self.module_names) == now else None
 
 
 def _base(model: nn.Module) -> PreTrainedModel:
@@ -1051,12 +1075,6 @@ def _facts(facts: Any) -> Sequence[Fact] | FactStream:
     return facts if isinstance(facts, FactStream) else load_facts(facts)
 
 
-def _turns(facts: Iterable[Fact], size: int) -> Iterator[list[Fact]]:
-    remaining = iter(facts)
-    while turn := list(islice(remaining, size)):
-        yield turn
-
-
 def _warn_untrained(config: EditorConfig) -> None:
     text = (
         "This editor has seen no training data: its inputs are not standardised and its hyper-network is at its "
@@ -1065,7 +1083,7 @@ def _warn_untrained(config: EditorConfig) -> None:
         else "This editor's statistics are frozen and have seen no data, so its inputs are not standardised. Call "
         "editor.warm_up(model, facts), or let them follow the edits: EditorConfig(statistics='following')."
     )
-    warnings.warn(text, UntrainedEditorWarning, stacklevel=3)
+    warnings.warn(text, UntrainedEditorWarning, stacklevel=4)
 
 
 def _from_rows(editor: EditorModel, request: EditRequest) -> MadeShifts:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from .errors import CheckpointError
 from .history import Record, read_history, require_settled
+from .ledger import Ledger
 from .shards import parse_json, read_tensor_index
 from .tables import METRIC_TITLES, table
 
@@ -96,6 +97,25 @@ def describe_history(folder: str | Path) -> str:
     """
     records = read_history(folder)
     return _history_table(records) if records else f"{folder} has no edits in force."
+
+
+def describe_ledger(ledger: Ledger) -> str:
+    """A table of the facts that edits wrote, in their order, and what came of each."""
+    rows = [
+        [
+            entry.edit,
+            _plain(entry.fact.prompt),
+            _plain(entry.fact.target),
+            "in force" if entry.replaced_by is None else f"replaced by edit {entry.replaced_by}",
+        ]
+        for entry in ledger.entries
+    ]
+    lines = [f"{ledger.n_in_force} facts are in force, and {len(ledger.replaced)} were replaced."]
+    if ledger.n_unlisted:
+        lines.append(f"{ledger.n_unlisted} of them were streamed, and their edits keep no texts of them.")
+    if rows:
+        lines += ["", table(["edit", "prompt", "answer", "state"], rows)]
+    return "\n".join(lines)
 
 
 def _history_table(records: Sequence[Record]) -> str:

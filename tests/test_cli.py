@@ -479,12 +479,13 @@ def test_a_killed_writer_and_recover(home: Path, tmp_path: Path) -> None:
 def test_a_checkpoint_that_another_process_writes(home: Path, call: Callable[..., Done], tmp_path: Path) -> None:
     """Is left alone."""
     model = copy_of(home, tmp_path / "model", 1)
+    (tmp_path / "new.jsonl").write_text('{"prompt": "Bergen is a city in", "target": "Ghana"}', encoding="utf-8")
     before = below(model)
     holder = os.open(model, os.O_RDONLY)
     try:
         fcntl.flock(holder, fcntl.LOCK_EX)
         refused(spawn(home, "undo", model), 1, "Another process is writing to")
-        for command in (["write", "edit", model], ["apply", "editor", model, "facts.jsonl"]):
+        for command in (["write", "edit", model], ["apply", "editor", model, tmp_path / "new.jsonl"]):
             refused(call(*command, "--in-place"), 1, "Another process is writing to")
     finally:
         os.close(holder)

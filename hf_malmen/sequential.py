@@ -1,0 +1,448 @@
+"""Editing for life: what is in force on a model, and edits made on top of it, turn by turn or accumulated."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .batches import Tokenizer
+from .checkpoint import fingerprints_of, weights_before_edits
+from .edit import Edit, base_fingerprint, live_edits, weights_before_live_edits
+from .errors import EditStateError
+from .evaluation import evaluate_edit
+from .facts import Fact, FactStream
+from .history import EDITS_FOLDER, Record, read_history, read_ledger
+from .least_squares import RidgeLeastSquares, RowSum, solve_device
+from .ledger import Ledger, NewFacts, build_ledger, read_facts
+from .model_card import N_FACTS_SHOWN
+from .shards import raw
+from .shifts import Shift, dense
+from .state import EditState, Products, RowCollector, Rows
+from .targets import is_fan_in_fan_out, module_shape, plain_model, target_module, weight_of
+from .tracing import frozen, input_device
+
+if TYPE_CHECKING:
+    from .modeling import EditorModel
+
+logger = logging.get_logger(__name__)
+# Tokens a pass of the hyper-network.
+EDITOR_BATCH_SIZE = 1024
+# Batches of streamed facts that are read ahead, so that those of a batch are of similar length.
+WINDOW_BATCHES = 32
+
+
+# What is in force
+
+
+@dataclass(frozen=True)
+class EditInForce:
+    """One edit in force on a model.
+
+    Attributes:
+        id: as in `LedgerEntry.edit`.
+        facts: the facts that it keeps.
+        n_facts: how many it wrote.
+        source: the edit, of a live model; its folder, of the checkpoint that the model was loaded from.
+    """
+
+    id: str
+    facts: Sequence[Fact]
+    n_facts: int
+    source: Edit | Path
+
+    @cached_property
+    def state(self) -> EditState:
+        """What follows the edits, as it was after this one."""
+        return self.source.state if isinstance(self.source, Edit) else EditState.load(self.source)
+
+
+def edits_in_force(model: nn.Module) -> list[EditInForce]:
+    """The edits in force on a model, oldest first: those of the checkpoint that it was loaded from, then live ones.
+
+    Args:
+        model: the live model.
+
+    Raises:
+        CheckpointError: the checkpoint has a damaged record.
+    """
+    found = []
+    for record in _loaded_records(model):
+        found.append(EditInForce(record.id, read_facts(record.folder), record.summary.n_facts, record.folder))
+    for number, edit in enumerate(live_edits(model), 1):
+        found.append(EditInForce(f"live {number}", edit.facts, edit.n_facts, edit))
+    return found
+
+
+def facts_in_force(model: nn.Module | str | Path) -> Ledger:
+    """Which facts the edits in force on a model wrote, by which edit, and which of them were replaced.
+
+    A fact is replaced by a later one with the same prompt, but for white space around it.
+
+    Args:
+        model: a live model, or the folder of a checkpoint. Of a live model that was loaded from an edited checkpoint,
+            the edits of both count.
+
+    Raises:
+        CheckpointError: no such folder, or a damaged record.
+    """
+    if isinstance(model, str | Path):
+        return read_ledger(model)
+    return _ledger(edits_in_force(model))
+
+
+def statistics_in_force(model: nn.Module, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The running statistics after the last edit in force that let such statistics follow; empty before any.
+
+    Args:
+        model: the live model.
+        like: the editor's own: those of other names or shapes are of another kind, and do not count.
+    """
+    wanted = {name: tensor.shape for name, tensor in like.items()}
+    for edit in reversed(edits_in_force(model)):
+        if {name: tensor.shape for name, tensor in edit.state.statistics.items()} == wanted:
+            return edit.state.statistics
+    return {}
+
+
+def fingerprint_before_edits(model: nn.Module, names: Iterable[str]) -> str | None:
+    """Of target weights before the edits of the checkpoint that `model` was loaded from, if it still holds those."""
+    model = plain_model(model)
+    folder = _edited_folder(model)
+    if folder is None:
+        return None
+    names = list(names)
+    now, before = fingerprints_of(folder, *_layout(model, names))
+    return before if base_fingerprint(model, names) == now else None
+
+
+def editor_fingerprint(editor: "EditorModel") -> str:
+    """SHA-256 of an editor's parameters and statistics, by which a state tells whose it is."""
+    digest = hashlib.sha256(editor.config.method.encode())
+    for name, tensor in sorted(editor.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(raw(tensor.detach().cpu()))
+    return digest.hexdigest()
+
+
+@contextmanager
+def unedited(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Within the context the target weights are those before any edit in force; afterwards, also by an error, as found.
+
+    Args:
+        model: the live model.
+        names: the target modules.
+
+    Yields:
+        {module name: its weight as found}.
+    """
+    model = plain_model(model)
+    before = weights_before_live_edits(model)
+    if _loaded_records(model):
+        folder = _edited_folder(model)
+        assert folder is not None  # for the type checker: there are records
+        before |= dict(weights_before_edits(folder, *_layout(model, names)))
+    weights = {name: weight_of(model, name, to_write=name in before) for name in {*names, *before}}
+    found = {name: weight.detach().clone() if name in before else weight.detach() for name, weight in weights.items()}
+    try:
+        with torch.no_grad():
+            for name, weight in before.items():
+                weights[name].copy_(weight)
+        yield found
+    finally:
+        with torch.no_grad():
+            for name in before:
+                weights[name].copy_(found[name])
+
+
+def _ledger(edits: Iterable[EditInForce]) -> Ledger:
+    return build_ledger((edit.id, edit.facts, edit.n_facts) for edit in edits)
+
+
+def _edited_folder(model: nn.Module) -> Path | None:
+    """The folder that a model was loaded from, if there are edits in it."""
+    folder = Path(getattr(model, "name_or_path", None) or "")
+    return folder if (folder / EDITS_FOLDER).is_dir() and read_history(folder) else None
+
+
+def _loaded_records(model: nn.Module) -> list[Record]:
+    """The edits of the checkpoint that `model` was loaded from; none if its weights are others by now."""
+    model = plain_model(model)
+    folder = _edited_folder(model)
+    if folder is None:
+        return []
+    records = read_history(folder)
+    names = {name for record in records for name in record.modules}
+    if not names <= {name for name, _ in model.named_modules()} or fingerprint_before_edits(model, names) is None:
+        logger.warning(
+            f"{folder}, which this model was loaded from, has edits in force that the model does not hold: one of the "
+            "two was changed since. They do not count. Load the model again to edit it as the folder has it."
+        )
+        return []
+    return records
+
+
+def _layout(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, tuple[int, int]], list[str]]:
+    """{module name: (key_size, value_size)}, and the names of those that store their weight in that order."""
+    modules = {name: target_module(model, name) for name in names}
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, module in modules.items():
+        key_size, value_size = module_shape(module)
+        shapes[name] = key_size, value_size
+    return shapes, [name for name, module in modules.items() if is_fan_in_fan_out(module)]
+
+
+# Edits on top of it
+
+
+def make_next_edit(
+    editor: "EditorModel",
+    model: PreTrainedModel,
+    facts: Sequence[Fact] | FactStream,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    batch_size: int,
+    facts_per_turn: int | None = None,
+    max_memory: int | str | None = None,
+    accumulate: bool = False,
+    measure: bool = False,
+) -> Edit:
+    """The edit that writes those of `facts` into a model that are not in force yet. It is left unapplied.
+
+    Args:
+        editor, model, facts, tokenizer, batch_size, facts_per_turn, max_memory, accumulate, measure: as in
+            `EditorModel.apply`.
+
+    Returns:
+        The edit; without shifts if all facts are in force already.
+
+    Raises:
+        EditStateError: see `EditorModel.apply`.
+        FactError, ModelMismatchError, NumericalError: see `EditorModel.make_edit`.
+    """
+    stream = isinstance(facts, FactStream)
+    edits = edits_in_force(model)
+    new = NewFacts(facts, _ledger(edits), N_FACTS_SHOWN if stream else None)
+    if next(iter(new), None) is None:
+        editor.check_base(model)
+        edit = editor.wrap({}, model, [], 0)
+    elif accumulate:
+        edit = _make_accumulated(editor, model, new, edits, tokenizer, batch_size)
+    else:
+        edit = _make_in_turns(editor, model, new, stream, tokenizer, batch_size, facts_per_turn, max_memory)
+    edit.n_skipped = new.n_skipped
+    if new.n_skipped:
+        logger.info(f"Skipped {new.n_skipped} facts that are in force already, or come twice.")
+    if measure and edit.layers:
+        tokenize = editor.tokenizer_for(model, tokenizer)
+        scores = evaluate_edit(_plain(model), edit, edit.facts, tokenize, batch_size=batch_size, generate=False)
+        edit.measured = {name: score for name, score in scores.items() if not name.endswith("_before")}
+    return edit
+
+
+def _make_in_turns(
+    editor: "EditorModel",
+    model: PreTrainedModel,
+    facts: NewFacts,
+    stream: bool,
+    tokenizer: PreTrainedTokenizerBase | None,
+    batch_size: int,
+    facts_per_turn: int | None,
+    max_memory: int | str | None,
+) -> Edit:
+    """Turn by turn, each on the model as edited so far."""
+    edit: Edit | None = None
+    at_once: Sequence[Fact] | FactStream = FactStream(facts) if stream else list(facts)
+    try:
+        for turn_facts in [at_once] if facts_per_turn is None else _turns(facts, facts_per_turn):
+            turn = editor.make_edit(model, turn_facts, tokenizer, batch_size=batch_size, max_memory=max_memory)
+            turn.facts = []  # kept once, for all turns
+            if edit is not None:  # one merged edit in force, so that memory does not grow with the turns
+                edit.undo()
+                turn = edit.merge(turn)
+            edit = turn.apply_to(model, on_fingerprint_mismatch="ignore")
+    finally:
+        if edit is not None and edit.in_force:
+            edit.undo()
+    assert edit is not None  # for the type checker: there are facts
+    edit.facts = list(facts.kept)
+    return edit
+
+
+def _make_accumulated(
+    editor: "EditorModel",
+    model: PreTrainedModel,
+    facts: NewFacts,
+    edits: Sequence[EditInForce],
+    tokenizer: PreTrainedTokenizerBase | None,
+    batch_size: int,
+) -> Edit:
+    """One solve over the rows of all facts in force, old and new, traced on the unedited model."""
+    maker = editor_fingerprint(editor)
+    _require_accumulable(editor, maker, edits)
+    plain = _plain(model)
+    editor.check_ready(plain)
+    tokenize = editor.tokenizer_for(plain, tokenizer)
+    with editor.beside(input_device(plain)), unedited(plain, editor.module_names) as found:
+        n_facts, own = _trace_rows(editor, plain, tokenize, facts, batch_size)
+        kept = list(facts.kept)
+        ledger = build_ledger([*((edit.id, edit.facts, edit.n_facts) for edit in edits), ("this edit", kept, n_facts)])
+        gone: dict[str, set[int]] = {}
+        for entry in ledger.replaced:
+            gone.setdefault(entry.edit, set()).add(entry.index)
+        aggregators = editor.aggregators()
+        for earlier in edits:
+            replaced = gone.get(earlier.id, set())
+            for name, rows in _rows_left(editor, plain, tokenize, earlier, replaced, batch_size).items():
+                _add(aggregators[name], rows, editor.device)
+        for name, rows in own.items():
+            _add(aggregators[name], rows, editor.device)
+        shifts: dict[str, Shift] = {}
+        for name, aggregator in aggregators.items():
+            solution = aggregator.solve(editor.ridge(name))
+            if edits:
+                shifts[name] = dense(_difference(plain, name, solution.shift, found[name]))
+            else:
+                shifts[name] = solution.to_shift()
+    edit = editor.wrap(shifts, plain, kept, n_facts)
+    edit.state = EditState(maker, {}, own)
+    return edit
+
+
+def _require_accumulable(editor: "EditorModel", maker: str, edits: Iterable[EditInForce]) -> None:
+    """Refuse to accumulate where the solve over all facts is not what the edits in force come to.
+
+    Raises:
+        ValueError: the editor's value differences depend on the turn.
+        EditStateError: an edit in force was made otherwise.
+    """
+    config = editor.config
+    if config.maker != "rows" or config.follows_edits:
+        way = (
+            "whose statistics follow the edits. Leave it out; or freeze them with EditorConfig(statistics='frozen') "
+            "and editor.warm_up(model, facts)"
+        )
+        if config.maker != "rows":
+            way = "which has no rows to solve for. Leave it out, or use another method"
+        raise ValueError(
+            "accumulate=True needs value differences that do not depend on the turn, and this editor has the method "
+            f"{config.method!r}, {way}."
+        )
+    for edit in edits:
+        if not edit.state.rows or edit.state.editor != maker:
+            how = "by another editor" if edit.state.rows else "without accumulate=True"
+            raise EditStateError(
+                f"accumulate=True solves over the facts of all edits in force, and edit {edit.id} was made {how}, so "
+                "that its rows are not known. Apply these facts without it, or undo that edit and apply its facts "
+                "again with it."
+            )
+
+
+def _difference(
+    model: nn.Module,
+    name: str,
+    shift: Tensor,  # (key_size, value_size)
+    found: Tensor,
+) -> Tensor:  # (key_size, value_size), float64
+    """What brings a weight from where it was found to W + S, with W, the unedited one, in the model.
+
+    So the edits in force and their roundings drop out: the model holds what one shot would have written.
+    """
+    before = weight_of(model, name)
+    moved = (before.detach().double() - found.double()).to(shift.device)
+    return shift.double() + (moved if is_fan_in_fan_out(target_module(model, name)) else moved.T)
+
+
+def _rows_left(
+    editor: "EditorModel",
+    model: PreTrainedModel,
+    tokenize: Tokenizer,
+    edit: EditInForce,
+    gone: set[int],
+    batch_size: int,
+) -> Mapping[str, Rows | Products]:
+    """The rows of an edit in force but for those of facts that are replaced.
+
+    Where only their products were kept, its other facts are traced again: to subtract what the replaced ones come to
+    when they are traced today would leave the difference in rounding, which in half precision is no small one.
+
+    Raises:
+        EditStateError: they cannot be, as the edit's facts were streamed.
+    """
+    if not gone:
+        return edit.state.rows
+    if all(isinstance(rows, Rows) for rows in edit.state.rows.values()):
+        left = {}
+        for name, rows in edit.state.rows.items():
+            assert isinstance(rows, Rows)  # for the type checker
+            stays = ~torch.isin(rows.facts, torch.tensor(sorted(gone)))
+            left[name] = Rows(rows.left[stays], rows.differences[stays], rows.facts[stays])
+        return left
+    if edit.n_facts > len(edit.facts):
+        prompt = edit.facts[min(gone)].prompt
+        raise EditStateError(
+            f"The fact {prompt!r} of edit {edit.id} is to be replaced, and that edit has kept neither its rows apart "
+            f"nor all {edit.n_facts} facts to trace again, as they were streamed. Undo edit {edit.id} first, or apply "
+            "without accumulate=True."
+        )
+    stay = [fact for index, fact in enumerate(edit.facts) if index not in gone]
+    return _trace_rows(editor, model, tokenize, NewFacts(stay, Ledger()), batch_size)[1] if stay else {}
+
+
+@torch.no_grad()
+def _trace_rows(
+    editor: "EditorModel", model: PreTrainedModel, tokenize: Tokenizer, facts: NewFacts, batch_size: int
+) -> tuple[int, dict[str, Rows | Products]]:
+    """The number of facts, and the rows that they give, each with the index of its fact among those kept.
+
+    Of several processes each traces all facts, and so all have the rows of all.
+    """
+    collectors = {name: RowCollector(editor.config.aggregation) for name in editor.module_names}
+    n_facts = 0
+    remaining = iter(facts)
+    with frozen(model), logging.tqdm(desc="Tracing", unit=" facts", leave=False) as bar:
+        while window := list(islice(remaining, WINDOW_BATCHES * batch_size)):
+            n_facts += len(window)
+            places = {id(fact): place for place, fact in enumerate(facts.kept)}
+            numbers = torch.tensor([places.get(id(fact), -1) for fact in window])
+            sequences = [tokenize(fact.prompt, fact.target) for fact in window]
+            for chosen, batch in tokenize.batches(sequences, batch_size):
+                (traced,) = editor.trace(model, [batch.to(input_device(model))])
+                for name, entry in traced.items():
+                    counts = batch.traced_counts(editor.config.traced_tokens, entry.n_rows)
+                    owners = numbers[chosen].repeat_interleave(torch.tensor(counts))
+                    for part in zip(
+                        *(rows.split(EDITOR_BATCH_SIZE) for rows in (entry.keys, entry.value_gradients, owners)),
+                        strict=True,
+                    ):
+                        left, differences = editor(*part[:2], name)
+                        collectors[name].add(left, differences, part[2])
+                bar.update(len(chosen))
+    return n_facts, {name: collector.collected() for name, collector in collectors.items()}
+
+
+def _add(aggregator: RowSum | RidgeLeastSquares, rows: Rows | Products, device: torch.device) -> None:
+    if isinstance(rows, Rows):
+        aggregator.add(rows.left.to(device), rows.differences.to(device))
+    else:
+        gram = None if rows.gram is None else rows.gram.to(solve_device(device))
+        aggregator.add_products(gram, rows.moment.to(solve_device(device)), rows.n_rows)
+
+
+def _turns(facts: Iterable[Fact], size: int) -> Iterator[list[Fact]]:
+    remaining = iter(facts)
+    while turn := list(islice(remaining, size)):
+        yield turn
+
+
+def _plain(model: nn.Module) -> PreTrainedModel:
+    plain: Any = plain_model(model)
+    return plain
