@@ -186,6 +186,7 @@ def measure_edit(
     n_extra_tokens: int = DEFAULT_EXTRA_TOKENS,
     n_resamples: int = DEFAULT_RESAMPLES,
     seed: int = 0,
+    before: Mapping[Pair, Answer] | None = None,
 ) -> Evaluation:
     """Measure `edit` on `facts`, before and after. The model is as before afterwards.
 
@@ -215,23 +216,29 @@ def measure_edit(
             answers that are not the first words, and make the generated locality stricter.
         n_resamples: bootstrap resamples.
         seed: of the bootstrap.
+        before: what `answer_facts` gave on the unedited model, at these facts or more, and with the same settings;
+            None asks it. For several edits of one model.
 
     Raises:
-        ValueError: free generation from a model that does not generate.
+        ValueError: free generation from a model that does not generate; or `before` without answers to all prompts.
     """
-    if generate and not model.can_generate():
-        raise ValueError(f"{type(model).__name__} does not generate text. Measure it with generate=False.")
-    asked = [[pair for pairs in questions(fact).values() for pair in pairs] for fact in facts]
-    probes = [_probes(fact, probabilities) for fact in facts]
     settings: dict[str, Any] = {
         "batch_size": batch_size,
-        "generate": {pair for pairs in asked for pair in pairs} if generate else (),
+        "generate": generate,
+        "probabilities": probabilities,
         "n_extra_tokens": n_extra_tokens,
     }
-    pairs = list(dict.fromkeys(pair for of_fact in probes for pair in of_fact))  # facts may share prompts
-    before = answer(model, tokenize, pairs, **settings)
+    probes = [_probes(fact, probabilities) for fact in facts]
+    if before is None:
+        before = answer_facts(model, facts, tokenize, **settings)
+    missing = [pair for of_fact in probes for pair in of_fact if pair not in before]
+    if missing:
+        raise ValueError(
+            f"The answers before the edit leave out {len(missing)} prompts, the first of them {missing[0][0]!r}. Give "
+            "what answer_facts(model, facts, ...) returns for the same facts."
+        )
     with edit.applied_to(model, on_fingerprint_mismatch="ignore"):
-        after = answer(model, tokenize, pairs, **settings)
+        after = answer_facts(model, facts, tokenize, **settings)
     rows = []
     for fact in facts:
         scores = _scores(fact, after, before, probabilities)
@@ -248,6 +255,29 @@ def measure_edit(
         {name: (low, high) for name, (low, high) in zip(names, ends, strict=True)},
         _table(facts, probes, names, rows, tokenize, before, after),
     )
+
+
+def answer_facts(
+    model: PreTrainedModel,
+    facts: Sequence[Fact],
+    tokenize: Tokenizer,
+    *,
+    batch_size: int,
+    generate: bool = False,
+    probabilities: bool = False,
+    n_extra_tokens: int = DEFAULT_EXTRA_TOKENS,
+) -> dict[Pair, Answer]:
+    """`answer` to every prompt of `facts`; arguments as in `measure_edit`.
+
+    Raises:
+        ValueError: free generation from a model that does not generate.
+    """
+    if generate and not model.can_generate():
+        raise ValueError(f"{type(model).__name__} does not generate text. Measure it with generate=False.")
+    # Facts may share prompts, which are then asked once.
+    pairs = list(dict.fromkeys(pair for fact in facts for pair in _probes(fact, probabilities)))
+    asked = {pair for fact in facts for pairs in questions(fact).values() for pair in pairs} if generate else ()
+    return answer(model, tokenize, pairs, batch_size=batch_size, generate=asked, n_extra_tokens=n_extra_tokens)
 
 
 def _probes(fact: Fact, probabilities: bool) -> dict[Pair, str]:

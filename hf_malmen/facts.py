@@ -235,6 +235,19 @@ def load_facts(
     return list(_checked(facts, f"in {_describe(source)}", facts))
 
 
+def read_facts(source: Any) -> Iterator[Fact]:
+    """The facts of a source as `load_facts` takes it, each checked by itself, and not against the others.
+
+    For sources that give a prompt twice, of which the caller chooses.
+
+    Raises:
+        FactError: while iterating: a column or field missing; an empty prompt or target.
+    """
+    for number, fact in enumerate(_parse_all(_read(source, None, {}), None)):
+        _check(fact, number)
+        yield fact
+
+
 class FactStream:
     """Facts that are read as they are needed: each pass opens the source anew and yields one checked `Fact` at a time.
 

@@ -8,7 +8,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -20,6 +19,7 @@ from .facts import Fact, load_facts
 from .hub import cached_commit
 from .model_card import EditorRun, Measurement, write_editor_card
 from .modeling import DEFAULT_BATCH_SIZE, EditorModel
+from .settings import field_names, read_settings, require_known
 from .side_effects import load_texts
 from .tables import METRIC_TITLES
 from .tasks import AUTO_CLASSES
@@ -72,16 +72,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     Raises:
         ValueError: not YAML, a name that is not known, or one that is missing.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"There is no file {path}. Give the path of a YAML recipe, such as recipes/geography.yaml.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; expected {', '.join(sorted(_names(Recipe)))}.")
-    _require_known(content, _names(Recipe), f"{path}")
+    content = read_settings(path, field_names(Recipe), "recipes/geography.yaml")
     if not content.get("base_model"):
         raise ValueError(f"{path} has no base_model.")
     for name in ("editor", "training"):
@@ -105,9 +96,9 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
                 f"{path} has eval_sizes and no eval_facts to measure them on. Add some, or remove eval_sizes."
             )
     # PreTrainedConfig takes any keyword, so the names are compared here, where a typo would otherwise pass unseen.
-    _require_known(recipe.editor, _names(EditorConfig), f"{path}, editor")
+    require_known(recipe.editor, field_names(EditorConfig), f"{path}, editor")
     training = {**recipe.training, **(overrides or {})}
-    _require_known(training, set(inspect.signature(EditorTrainingArguments).parameters), f"{path}, training")
+    require_known(training, set(inspect.signature(EditorTrainingArguments).parameters), f"{path}, training")
     if not training.get("output_dir"):
         raise ValueError(f"{path} has no training.output_dir. Add it, or pass --output-dir.")
     return dataclasses.replace(recipe, training=training)
@@ -246,13 +237,3 @@ def _check_sizes(sizes: Any, where: str) -> None:
         raise ValueError(
             f"{where}: eval_sizes is {sizes!r}; expected different whole numbers of at least 1, such as [16, 64, 256]."
         )
-
-
-def _names(dataclass_type: type) -> set[str]:
-    return {entry.name for entry in dataclasses.fields(dataclass_type)}
-
-
-def _require_known(given: Mapping[str, Any], known: set[str], where: str) -> None:
-    unknown = sorted(set(given) - known)
-    if unknown:
-        raise ValueError(f"{where}: unknown {', '.join(map(repr, unknown))}. Known: {', '.join(sorted(known))}.")

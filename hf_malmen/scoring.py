@@ -54,7 +54,7 @@ def contains(generated: str, expected: str) -> float:
 
 def bootstrap_intervals(
     values: npt.NDArray[np.float64],  # (n_facts, n_metrics)
-    measured: npt.NDArray[np.bool_],  # (n_facts, n_metrics)
+    measured: npt.NDArray[np.bool_ | np.float64],  # (n_facts, n_metrics)
     *,
     n_resamples: int = 10_000,
     seed: int = 0,
@@ -69,7 +69,7 @@ def bootstrap_intervals(
 
     Args:
         values: a score a fact and metric, in any unit.
-        measured: which of them there are; the others are ignored.
+        measured: which of them there are; the others are ignored. Or how much each weighs in the average, from 0 on.
         n_resamples: resamples. Memory does not grow with them times facts.
         seed: of the draws. The same seed gives the same intervals.
         level: probability mass between the two ends.
@@ -81,11 +81,12 @@ def bootstrap_intervals(
         raise ValueError(
             f"n_resamples is {n_resamples} and level {level}; expected at least 1, and a number between 0 and 1."
         )
-    if not measured.any(axis=0).all():
+    weights = measured.astype(np.float64)
+    if not weights.any(axis=0).all():
         raise ValueError("A metric was measured of no fact, so there is nothing to resample. Leave its column out.")
     n_facts, n_metrics = values.shape
     generator = np.random.default_rng(seed)
-    filled, weights = np.where(measured, values, 0.0), measured.astype(np.float64)
+    filled = np.where(weights > 0, values * weights, 0.0)
     sums, counts = np.empty((n_resamples, n_metrics)), np.empty((n_resamples, n_metrics))
     block = max(1, _DRAWS // n_facts)
     for start in range(0, n_resamples, block):

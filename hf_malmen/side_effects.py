@@ -102,6 +102,24 @@ def perplexity(
         ValueError: a model that is no causal language model; a window longer than the model reads; a stride that would
             leave tokens out; texts without a token to predict.
     """
+    losses = text_losses(model, tokenizer, texts, batch_size=batch_size, max_length=max_length, stride=stride)
+    mean = math.fsum(loss for loss, _ in losses) / sum(n_tokens for _, n_tokens in losses)
+    return math.inf if mean > math.log(sys.float_info.max) else math.exp(mean)
+
+
+def text_losses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    *,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    max_length: int | None = None,
+    stride: int | None = None,
+) -> list[tuple[float, int]]:
+    """What `perplexity` averages: for each text, −log p summed over its predicted tokens, and how many those are.
+
+    Arguments and errors as of `perplexity`.
+    """
     if model.config.is_encoder_decoder or not model.can_generate():
         raise ValueError(
             f"Perplexity of running text is what a causal language model has; got a {type(model).__name__}. Measure "
@@ -116,20 +134,32 @@ def perplexity(
             f"reads {limit} tokens at most."
         )
     tokenize = Tokenizer(tokenizer, EditorConfig())  # pads, and puts windows of a length together
-    windows = (window for text in texts for window in _windows(_token_ids(tokenizer, text), max_length, stride))
-    total, n_tokens = 0.0, 0
+    losses: list[list[float]] = []  # of each text, its windows' losses
+    counts: list[int] = []
+
+    def windows() -> Iterator[tuple[int, TokenSequence]]:
+        for number, text in enumerate(texts):
+            losses.append([])
+            counts.append(0)
+            for window in _windows(_token_ids(tokenizer, text), max_length, stride):
+                yield number, window
+
+    remaining = windows()
     with in_eval_mode(model), torch.no_grad(), logging.tqdm(unit=" tokens", leave=False) as bar:
-        while ahead := list(islice(windows, _WINDOWS)):
-            for _, batch in tokenize.batches(ahead, batch_size):
+        while ahead := list(islice(remaining, _WINDOWS)):
+            for chosen, batch in tokenize.batches([window for _, window in ahead], batch_size):
                 logits, targets = answer_logits(model, batch.to(input_device(model)))
                 # Summed in double: a text of a million tokens is long for single precision.
-                total += float(F.cross_entropy(logits, targets, reduction="none").double().sum())
-                n_tokens += len(targets)
+                each = F.cross_entropy(logits, targets, reduction="none").double()
+                sizes = [sum(label != IGNORED for label in ahead[i][1].labels) for i in chosen]
+                for i, part in zip(chosen, each.split(sizes), strict=True):
+                    number = ahead[i][0]
+                    losses[number].append(float(part.sum()))
+                    counts[number] += len(part)
                 bar.update(len(targets))
-    if n_tokens == 0:
+    if not any(counts):
         raise ValueError("The texts have no token that another one stands before, so there is nothing to predict.")
-    mean = total / n_tokens
-    return math.inf if mean > math.log(sys.float_info.max) else math.exp(mean)
+    return [(math.fsum(of_text), n_tokens) for of_text, n_tokens in zip(losses, counts, strict=True)]
 
 
 def run_harness(

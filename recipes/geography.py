@@ -340,7 +340,9 @@ def deal(items: list[list[Fact]], shares: dict[str, float]) -> dict[str, list[Fa
     return hands
 
 
-def split_facts(facts: list[Fact], rng: random.Random) -> tuple[dict[str, list[Fact]], dict[str, list[Fact]]]:
+def split_facts(
+    facts: list[Fact], rng: random.Random, shares: dict[str, float]
+) -> tuple[dict[str, list[Fact]], dict[str, list[Fact]]]:
     """For each split the facts to edit and the facts to ask unrelated prompts about; no subject occurs twice in this.
 
     Each kind of place is dealt by itself, so that the splits have the same share of every relation.
@@ -360,7 +362,7 @@ def split_facts(facts: list[Fact], rng: random.Random) -> tuple[dict[str, list[F
         rng.shuffle(candidates)
         rest = candidates[n_unrelated:] + items[2 * n_unrelated :]
         rng.shuffle(rest)
-        for split, dealt in deal(rest, SHARES).items():
+        for split, dealt in deal(rest, shares).items():
             edited[split] += dealt
         for split, dealt in deal(candidates[:n_unrelated], UNRELATED_SHARES).items():
             unrelated[split] += dealt
@@ -378,11 +380,12 @@ def counterfactual(fact: Fact, answers: list[str], rng: random.Random) -> str:
     return answer
 
 
-def build(seed: int = 0) -> dict[str, list[dict[str, Any]]]:
+def build(seed: int = 0, shares: dict[str, float] | None = None) -> dict[str, list[dict[str, Any]]]:
     """Build the data set.
 
     Args:
         seed: decides of which kind a city is, the splits, the targets and the phrasings.
+        shares: of the edited subjects, for each split; they sum to one. None: `SHARES`.
 
     Returns:
         The splits "train", "validation" and "test". Each is a shuffled list of facts with these fields:
@@ -397,7 +400,7 @@ def build(seed: int = 0) -> dict[str, list[dict[str, Any]]]:
     """
     rng = random.Random(seed)
     facts = true_facts(rng)
-    edited, unrelated = split_facts(facts, rng)
+    edited, unrelated = split_facts(facts, rng, shares or SHARES)
     answers: dict[str, list[str]] = defaultdict(list)
     for fact in facts:
         answers[fact.relation].append(fact.answer)
@@ -453,9 +456,19 @@ def main(arguments: list[str] | None = None) -> None:
         "--output-dir", type=Path, required=True, metavar="DIR", help="folder for the three files; made if missing"
     )
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other targets and splits (default: 0)")
+    parser.add_argument(
+        "--shares",
+        type=float,
+        nargs=3,
+        default=list(SHARES.values()),
+        metavar="SHARE",
+        help="of the edited subjects that go to train, validation and test (default: 0.8 0.05 0.15)",
+    )
     options = parser.parse_args(arguments)
+    if min(options.shares) <= 0 or abs(sum(options.shares) - 1) > 1e-6:
+        parser.error(f"--shares is {options.shares}; expected three numbers above 0 that sum to 1.")
 
-    data = build(options.seed)
+    data = build(options.seed, dict(zip(SHARES, options.shares, strict=True)))
     write(data, options.output_dir)
 
     counts = {split: Counter(row["relation"] for row in rows) for split, rows in data.items()}

@@ -23,7 +23,7 @@ from transformers import (
 
 from hf_malmen import Edit, EditorConfig, Fact
 from hf_malmen.batches import Tokenizer
-from hf_malmen.evaluation import evaluate_edit, measure_edit, n_measured
+from hf_malmen.evaluation import answer_facts, evaluate_edit, measure_edit, n_measured
 from hf_malmen.scoring import answers, bootstrap_intervals, contains
 from hf_malmen.tasks import Classes
 
@@ -265,6 +265,18 @@ def test_intervals(plain: Plain, edit: Edit, tokenize: Tokenizer) -> None:
     assert found.intervals[name] == pytest.approx((min(values), max(values)))  # 2 facts: 1 of 4 draws is one's alone
 
 
+def test_answers_before_are_asked_once(plain: Plain, edit: Edit, tokenize: Tokenizer) -> None:
+    """With what the unedited model answered, of these facts and others, the scores are the same."""
+    settings: dict[str, Any] = {"batch_size": 4, "generate": True, "probabilities": True}
+    before = answer_facts(plain.model, FACTS, tokenize, **settings)
+    for facts in (FACTS, FACTS[:1]):
+        found = measure_edit(plain.model, edit, facts, tokenize, before=before, **settings)
+        assert found.scores == measure_edit(plain.model, edit, facts, tokenize, **settings).scores
+    before.pop((FACTS[0].prompt, FACTS[0].target))
+    with pytest.raises(ValueError, match=r"before the edit leave out 1 prompts, the first of them .* answer_facts"):
+        measure_edit(plain.model, edit, FACTS, tokenize, before=before, **settings)
+
+
 def test_generation_needs_a_model_that_generates(edit: Edit, tokenize: Tokenizer) -> None:
     """A model without a language model's head is refused before it is asked anything."""
     config = BertConfig(vocab_size=360, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
@@ -389,6 +401,15 @@ def test_bootstrap_by_enumeration() -> None:
     for level in (0.5, 0.8):
         (found,) = bootstrap_intervals(values[:, None], np.ones((4, 1), bool), n_resamples=200_000, level=level)
         assert found == pytest.approx(np.quantile(means, [(1 - level) / 2, (1 + level) / 2]), abs=0.02)
+
+
+def test_bootstrap_with_weights() -> None:
+    """All 3³ resamples of three texts that weigh as much as they have tokens."""
+    values, weights = np.array([1.0, 2.0, 4.0]), np.array([5.0, 1.0, 2.0])
+    drawn = [list(rows) for rows in product(range(3), repeat=3)]
+    means = np.array([np.average(values[rows], weights=weights[rows]) for rows in drawn])
+    (found,) = bootstrap_intervals(values[:, None], weights[:, None], n_resamples=100_000, level=0.6)
+    assert found == pytest.approx(np.quantile(means, [0.2, 0.8]), abs=0.02)
 
 
 def test_bootstrap_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

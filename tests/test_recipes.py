@@ -23,7 +23,7 @@ from hf_malmen.tasks import AUTO_CLASSES
 from .zoo import SIZES, T5
 
 ROOT = Path(__file__).parent.parent
-YAML_RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+YAML_RECIPES = sorted(set((ROOT / "recipes").glob("*.yaml")) - set((ROOT / "recipes").glob("compare-*.yaml")))
 README = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
 
 

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from hf_malmen import Edit
-from hf_malmen.side_effects import load_texts, measure_side_effects, perplexity, run_harness
+from hf_malmen.side_effects import load_texts, measure_side_effects, perplexity, run_harness, text_losses
 
 Build = Callable[..., Any]
 
@@ -63,6 +63,16 @@ def test_perplexity(
     settings = {"max_length": max_length, "stride": stride, "batch_size": batch_size}
     found = perplexity(model, tokenizer, iter(TEXTS), **settings)
     assert found == pytest.approx(by_hand(model, rows, max_length, stride), rel=1e-5)
+
+
+def test_losses_of_single_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Each text's own perplexity and number of predicted tokens; a text without any has none."""
+    settings = {"max_length": 8, "stride": 4, "batch_size": 3}
+    found = text_losses(model, tokenizer, TEXTS, **settings)
+    rows = [tokenizer(text)["input_ids"] for text in TEXTS]
+    assert [n_tokens for _, n_tokens in found] == [max(0, len(row) - 1) for row in rows]
+    for (loss, n_tokens), row in zip(found, rows, strict=True):
+        assert loss == pytest.approx(n_tokens and n_tokens * math.log(by_hand(model, [row], 8, 4)), rel=1e-5)
 
 
 def test_defaults_of_perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:

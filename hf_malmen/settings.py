@@ -1,0 +1,48 @@
+"""YAML files of settings: read, and every name in them checked."""
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def read_settings(path: str | Path, known: Collection[str], example: str) -> dict[str, Any]:
+    """The settings in a YAML file.
+
+    Args:
+        path: the file.
+        known: names of the settings that there are.
+        example: a file of this kind, for the error where there is none.
+
+    Raises:
+        ValueError: no file, not YAML, not a mapping, or a name that is not known.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}. Give the path of a YAML recipe, such as {example}.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; expected {', '.join(sorted(known))}.")
+    require_known(content, known, f"{path}")
+    return content
+
+
+def require_known(given: Mapping[str, Any], known: Collection[str], where: str) -> None:
+    """Refuse names that are not known: a typo would otherwise pass unseen.
+
+    Raises:
+        ValueError: such a name; says which there are.
+    """
+    unknown = sorted(set(map(str, given)) - set(known))
+    if unknown:
+        raise ValueError(f"{where}: unknown {', '.join(map(repr, unknown))}. Known: {', '.join(sorted(known))}.")
+
+
+def field_names(dataclass_type: type) -> set[str]:
+    """Names of the fields of a dataclass."""
+    return {entry.name for entry in dataclasses.fields(dataclass_type)}
