@@ -40,7 +40,7 @@ class Method:
         is_trained: whether there is anything to train. A method without is ready as `EditorModel.from_base` makes it.
         statistics: `"frozen"`: keys and gradients are standardised by the statistics of the training data; or
             `"following"`: the rows of every edit are merged into a copy of them first (see `EditorConfig.statistics`).
-        maker: which function of `modeling.MAKERS` computes the shifts. `"rows"` is the pipeline that most share: trace,
+        maker: which function of `makers.MAKERS` computes the shifts. `"rows"` is the pipeline that most share: trace,
             value differences, solve.
         key_covariance: whether the second moment of ordinary keys is `"required"`, `"optional"` or not kept (None); see
             `EditorModel.collect_covariance`.
@@ -317,7 +317,7 @@ class EditorConfig(PreTrainedConfig):
 
     @property
     def maker(self) -> str:
-        """Which function of `modeling.MAKERS` computes the shifts, as the method has it."""
+        """Which function of `makers.MAKERS` computes the shifts, as the method has it."""
         return self._method.maker
 
     def shape_of(self, name: str) -> tuple[int, int]:

@@ -3,9 +3,8 @@
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from shutil import copyfile
 from tempfile import TemporaryDirectory
@@ -29,16 +28,15 @@ from .checkpoint import check_checkpoint, copy_checkpoint
 from .configuration import METHODS, EditorConfig
 from .covariance import DEFAULT_N_TOKENS, DEFAULT_TEXT_BATCH_SIZE, KeyCovariance, ordinary_keys
 from .edit import Edit, base_fingerprint, check_fingerprint
-from .errors import CheckpointError, EditStateError, ModelMismatchError, UntrainedEditorWarning
+from .errors import CheckpointError, ModelMismatchError, UntrainedEditorWarning
 from .evaluation import Evaluation, measure_edit
 from .facts import Fact, FactStream, load_facts
-from .finetuning import fine_tune
 from .history import CARD_FILE
 from .hub import cached_commit, push_folder
 from .hypernetwork import DoubleBuffers, HyperBlock, HyperNetwork, Normaliser, RunningStatistics
-from .least_squares import Adjoint, RidgeLeastSquares, RowSum, Solution, aggregator, solve_device, state_bytes
-from .memit import write_targets
-from .memory import parse_memory, plan_groups, traces_by_group
+from .least_squares import Adjoint, RidgeLeastSquares, RowSum, Solution, aggregator, solve_device
+from .makers import DEFAULT_EDITOR_BATCH_SIZE, MAKERS, EditRequest, pack_statistics
+from .memory import parse_memory
 from .model_card import HUB_RESULTS_FILE, N_FACTS_SHOWN, PLOT_FILE, RESULTS_FILE, EditorRun, write_editor_card
 from .sequential import (
     fingerprint_before_edits,
@@ -54,58 +52,8 @@ from .tasks import AUTO_CLASSES, Classes, infer_task_type
 from .tracing import Trace, frozen, input_device, trace
 
 DEFAULT_BATCH_SIZE = 32
-DEFAULT_EDITOR_BATCH_SIZE = 1024
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
-
-
-@dataclass(frozen=True)
-class EditRequest:
-    """What a maker of shifts is asked for.
-
-    Attributes:
-        model: the base model, inside `frozen`.
-        reader: what to write, as facts and as token sequences.
-        batch_size: facts a pass of the language model.
-        editor_batch_size: tokens a pass of the hyper-network.
-        statistics: that earlier edits of the model left, as `pack_statistics` makes them; None: there are none.
-        max_memory: bytes that the solve of some layers may take; None: as many as that of all takes.
-    """
-
-    model: PreTrainedModel
-    reader: FactReader
-    batch_size: int
-    editor_batch_size: int = DEFAULT_EDITOR_BATCH_SIZE
-    statistics: Mapping[str, Tensor] | None = None
-    max_memory: int | None = None
-
-    def traces(self, editor: "EditorModel", names: Sequence[str] | None = None) -> Iterator[dict[str, Trace]]:
-        """Traces of all facts, in a pass of its own that shows its progress; of some modules, or of all."""
-        title = f"Tracing {len(names or editor.module_names)} layers"
-        batches = self.reader.batches(self.batch_size, input_device(self.model), title)
-        return editor.trace(self.model, batches, names=names)
-
-
-@dataclass(frozen=True)
-class MadeShifts:
-    """What a maker of shifts answers.
-
-    Attributes:
-        shifts: {module name: its shift}.
-        statistics: that have followed the edit, as `pack_statistics` makes them; empty where there are none.
-    """
-
-    shifts: dict[str, Shift]
-    statistics: dict[str, Tensor] = field(default_factory=dict)
-
-
-def pack_statistics(statistics: Mapping[str, RunningStatistics]) -> dict[str, Tensor]:
-    """Statistics by shape as one flat mapping, `{"48x32.count": ...}`, float64 on the CPU, that a file can hold."""
-    return {
-        f"{shape}.{name}": buffer.detach().cpu().clone()
-        for shape, own in statistics.items()
-        for name, buffer in own.named_buffers()
-    }
 
 
 class EditorModel(PreTrainedModel):
@@ -1084,81 +1032,6 @@ def _warn_untrained(config: EditorConfig) -> None:
         "editor.warm_up(model, facts), or let them follow the edits: EditorConfig(statistics='following')."
     )
     warnings.warn(text, UntrainedEditorWarning, stacklevel=4)
-
-
-def _from_rows(editor: EditorModel, request: EditRequest) -> MadeShifts:
-    """The way of most methods: trace all facts, turn each traced token into a row, solve each layer's least squares."""
-    n_rows = request.reader.n_facts or 0  # at least: a fact has a traced token
-    groups = [editor.module_names]
-    n_bytes = 0
-    if request.max_memory is not None:
-        n_rows = request.reader.count_rows(editor.config.traced_tokens)
-        shapes = {name: editor.config.shape_of(name) for name in editor.module_names}
-        n_solved = n_rows + editor.config.n_preserved_keys
-        sizes = {name: state_bytes(editor.config.aggregation, shape, n_solved) for name, shape in shapes.items()}
-        groups = plan_groups(sizes, request.max_memory)
-        n_bytes = n_rows * sum(sum(shapes[name]) for names in groups[1:] for name in names)
-        n_bytes *= request.model.dtype.itemsize
-    statistics, held = None, None
-    if editor.config.follows_edits:  # all rows are needed before the first is standardised: held, or traced twice
-        traces: Iterable[Mapping[str, Trace]] = request.traces(editor)
-        if request.max_memory is None:
-            with distributed.together():
-                traces = held = list(traces)
-        statistics = editor.statistics_after(traces, request.statistics)
-    shifts: dict[str, Shift] = {}
-    first = (lambda _: iter(held)) if held is not None else (lambda names: request.traces(editor, names))
-    with closing(traces_by_group(groups, first, n_bytes)) as parts:
-        for names, traced in parts:
-            for name, solution in editor.solutions(traced, request.editor_batch_size, statistics, names, n_rows):
-                shifts[name] = solution.to_shift()
-                del solution  # before the next one is made
-    return MadeShifts(shifts, pack_statistics(statistics or {}))
-
-
-def _from_targets(editor: EditorModel, request: EditRequest) -> MadeShifts:
-    """MEMIT's way. All facts are held: their targets are sought before the first layer is solved."""
-    if editor.n_covariance_tokens == 0:
-        raise EditStateError(
-            f"Method {editor.config.method!r} weighs an edit against the covariance of ordinary keys, and this editor "
-            "has none yet. Call editor.collect_covariance(model, texts) first; save_pretrained keeps it."
-        )
-    return MadeShifts(
-        write_targets(
-            request.model,
-            request.reader.tokenize,
-            list(request.reader.facts()),
-            editor.module_names,
-            editor.config,
-            penalty=editor.key_penalty,
-            ridge=editor.ridge,
-            batch_size=request.batch_size,
-        )
-    )
-
-
-def _from_fine_tuning(editor: EditorModel, request: EditRequest) -> MadeShifts:
-    """By descent on the edit loss itself. All facts are held, as they are read several times."""
-    return MadeShifts(
-        fine_tune(
-            request.model,
-            request.reader.tokenize,
-            list(request.reader.facts()),
-            editor.module_names,
-            editor.config,
-            penalty=editor.key_penalty,
-            ridge=editor.ridge,
-            batch_size=request.batch_size,
-        )
-    )
-
-
-# By `Method.maker`. Each is called with the base model inside `frozen`.
-MAKERS: dict[str, Callable[[EditorModel, EditRequest], MadeShifts]] = {
-    "rows": _from_rows,
-    "memit": _from_targets,
-    "ft": _from_fine_tuning,
-}
 
 
 AutoConfig.register(EditorConfig.model_type, EditorConfig, exist_ok=True)

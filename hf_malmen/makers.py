@@ -1,0 +1,149 @@
+"""Facts -> weight shifts, by the ways that methods have: one function a way, of an editor and a request."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from . import distributed
+from .errors import EditStateError
+from .finetuning import fine_tune
+from .hypernetwork import RunningStatistics
+from .least_squares import state_bytes
+from .memit import write_targets
+from .memory import plan_groups, traces_by_group
+from .shifts import Shift
+from .streaming import FactReader
+from .tracing import Trace, input_device
+
+if TYPE_CHECKING:
+    from .modeling import EditorModel
+
+DEFAULT_EDITOR_BATCH_SIZE = 1024
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """What a maker of shifts is asked for.
+
+    Attributes:
+        model: the base model, inside `frozen`.
+        reader: what to write, as facts and as token sequences.
+        batch_size: facts a pass of the language model.
+        editor_batch_size: tokens a pass of the hyper-network.
+        statistics: that earlier edits of the model left, as `pack_statistics` makes them; None: there are none.
+        max_memory: bytes that the solve of some layers may take; None: as many as that of all takes.
+    """
+
+    model: PreTrainedModel
+    reader: FactReader
+    batch_size: int
+    editor_batch_size: int = DEFAULT_EDITOR_BATCH_SIZE
+    statistics: Mapping[str, Tensor] | None = None
+    max_memory: int | None = None
+
+    def traces(self, editor: "EditorModel", names: Sequence[str] | None = None) -> Iterator[dict[str, Trace]]:
+        """Traces of all facts, in a pass of its own that shows its progress; of some modules, or of all."""
+        title = f"Tracing {len(names or editor.module_names)} layers"
+        batches = self.reader.batches(self.batch_size, input_device(self.model), title)
+        return editor.trace(self.model, batches, names=names)
+
+
+@dataclass(frozen=True)
+class MadeShifts:
+    """What a maker of shifts answers.
+
+    Attributes:
+        shifts: {module name: its shift}.
+        statistics: that have followed the edit, as `pack_statistics` makes them; empty where there are none.
+    """
+
+    shifts: dict[str, Shift]
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+
+
+def pack_statistics(statistics: Mapping[str, RunningStatistics]) -> dict[str, Tensor]:
+    """Statistics by shape as one flat mapping, `{"48x32.count": ...}`, float64 on the CPU, that a file can hold."""
+    return {
+        f"{shape}.{name}": buffer.detach().cpu().clone()
+        for shape, own in statistics.items()
+        for name, buffer in own.named_buffers()
+    }
+
+
+def _from_rows(editor: "EditorModel", request: EditRequest) -> MadeShifts:
+    """The way of most methods: trace all facts, turn each traced token into a row, solve each layer's least squares."""
+    n_rows = request.reader.n_facts or 0  # at least: a fact has a traced token
+    groups = [editor.module_names]
+    n_bytes = 0
+    if request.max_memory is not None:
+        n_rows = request.reader.count_rows(editor.config.traced_tokens)
+        shapes = {name: editor.config.shape_of(name) for name in editor.module_names}
+        n_solved = n_rows + editor.config.n_preserved_keys
+        sizes = {name: state_bytes(editor.config.aggregation, shape, n_solved) for name, shape in shapes.items()}
+        groups = plan_groups(sizes, request.max_memory)
+        n_bytes = n_rows * sum(sum(shapes[name]) for names in groups[1:] for name in names)
+        n_bytes *= request.model.dtype.itemsize
+    statistics, held = None, None
+    if editor.config.follows_edits:  # all rows are needed before the first is standardised: held, or traced twice
+        traces: Iterable[Mapping[str, Trace]] = request.traces(editor)
+        if request.max_memory is None:
+            with distributed.together():
+                traces = held = list(traces)
+        statistics = editor.statistics_after(traces, request.statistics)
+    shifts: dict[str, Shift] = {}
+    first = (lambda _: iter(held)) if held is not None else (lambda names: request.traces(editor, names))
+    with closing(traces_by_group(groups, first, n_bytes)) as parts:
+        for names, traced in parts:
+            for name, solution in editor.solutions(traced, request.editor_batch_size, statistics, names, n_rows):
+                shifts[name] = solution.to_shift()
+                del solution  # before the next one is made
+    return MadeShifts(shifts, pack_statistics(statistics or {}))
+
+
+def _from_targets(editor: "EditorModel", request: EditRequest) -> MadeShifts:
+    """MEMIT's way. All facts are held: their targets are sought before the first layer is solved."""
+    if editor.n_covariance_tokens == 0:
+        raise EditStateError(
+            f"Method {editor.config.method!r} weighs an edit against the covariance of ordinary keys, and this editor "
+            "has none yet. Call editor.collect_covariance(model, texts) first; save_pretrained keeps it."
+        )
+    return MadeShifts(
+        write_targets(
+            request.model,
+            request.reader.tokenize,
+            list(request.reader.facts()),
+            editor.module_names,
+            editor.config,
+            penalty=editor.key_penalty,
+            ridge=editor.ridge,
+            batch_size=request.batch_size,
+        )
+    )
+
+
+def _from_fine_tuning(editor: "EditorModel", request: EditRequest) -> MadeShifts:
+    """By descent on the edit loss itself. All facts are held, as they are read several times."""
+    return MadeShifts(
+        fine_tune(
+            request.model,
+            request.reader.tokenize,
+            list(request.reader.facts()),
+            editor.module_names,
+            editor.config,
+            penalty=editor.key_penalty,
+            ridge=editor.ridge,
+            batch_size=request.batch_size,
+        )
+    )
+
+
+# By `Method.maker`. Each is called with the base model inside `frozen`.
+MAKERS: dict[str, Callable[["EditorModel", EditRequest], MadeShifts]] = {
+    "rows": _from_rows,
+    "memit": _from_targets,
+    "ft": _from_fine_tuning,
+}
