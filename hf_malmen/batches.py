@@ -314,8 +314,16 @@ class Tokenizer:
             stack([[1] * len(row) for row in decoder_ids], 0, decoder_length),
         )
 
-    def batches(self, sequences: Sequence[TokenSequence], batch_size: int) -> Iterator[tuple[list[int], TokenBatch]]:
+    def batches(
+        self, sequences: Sequence[TokenSequence], batch_size: int, pass_cost: int | None = None
+    ) -> Iterator[tuple[list[int], TokenBatch]]:
         """All sequences in batches of at most `batch_size`, longest first so that little is padding.
+
+        Args:
+            sequences: in any order.
+            batch_size: the most of them a batch.
+            pass_cost: how many tokens one more pass takes as long as. Batches are then cut where padding and passes
+                together cost least; None fills them.
 
         Yields:
             The positions of the batch's sequences in `sequences`, and the batch.
@@ -326,8 +334,9 @@ class Tokenizer:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected a whole number of at least 1.")
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        lengths = [len(sequences[i]) for i in order]
+        for start, stop in _cuts(lengths, batch_size, pass_cost):
+            chosen = order[start:stop]
             yield chosen, self.pad([sequences[i] for i in chosen])
 
     def _join(self, prompt: str, target: str) -> tuple[str, int]:
@@ -380,3 +389,21 @@ class Tokenizer:
             is_target = [i >= shared and token not in self.tokenizer.all_special_ids for i, token in enumerate(ids)]
         last = max((i for i, flag in enumerate(is_target) if flag), default=len(ids) - 1)
         return ids[: last + 1], is_target[: last + 1]  # without what a tokenizer appends, such as an end token
+
+
+def _cuts(lengths: Sequence[int], batch_size: int, pass_cost: int | None) -> list[tuple[int, int]]:
+    """Start and end of every batch of sequences of these lengths, longest first."""
+    n = len(lengths)
+    if pass_cost is None:
+        return [(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
+    # The cheapest way to have dealt with the first `stop` sequences ends with a batch from `starts[stop]` on.
+    costs, starts = [0] * (n + 1), [0] * (n + 1)
+    for stop in range(1, n + 1):
+        options = ((costs[i] + lengths[i] * (stop - i), i) for i in range(max(0, stop - batch_size), stop))
+        cheapest, starts[stop] = min(options)
+        costs[stop] = cheapest + pass_cost
+    cuts = []
+    while n:
+        cuts.append((starts[n], n))
+        n = starts[n]
+    return cuts[::-1]

@@ -73,6 +73,14 @@ def input_device(model: nn.Module) -> torch.device:
     return next(devices, torch.device("cpu"))
 
 
+def pass_cost(model: nn.Module) -> int:
+    """About how many tokens one more pass of `model` takes as long as; for `Tokenizer.batches`.
+
+    On a CPU that is the vocabulary projection, which every pass reads whole; on a GPU it is the launches.
+    """
+    return 64 if input_device(model).type == "cpu" else 1024
+
+
 def model_inputs(model: nn.Module, batch: TokenBatch) -> dict[str, Any]:
     """Keyword arguments of a plain forward pass of `model` over `batch`."""
     accepted = inspect.signature(model.forward).parameters
@@ -262,6 +270,41 @@ def shifted(model: nn.Module, shifts: Mapping[str, Tensor]) -> Iterator[None]:
         for name in shifts:
             stack.enter_context(_hooked(target_module(model, name), name, add))
         yield
+
+
+@contextmanager
+def at_answers(modules: Sequence[nn.Module], batch: TokenBatch) -> Iterator[None]:
+    """Within the context the modules run on the answer tokens of `batch` alone, and put out zeros elsewhere.
+
+    For a pass of which nothing but `answer_logits` is read, and modules of its last block that do the same to every
+    token, apart from the others.
+
+    Args:
+        modules: each takes the hidden states of all tokens as its one positional argument, and returns as many rows.
+        batch: what the pass runs over.
+    """
+    answered = (batch.labels != IGNORED).nonzero(as_tuple=True)
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(_scattered(module, batch.labels.shape, answered))
+        yield
+
+
+@contextmanager
+def _scattered(module: nn.Module, shape: Sequence[int], answered: tuple[Tensor, ...]) -> Iterator[None]:
+    def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][tuple(index.to(args[0].device) for index in answered)][None],)
+
+    def scatter(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        where = tuple(index.to(output.device) for index in answered)
+        return output.new_zeros((*shape, output.shape[-1])).index_put(where, output[0])
+
+    handles = [module.register_forward_pre_hook(gather), module.register_forward_hook(scatter)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _head(model: nn.Module) -> nn.Module | None:

@@ -37,7 +37,7 @@ from .model_card import EditorRun, write_editor_card
 from .modeling import DEFAULT_BATCH_SIZE, EditorModel
 from .passes import FrozenPasses
 from .targets import plain_model
-from .tracing import Trace, answer_logits, frozen, input_device, shifted
+from .tracing import Trace, answer_logits, frozen, input_device, pass_cost, shifted
 
 _CARD_SETTINGS = (
     "gradient_accumulation_steps",
@@ -418,7 +418,7 @@ class EditorTrainer(Trainer):
         """
         totals = [0.0, 0.0]
         for _, batch in self._batches(_own(rephrases)):
-            with self._shifted(batch, after):
+            with shifted(self.base_model, after), self.passes.answering(batch):
                 logits, targets = answer_logits(self.base_model, batch)
                 loss = weight * F.cross_entropy(logits, targets, reduction="sum") / _n_answer_tokens(rephrases)
                 loss.backward()
@@ -426,11 +426,11 @@ class EditorTrainer(Trainer):
         asked = _own(unrelated)
         for chosen, batch in self._batches(asked):
             if before:
-                with self._shifted(batch, before), torch.no_grad():
+                with torch.no_grad(), shifted(self.base_model, before), self.passes.answering(batch):
                     old = answer_logits(self.base_model, batch)[0].log_softmax(-1)
             else:
                 old = self.passes.log_probabilities([asked[i] for i in chosen])
-            with self._shifted(batch, after):
+            with shifted(self.base_model, after), self.passes.answering(batch):
                 new = answer_logits(self.base_model, batch)[0].log_softmax(-1)
                 divergence = F.kl_div(new, old, reduction="sum", log_target=True) / _n_answer_tokens(unrelated)
                 divergence = weight * divergence
@@ -453,7 +453,7 @@ class EditorTrainer(Trainer):
         return list(self.editor.trace(self.base_model, batches, lambda batch: self._shifted(batch, before)))
 
     def _batches(self, sequences: Sequence[TokenSequence]) -> Iterator[tuple[list[int], TokenBatch]]:
-        for chosen, batch in self.tokenize.batches(sequences, self.args.lm_batch_size):
+        for chosen, batch in self.tokenize.batches(sequences, self.args.lm_batch_size, pass_cost(self.base_model)):
             yield chosen, batch.to(input_device(self.base_model))
 
     def _passes(self, editor: EditorModel) -> FrozenPasses:

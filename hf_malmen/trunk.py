@@ -15,7 +15,7 @@ from transformers.utils import logging
 from .batches import TokenBatch, Tokenizer, TokenSequence
 from .features import FeatureCache, Key
 from .targets import blocks_of, target_module
-from .tracing import input_device, run_until
+from .tracing import input_device, pass_cost, run_until
 
 logger = logging.get_logger(__name__)
 
@@ -57,7 +57,7 @@ class Trunk:
             return
         wanted = {sequence.input_ids: sequence for sequence in sequences}
         missing = [sequence for ids, sequence in wanted.items() if self._output(ids) is None]
-        for chosen, batch in tokenize.batches(missing, batch_size):
+        for chosen, batch in tokenize.batches(missing, batch_size, pass_cost(self.model) // 4):  # no vocabulary
             output = self._run(batch.to(input_device(self.model)))
             if output is None:
                 logger.info("The blocks below the edited ones return more than a hidden state; running them in full.")

@@ -1,5 +1,6 @@
 """`Tokenizer`: where a prompt ends and its target begins, for every kind of tokenizer, and what a batch holds."""
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -398,6 +399,28 @@ def test_batches_group_by_length() -> None:
     tokenize = Tokenizer(byte_level(), EditorConfig())
     batches = list(tokenize.batches(sequences_of([1, 9, 1, 9, 1, 9]), 3))
     assert sum(batch.input_ids.numel() for _, batch in batches) == 3 * 9 + 3 * 1
+
+
+@pytest.mark.parametrize("batch_size", [3, 100])
+@pytest.mark.parametrize("pass_cost", [0, 2, 5, 1000])
+def test_batches_are_cut_where_padding_and_passes_cost_least(
+    make_tokenizer: Callable[..., PreTrainedTokenizerFast], batch_size: int, pass_cost: int
+) -> None:
+    """The cost is the least that any way to cut nine sequences has, and every sequence is there once."""
+    tokenize = Tokenizer(make_tokenizer(), EditorConfig())
+    lengths = [5, 21, 3, 9, 9, 4, 20, 12, 3]
+    sequences = [TokenSequence((7,) * length, (3,) * length) for length in lengths]
+    found = list(tokenize.batches(sequences, batch_size, pass_cost))
+    assert sorted(i for chosen, _ in found for i in chosen) == list(range(9))
+    assert max(len(chosen) for chosen, _ in found) <= batch_size
+    ordered = sorted(lengths, reverse=True)
+    costs = []
+    for cuts in itertools.product([False, True], repeat=8):
+        ends = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), 9]
+        parts = [ordered[a:b] for a, b in itertools.pairwise(ends)]
+        if max(map(len, parts)) <= batch_size:
+            costs.append(sum(part[0] * len(part) + pass_cost for part in parts))
+    assert sum(batch.input_ids.numel() + pass_cost for _, batch in found) == min(costs)
 
 
 def test_batches_of_nothing() -> None:

@@ -451,8 +451,8 @@ def test_what_is_kept_does_not_change_the_gradient(
 ) -> None:
     """In float32 the gradients of a first and of later epochs, from memory and from disk, are those of plain passes.
 
-    Plain: no memory, no trunk, the vocabulary projection at every token, facts traced and unrelated prompts answered
-    anew at every step.
+    Plain: no memory, no trunk, vocabulary projection and last block at every token, facts traced and unrelated prompts
+    answered anew at every step.
     """
     kind = KINDS[name]
     model, facts = kind.build(torch.float32), kind.facts(make_long_facts(7))
@@ -467,6 +467,7 @@ def test_what_is_kept_does_not_change_the_gradient(
         with monkeypatch.context() as patch:
             if way == "plain":
                 patch.setattr("hf_malmen.tracing._head", lambda _: None)
+                patch.setattr(trainer.passes, "_shortened", [])
                 trainer.passes.trunk.blocks = []
             for chosen in (facts[:4], facts[3:], facts[:4], facts[2:6]):
                 if way == "plain":
@@ -488,7 +489,7 @@ def test_later_epochs_run_the_base_model_for_the_shifted_passes_alone(
     make_trainer: Callable[..., EditorTrainer],
 ) -> None:
     """What each part is run on: the trunk on no token in a later epoch, the edited blocks on the prompts, and on one of
-    them for what follows the vocabulary projection, which reads answer tokens alone.
+    them for what follows the vocabulary projection; that and the last feed-forward layers on answer tokens alone.
     """
     model, facts = make_llama(), make_long_facts(5)
     editor = make_editor(model, target_modules=["down_proj"], layers_to_transform=BLOCKS)
@@ -498,7 +499,7 @@ def test_later_epochs_run_the_base_model_for_the_shifted_passes_alone(
     def count(name: str) -> Callable[..., None]:
         return lambda _, args, __: runs.setdefault(name, []).append(args[0].shape[:-1].numel())
 
-    for name in ("model.layers.0.mlp", "model.layers.3.mlp", "lm_head"):
+    for name in ("model.layers.0.mlp", "model.layers.2.mlp", "model.layers.3.mlp.down_proj", "lm_head"):
         model.get_submodule(name).register_forward_hook(count(name))
     step(trainer, facts)
     n_first = {name: len(tokens) for name, tokens in runs.items()}
@@ -506,11 +507,13 @@ def test_later_epochs_run_the_base_model_for_the_shifted_passes_alone(
     step(trainer, facts)
     assert "model.layers.0.mlp" not in runs
     assert n_first["model.layers.0.mlp"] == 2  # a trace, and a pass over the prompts that others share
-    assert len(runs["model.layers.3.mlp"]) == 3
+    assert len(runs["model.layers.2.mlp"]) == 3
     rephrases = [trainer.tokenize(text, fact.target) for fact in facts for text in fact.rephrases]
     unrelated = [trainer.tokenize(str(fact.unrelated_prompt), str(fact.unrelated_answer)) for fact in facts]
     n_answers = [sum(len(sequence.target_ids) for sequence in part) for part in (rephrases, unrelated)]
     assert sorted(runs["lm_head"]) == sorted([n_answers[0], n_answers[1], n_answers[1]])
+    assert set(n_answers) <= set(runs["model.layers.3.mlp.down_proj"])
+    assert sum(runs["model.layers.3.mlp.down_proj"]) < sum(runs["model.layers.2.mlp"]) / 3
 
 
 @pytest.mark.parametrize("method", ["malmen", "mend"])
