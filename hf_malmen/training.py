@@ -502,6 +502,7 @@ class _ForgetFeatures(TrainerCallback):
 
 
 def _joined(window: Sequence[tuple[Sequence[TokenSequence], ...]], part: int) -> list[TokenSequence]:
+    """This process's sequences of one part of every set."""
     return [sequence for questions in window for sequence in _own(questions[part])]
 
 
