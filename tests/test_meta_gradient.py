@@ -487,10 +487,13 @@ def test_later_epochs_run_the_base_model_for_the_shifted_passes_alone(
     make_long_facts: Callable[..., list[Fact]],
     make_editor: Callable[..., EditorModel],
     make_trainer: Callable[..., EditorTrainer],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What each part is run on: the trunk on no token in a later epoch, the edited blocks on the prompts, and on one of
     them for what follows the vocabulary projection; that and the last feed-forward layers on answer tokens alone.
     """
+    for module in ("trunk", "passes", "training"):
+        monkeypatch.setattr(f"hf_malmen.{module}.pass_cost", lambda _: 10**6)  # so that every pass is one batch
     model, facts = make_llama(), make_long_facts(5)
     editor = make_editor(model, target_modules=["down_proj"], layers_to_transform=BLOCKS)
     trainer = make_trainer(editor, model, facts, rephrases_per_fact=N_REPHRASES)
