@@ -19,17 +19,17 @@ from transformers.utils import logging
 from hf_malmen import EditorConfig, EditorModel, EditorTrainer, EditorTrainingArguments, Fact, load_facts
 from hf_malmen.tables import METRIC_TITLES, table
 
-HELD_OUT = 2048
 
-
-def read(path: Path, seed: int) -> tuple[list[Fact], list[Fact]]:
+def read(path: Path, seed: int, n_held_out: int) -> tuple[list[Fact], list[Fact]]:
     """Training and held-out facts, shuffled; of facts with the same prompt only the first."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     first = {row["prompt"]: row for row in reversed(rows)}
     facts = load_facts(sorted(first.values(), key=lambda row: row["prompt"]))
     random.Random(seed).shuffle(facts)
     print(f"{len(facts)} facts; {len(rows) - len(first)} left out, whose prompt came before")
-    return facts[HELD_OUT:], facts[:HELD_OUT]
+    if len(facts) <= n_held_out:
+        raise SystemExit(f"Holding out {n_held_out} leaves none to train on. Lower --held-out.")
+    return facts[n_held_out:], facts[:n_held_out]
 
 
 def mean_scores(
@@ -58,13 +58,14 @@ def main() -> None:
     parser.add_argument("--preserved-keys", type=int, default=1024, help="keys a layer to keep in place; 0: none")
     parser.add_argument("--preservation", type=float, default=100.0, help="initial κ")
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 256, 1024], help="facts edited at once")
+    parser.add_argument("--held-out", type=int, default=2048, help="facts not trained on")
     parser.add_argument("--seed", type=int, default=0, help="of the split and the training")
     parser.add_argument("--output-dir", type=Path, default=Path("demo-output/quality"), help="for the editor")
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
-    train_facts, held_out = read(options.facts, options.seed)
+    train_facts, held_out = read(options.facts, options.seed, options.held_out)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     config = EditorConfig(

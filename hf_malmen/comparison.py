@@ -296,8 +296,9 @@ def split_facts(comparison: Comparison) -> tuple[dict[str, list[Fact]], int]:
         splits = {name: load_facts(getattr(comparison, f"{name}_facts")) for name in _SPLITS}
         for name, facts in splits.items():
             random.Random(f"{comparison.seed} {name}").shuffle(facts)
+    is_tuned = any(method.search for method in comparison.methods.values())
     wanted = {
-        "validation": (max(comparison.tuning.sizes), "tuning.sizes"),
+        "validation": (max(comparison.tuning.sizes) if is_tuned else 0, "tuning.sizes"),
         "test": (max(amount.n_facts for amount in comparison.amounts), "sizes or turns"),
         "train": (max(method.warm_up_facts for method in comparison.methods.values()), "warm_up_facts"),
     }

@@ -238,7 +238,7 @@ def _best(results: Results) -> str:
                 tie = " (a tie)" if len(winners) > 1 else ""
                 lines.append(f"- {title}: {', '.join(winners)}{tie}")
         lines.append(
-            f"- no other method is better on edit success, generalization and locality alike than: "
+            f"- not beaten on edit success, generalization and locality all three, by means: "
             f"{', '.join(unbeaten(results, amount)) or 'none measured'}\n"
         )
     note = (
@@ -328,7 +328,7 @@ def _plot_scores(results: Results, path: Path) -> None:
         return lambda cell: (cell["scores"][name], *cell["intervals"][name]) if name in cell["scores"] else None
 
     panels: dict[str, Any] = {title: of_score(name) for name, title in METRIC_TITLES.items()}
-    panels |= {f"{title}, generated": of_score(f"{name}_generated") for name, title in METRIC_TITLES.items()}
+    panels |= {f"{METRIC_TITLES[name]}, generated": of_score(f"{name}_generated") for name in MAIN_METRICS}
     panels |= {"perplexity of other text": lambda cell: cell.get(PERPLEXITY, {}).get("after")}
     cells = [cell for cell in results.cells.values() if "error" not in cell]
     panels = {title: read for title, read in panels.items() if any(read(cell) for cell in cells)}
@@ -358,6 +358,9 @@ def _plot_scores(results: Results, path: Path) -> None:
             before = next(cell[PERPLEXITY]["before"][0] for cell in cells if PERPLEXITY in cell)
             axes.axhline(before, color="grey", ls=":", lw=1)
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
+            axes.tick_params(axis="y", which="both", labelsize="x-small")
         else:
             axes.set_ylim(-0.02, 1.02)
         axes.set_title(title, fontsize="medium")
@@ -365,9 +368,9 @@ def _plot_scores(results: Results, path: Path) -> None:
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     turns = "; hollow: edited in turns" if results.comparison.turns else ""
-    figure.supxlabel(f"facts edited (bands: 95 % intervals{turns})", fontsize="medium")
+    title = f"against the number of facts edited; bands: 95 % intervals{turns}"
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), title=title)
     figure.savefig(path, dpi=130, format="png")
 
 
@@ -400,13 +403,16 @@ def _plot_tradeoff(results: Results, path: Path) -> None:
                 **_styles(results)[method],
             )
             success = cell["scores"]["edit_success"]
-            axes.annotate(f"ES {success:.2f}", (x, y), (5, 5), textcoords="offset points", fontsize="x-small")
+            text = {"textcoords": "offset points", "fontsize": "x-small", "color": _styles(results)[method]["color"]}
+            axes.annotate(f"{success:.2f}", (x, y), (5, 5), **text)
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.04), xlabel="generalization", ylabel="locality")
         axes.set_title(amount.title, fontsize="medium")
         axes.grid(alpha=0.3)
     for axes in grid[len(amounts) :]:
         axes.set_visible(False)
-    figure.legend(list(drawn.values()), list(drawn), loc="outside lower center", ncols=max(1, len(drawn)))
+    title = "up and right is better; numbers: edit success"
+    columns = max(1, len(drawn))
+    figure.legend(list(drawn.values()), list(drawn), loc="outside lower center", ncols=columns, title=title)
     figure.savefig(path, dpi=130, format="png")
 
 
@@ -428,7 +434,9 @@ def _plot_costs(results: Results, path: Path) -> None:
             bars = [(j, read(cell)) for j, cell in found if cell is not None]
             positions = [j + (i - (len(styles) - 1) / 2) * width for j, _ in bars]
             axes.bar(positions, [value for _, value in bars], width, label=method, color=style["color"])
-        axes.set_xticks(range(len(amounts)), [amount.title.replace(" at once", "") for amount in amounts])
+        labels = [amount.name.replace("x", " x ") for amount in amounts]
+        axes.set_xticks(range(len(amounts)), labels)
+        axes.set_xlabel("facts" + (" (turns x facts)" if results.comparison.turns else ""))
         axes.tick_params(axis="x", labelsize="small")
         axes.set_title(title, fontsize="medium")
         axes.grid(axis="y", alpha=0.3)
