@@ -10,6 +10,7 @@ next layer makes up for the difference; blocks that normalise the sum (post-norm
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,15 +19,15 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .batches import IGNORED, Tokenizer, TokenSequence
+from .beginnings import Beginnings
 from .configuration import EditorConfig
 from .errors import ModelMismatchError
 from .facts import Fact, require_fields
-from .features import FeatureCache
 from .least_squares import RidgeLeastSquares
 from .shifts import Shift, materialise
 from .targets import last_block, target_module
-from .tracing import answer_logits, input_device, read_keys, shifted, steered
-from .trunk import Trunk
+from .tracing import answer_logits, input_device, read_keys, run_until, shifted, steered
+from .trunk import started_behind
 
 # What a model is asked about a subject beside the fact, and should go on answering alike: what kind of thing it is.
 ESSENCE = "{} is a"
@@ -43,6 +44,16 @@ class Lookup:
 
     sequence: TokenSequence
     position: int
+
+    @property
+    def before_subject(self) -> tuple[int, ...]:
+        """The tokens before the subject's last one, which nothing that happens there changes."""
+        return self.sequence.input_ids[: self.position]
+
+    @property
+    def from_subject(self) -> TokenSequence:
+        """The text from the subject's last token on."""
+        return TokenSequence(self.sequence.input_ids[self.position :], self.sequence.labels[self.position :])
 
     @property
     def until_subject(self) -> TokenSequence:
@@ -110,7 +121,7 @@ def find_moves(
 
     and is kept within ‖δ‖ ≤ clamp_factor · ‖h‖. Each fact's δ is the same whatever facts it shares its batch with: the
     losses are summed, and Adam looks at every number by itself. Steps are taken in units of the root mean square of
-    h, so that they have one size in any model. The blocks up to `block` run once.
+    h, so that they have one size in any model. What no move changes runs once.
 
     Args:
         model: the base model, inside `frozen`.
@@ -125,14 +136,11 @@ def find_moves(
         NumericalError: a loss is not finite.
     """
     moves = torch.zeros_like(states)
-    features = FeatureCache(0)  # keeps what a batch needs, and forgets it with the next one
-    trunk = Trunk(model, [block], features, inclusive=True)
     prompts = [request.asked[0].sequence for request in requests]
     with logging.tqdm(total=len(requests), desc="Finding targets", unit=" facts", leave=False) as bar:
         for chosen, _ in tokenize.batches(prompts, batch_size):
             batch = [requests[i] for i in chosen]
-            features.make_room(())
-            moves[chosen] = _find_moves_of_batch(model, tokenize, trunk, batch, states[chosen], block, config)
+            moves[chosen] = _find_moves_of_batch(model, tokenize, batch, states[chosen], block, config)
             bar.update(len(chosen))
     return moves
 
@@ -140,7 +148,6 @@ def find_moves(
 def _find_moves_of_batch(
     model: nn.Module,
     tokenize: Tokenizer,
-    trunk: Trunk,
     requests: Sequence[Request],
     states: Tensor,  # (n_facts, hidden_size)
     block: str,
@@ -148,16 +155,15 @@ def _find_moves_of_batch(
 ) -> Tensor:  # (n_facts, hidden_size)
     asked = [lookup for request in requests for lookup in request.asked]
     essences = [request.essence for request in requests]
-    trunk.fill([lookup.sequence for lookup in (*asked, *essences)], tokenize, len(requests))
     n_contexts = len(asked) // len(requests)
-    answer = _steered_answers(model, tokenize, trunk, asked, block)
-    describe = _steered_answers(model, tokenize, trunk, essences, block)
+    answer = _steered_answers(model, tokenize, asked, block)
     size = states.shape[1]
     unit = states.norm(dim=1, keepdim=True) / size**0.5  # the root mean square of each h
     moves = torch.zeros_like(states, requires_grad=True)  # in these units
     optimizer = torch.optim.Adam([moves], lr=config.edit_lr)
     before: Tensor | None = None
     if config.kl_weight:  # without it these passes, a third or more of all, have no part in the result
+        describe = _steered_answers(model, tokenize, essences, block)
         with torch.no_grad():
             before = describe(moves)[0].log_softmax(-1)
     for _ in range(config.n_steps):
@@ -178,14 +184,30 @@ def _find_moves_of_batch(
 
 
 def _steered_answers(
-    model: nn.Module, tokenize: Tokenizer, trunk: Trunk, lookups: Sequence[Lookup], block: str
+    model: nn.Module, tokenize: Tokenizer, lookups: Sequence[Lookup], block: str
 ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """A function of moves (n_lookups, hidden_size): logits and targets of all answer tokens, as the moves make them."""
-    batch = tokenize.pad([lookup.sequence for lookup in lookups]).to(input_device(model))
-    positions = torch.tensor([lookup.position for lookup in lookups])
+    """A function of moves (n_lookups, hidden_size): logits and targets of all answer tokens, as the moves make them.
+
+    What no move changes is computed once: the tokens before the subject's last one, where the model can go on behind
+    them, and the blocks up to `block`.
+    """
+    beginnings = Beginnings.read(model, tokenize, [lookup.before_subject for lookup in lookups])
+    sequences = [lookup.sequence if beginnings is None else lookup.from_subject for lookup in lookups]
+    positions = torch.tensor([lookup.position if beginnings is None else 0 for lookup in lookups])
+    batch = tokenize.pad(sequences).to(input_device(model))
+
+    def behind() -> AbstractContextManager[None]:
+        return nullcontext() if beginnings is None else beginnings.before(model)
+
+    with torch.no_grad(), behind():
+        reached = run_until(model, batch, target_module(model, block))
 
     def answers(moves: Tensor) -> tuple[Tensor, Tensor]:
-        with trunk.replayed(batch), steered(target_module(model, block), torch.arange(len(lookups)), positions, moves):
+        with (
+            behind(),
+            started_behind(model, block, reached),
+            steered(target_module(model, block), torch.arange(len(lookups)), positions, moves),
+        ):
             return answer_logits(model, batch)
 
     return answers

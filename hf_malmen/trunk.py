@@ -27,16 +27,12 @@ class Trunk:
         model: the base model.
         module_names: the target modules.
         features: where the outputs are kept.
-        inclusive: whether the block of the first target belongs to the trunk, as when nothing changes in it but what
-            it puts out.
     """
 
-    def __init__(
-        self, model: nn.Module, module_names: Sequence[str], features: FeatureCache, *, inclusive: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, module_names: Sequence[str], features: FeatureCache) -> None:
         self.model = model
         self.features = features
-        self.blocks = _blocks_below(model, module_names, inclusive)
+        self.blocks = _blocks_below(model, module_names)
         if not self.blocks:
             logger.info("No blocks below the first edited layer can be run apart from it; running all in full.")
         self._in_tuple = False  # whether the blocks wrap their output in a tuple
@@ -102,7 +98,26 @@ class Trunk:
         return kept[0]
 
 
-def _blocks_below(model: nn.Module, module_names: Sequence[str], inclusive: bool) -> list[nn.Module]:
+@contextmanager
+def started_behind(model: nn.Module, block: str, output: Any) -> Iterator[None]:
+    """Within the context a pass starts behind a block, whose output is known; not where it is more than a hidden state.
+
+    Args:
+        model: the base model.
+        block: its name; an entry of a list of blocks that run one after the other.
+        output: what it puts out for the batch of the pass.
+    """
+    name, _, place = block.rpartition(".")
+    blocks = target_module(model, name)
+    assert isinstance(blocks, nn.ModuleList)  # for the type checker: it is one of its blocks
+    is_hidden_state = isinstance(output, Tensor) or (isinstance(output, tuple) and len(output) == 1)
+    with ExitStack() as stack:
+        for entry in list(blocks)[: int(place) + 1] if is_hidden_state else ():
+            stack.enter_context(_returning(entry, output))
+        yield
+
+
+def _blocks_below(model: nn.Module, module_names: Sequence[str]) -> list[nn.Module]:
     """The blocks that run before any target: those above it in the one list of blocks that holds all targets."""
     found = blocks_of(model, module_names)
     if found is None:
@@ -110,7 +125,7 @@ def _blocks_below(model: nn.Module, module_names: Sequence[str], inclusive: bool
     name, places = found
     blocks = target_module(model, name)
     assert isinstance(blocks, nn.ModuleList)  # for the type checker
-    return list(blocks)[: min(places) + inclusive]
+    return list(blocks)[: min(places)]
 
 
 def _key(input_ids: tuple[int, ...]) -> Key:
