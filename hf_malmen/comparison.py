@@ -73,7 +73,10 @@ class MethodSettings:
         search: `{field of EditorConfig: [low, high]}`, of a method that is not: the range that is searched,
             logarithmically; or `{field: {choices: [...]}}`. Empty: nothing is tuned.
         warm_up_facts: training facts whose statistics the editor of a method that is not trained starts with.
-        editor_folder: folder or Hub id of an editor that is there already, instead of making one.
+        editor_folder: folder or Hub id of an editor that is there already, instead of making one. That it was not
+            trained on the test facts is for you to know.
+        accumulate: edits in turns as `EditorModel.apply(accumulate=True)`, which solves for all facts in force at every
+            turn; False: turn by turn.
     """
 
     editor: dict[str, Any] = field(default_factory=dict)
@@ -81,6 +84,7 @@ class MethodSettings:
     search: dict[str, Any] = field(default_factory=dict)
     warm_up_facts: int = 0
     editor_folder: str | None = None
+    accumulate: bool = False
 
 
 @dataclass(frozen=True)
@@ -395,6 +399,8 @@ def plan(comparison: Comparison, splits: Mapping[str, Sequence[Fact]]) -> list[J
                 "asked": asked_facts[amount.name],
                 "comparison": common,
             }
+            if amount.facts_per_turn is not None:
+                own["accumulate"] = comparison.methods[name].accumulate
             jobs.append(Job("cell", f"cells/{name}-{amount.name}", folder, own, ("before", editor.name)))
     return jobs
 
@@ -587,6 +593,8 @@ def _check_methods(comparison: Comparison, where: str) -> None:
         for shared in _SHARED_FIELDS:
             if shared in method.editor:
                 raise ValueError(f"{place}.editor: {shared} is the same for all methods; give it in `editor`.")
+        if type(method.accumulate) is not bool:
+            raise ValueError(f"{place}: accumulate is {method.accumulate!r}; expected true or false.")
         if METHODS[name].is_trained and (method.search or method.warm_up_facts):
             raise ValueError(
                 f"{place}: search and warm_up_facts are for methods without training, and {name!r} is trained."

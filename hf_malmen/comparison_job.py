@@ -166,7 +166,8 @@ def run_cell(base: Base, comparison: Comparison, job: Job) -> dict[str, Any]:
     test = _facts(comparison, "test")[: amount.n_facts]
     loaded = base.peak_memory()
     began = time.perf_counter()
-    edit = editor.apply(base.model, test, base.tokenizer, facts_per_turn=amount.facts_per_turn)
+    turns = {"facts_per_turn": amount.facts_per_turn, "accumulate": job.settings.get("accumulate", False)}
+    edit = editor.apply(base.model, test, base.tokenizer, **turns)
     _wait(base.device)
     seconds, peak = time.perf_counter() - began, base.peak_memory()
     edit.undo()

@@ -44,7 +44,7 @@ ROOT = Path(__file__).parent.parent
 TEXTS = ["Lyon is a city in France.", "Osaka, a city of Japan, is large.", "Perth is in Australia."]
 SHARED = {"target_modules": ["mlp.down_proj"], "edit_lr": 1e-3}
 METHODS = {
-    "malmen": {"editor": {"rank": 4}, "training": {"max_steps": 2}},
+    "malmen": {"editor": {"rank": 4}, "training": {"max_steps": 2}, "accumulate": True},
     "ultraedit": {
         "warm_up_facts": 6,
         "search": {"edit_lr": [1e-4, 1.0], "statistics": {"choices": ["following", "frozen"]}},
@@ -157,7 +157,9 @@ def test_a_cell_is_what_the_editor_does(
         len(f.rephrases) == 1 and f.rephrases[0] in test[n].rephrases for f, n in zip(facts, numbers, strict=True)
     )
 
-    edit = editor.apply(model, test[: amount.n_facts], tokenizer, facts_per_turn=amount.facts_per_turn)
+    # Accumulated turns give what one shot gives, of the same facts.
+    per_turn = None if method == "malmen" else amount.facts_per_turn
+    edit = editor.apply(model, test[: amount.n_facts], tokenizer, facts_per_turn=per_turn)
     after = perplexity(model, tokenizer, TEXTS)
     edit.undo()
     tokenize = editor.tokenizer_for(model, tokenizer)
@@ -425,7 +427,7 @@ def test_settings_are_checked(home: Path, tmp_path: Path, change: dict[str, Any]
         ("ultraedit", {"search": {"edit_rl": [1, 2]}}, "search: unknown 'edit_rl'"),
         ("ultraedit", {"serach": {}}, "methods.ultraedit: unknown 'serach'"),
         ("malmen", {"editor": {"prompt_template": "Q: {prompt}"}}, "prompt_template is the same for all methods"),
-        ("ultraedit", 3, "methods.ultraedit is 3; expected editor, "),
+        ("ultraedit", 3, "methods.ultraedit is 3; expected accumulate, editor"),
     ],
 )
 def test_settings_of_a_method_are_checked(home: Path, tmp_path: Path, method: str, own: Any, message: str) -> None:
