@@ -1,0 +1,430 @@
+"""Editing for life: turns, repeated calls and restarts; what is in force; what follows the edits."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from hf_malmen import (
+    Edit,
+    EditorConfig,
+    EditorModel,
+    EditStateError,
+    Fact,
+    FactError,
+    FactStream,
+    ModelMismatchError,
+    facts_in_force,
+    read_history,
+    undo_edit,
+)
+from hf_malmen.sequential import edits_in_force
+from hf_malmen.state import STATE_FILE, EditState, Products, Rows
+from hf_malmen.targets import weight_of
+from hf_malmen.tracing import frozen
+
+Build = Callable[..., Any]
+
+
+@pytest.fixture(params=["malmen", "mend"])
+def editor(request: pytest.FixtureRequest, model: PreTrainedModel, make_editor: Build) -> EditorModel:
+    """One whose rows are solved for, with preserved keys; and one whose rows are added up."""
+    if request.param == "mend":
+        edit: EditorModel = make_editor(model, method="mend")
+        return edit
+    return make_editor(model, n_preserved_keys=5)  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    """`model`, saved."""
+    model.save_pretrained(tmp_path / "base", max_shard_size="90KB")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def load(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def weights(model: PreTrainedModel, editor: EditorModel) -> dict[str, Tensor]:
+    return {name: weight_of(model, name).detach().clone() for name in editor.module_names}
+
+
+def assert_near(found: dict[str, Tensor], wanted: dict[str, Tensor], base: dict[str, Tensor], limit: float) -> None:
+    """The shifts from `base` differ by no more than this, relative to their norm."""
+    for name, weight in wanted.items():
+        shift = (weight.double() - base[name].double()).norm()
+        assert shift > 0
+        assert (found[name].double() - weight.double()).norm() <= limit * shift, name
+
+
+def dense_answer(
+    editor: EditorModel, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, facts: list[Fact]
+) -> dict[str, Tensor]:
+    """W + S with S by `torch.linalg.lstsq` in float64, or the plain sum, from the rows of each fact by itself."""
+    tokenize = editor.tokenizer_for(model, tokenizer)
+    found = {}
+    with frozen(model), torch.no_grad():
+        traces = [next(editor.trace(model, [tokenize.pad([tokenize(fact.prompt, fact.target)])])) for fact in facts]
+        for name in editor.module_names:
+            rows = [editor(traced[name].keys, traced[name].value_gradients, name) for traced in traces]
+            left, right = (torch.cat(parts).double() for parts in zip(*rows, strict=True))
+            shift = left.T @ right
+            if editor.config.aggregation == "least_squares":
+                network, index = editor.network(name)
+                still = network.preserved_rows(index) if network.n_preserved_keys else left[:0]
+                ridge = editor.ridge(name) ** 0.5 * torch.eye(left.shape[1], dtype=torch.float64)
+                zeros = right.new_zeros(len(still) + len(ridge), right.shape[1])
+                shift = torch.linalg.lstsq(torch.cat((left, still, ridge)), torch.cat((right, zeros))).solution
+            weight = weight_of(model, name)
+            flipped = name in (editor.config.fan_in_fan_out or ())
+            found[name] = weight.double() + (shift if flipped else shift.T)
+    return found
+
+
+# Accumulated turns
+
+
+def test_any_split_gives_one_shot(
+    model: PreTrainedModel,
+    folder: Path,
+    editor: EditorModel,
+    tokenizer: PreTrainedTokenizerFast,
+    make_long_facts: Build,
+    tmp_path: Path,
+) -> None:
+    """One call in turns, repeated calls, and a restart in between, live and on disk: the least squares over all."""
+    facts = make_long_facts(12)
+    base = weights(model, editor)
+    wanted = dense_answer(editor, model, tokenizer, facts)
+
+    edit = editor.apply(model, facts, tokenizer, facts_per_turn=5, accumulate=True)
+    assert_near(weights(model, editor), wanted, base, 1e-5)
+    edit.undo()
+
+    edits = [editor.apply(model, facts[i : i + 4], tokenizer, accumulate=True) for i in (0, 4, 8)]
+    assert_near(weights(model, editor), wanted, base, 1e-5)
+    for edit in edits:
+        edit.undo()
+    assert all(torch.equal(weight, base[name]) for name, weight in weights(model, editor).items())
+
+    editor.save_pretrained(tmp_path / "editor")
+    editor.apply(folder, facts[:4], output_dir=tmp_path / "edited", accumulate=True, batch_size=3)
+    again = EditorModel.from_pretrained(tmp_path / "editor")
+    again.apply(tmp_path / "edited", facts[4:8], in_place=True, accumulate=True)
+    reloaded = load(tmp_path / "edited")
+    edit = again.apply(reloaded, facts[8:], accumulate=True)
+    assert_near(weights(reloaded, editor), wanted, base, 1e-5)
+    edit.write(tmp_path / "edited", in_place=True)
+    on_disk = weights(load(tmp_path / "edited"), editor)
+    assert all(torch.equal(on_disk[name], weight) for name, weight in weights(reloaded, editor).items())
+
+
+def test_in_half_precision_roundings_do_not_add_up(
+    make_llama: Build, make_editor: Build, tokenizer: PreTrainedTokenizerFast, make_facts: Build
+) -> None:
+    """The bfloat16 weights after five calls are those after one, all but where a sum lies between two of them."""
+    model, facts = make_llama(torch.bfloat16), make_facts(10)
+    editor = make_editor(model, edit_lr=1e-2).float()
+    one_shot = editor.apply(model, facts, tokenizer, accumulate=True)
+    wanted = weights(model, editor)
+    one_shot.undo()
+    for i in range(0, 10, 2):
+        editor.apply(model, facts[i : i + 2], tokenizer, accumulate=True)
+    found = weights(model, editor)
+    for name, weight in wanted.items():
+        assert (found[name] == weight).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("n_facts", [8, 130])
+def test_a_fact_edited_again_is_replaced(
+    make_llama: Build, make_editor: Build, tokenizer: PreTrainedTokenizerFast, make_facts: Build, n_facts: int
+) -> None:
+    """The solve is that over the facts in force, whether its edit kept rows or, of many facts, what they come to."""
+    model, facts = make_llama(), make_facts(n_facts)
+    editor = make_editor(model)
+    base = weights(model, editor)
+    changed = [replace(facts[2], prompt=f"{facts[2].prompt} ", target="Peru"), replace(facts[5], target="Chile")]
+    wanted = dense_answer(editor, model, tokenizer, [fact for i, fact in enumerate(facts) if i not in (2, 5)] + changed)
+    first = editor.apply(model, facts, tokenizer, accumulate=True)
+    kinds = {type(rows) for rows in first.state.rows.values()}
+    assert kinds == {Rows if n_facts == 8 else Products}
+    second = editor.apply(model, [*changed, facts[0]], tokenizer, accumulate=True)
+    assert (second.n_facts, second.n_skipped) == (2, 1)
+    assert_near(weights(model, editor), wanted, base, 1e-5)
+    ledger = facts_in_force(model)
+    assert ledger.n_in_force == n_facts
+    assert [(entry.index, entry.edit, entry.replaced_by) for entry in ledger.replaced] == [
+        (2, "live 1", "live 2"),
+        (5, "live 1", "live 2"),
+    ]
+    # Back to what it was: the rows of the first edit are no longer those in force, and its own are.
+    editor.apply(model, [facts[2]], tokenizer, accumulate=True)
+    unedited_model = make_llama()
+    wanted = dense_answer(editor, unedited_model, tokenizer, [*facts[:5], *facts[6:], changed[1]])
+    assert_near(weights(model, editor), wanted, base, 1e-5)
+
+
+def test_after_an_earlier_edit_is_undone_the_next_turn_is_right(
+    make_llama: Build, make_editor: Build, tokenizer: PreTrainedTokenizerFast, make_facts: Build
+) -> None:
+    """What is solved for are the edits in force, whatever was."""
+    model, facts = make_llama(), make_facts(12)
+    editor = make_editor(model)
+    base = weights(model, editor)
+    wanted = dense_answer(editor, model, tokenizer, facts[4:])
+    first = editor.apply(model, facts[:4], tokenizer, accumulate=True)
+    editor.apply(model, facts[4:8], tokenizer, accumulate=True)
+    first.undo()
+    editor.apply(model, facts[8:], tokenizer, accumulate=True)
+    assert_near(weights(model, editor), wanted, base, 1e-5)
+
+
+def test_accumulation_is_refused_where_it_cannot_be(
+    make_llama: Build, make_editor: Build, tokenizer: PreTrainedTokenizerFast, make_facts: Build
+) -> None:
+    """On top of an edit without rows, or of another editor's; and where the turn changes the value differences."""
+    model, facts = make_llama(), make_facts(6)
+    editor, other = make_editor(model), make_editor(model, seed=1)
+    for maker, accumulate, how in ((editor, False, "without accumulate=True"), (other, True, "by another editor")):
+        edit = maker.apply(model, facts[:3], tokenizer, accumulate=accumulate)
+        with pytest.raises(EditStateError, match=f"edit live 1 was made {how}"):
+            editor.apply(model, facts[3:], tokenizer, accumulate=True)
+        edit.undo()
+    following = EditorModel.from_base(model, EditorConfig(method="ultraedit"))
+    with pytest.raises(ValueError, match=r"'ultraedit', whose statistics follow the edits.*statistics='frozen'"):
+        following.apply(model, facts, tokenizer, accumulate=True)
+    assert edits_in_force(model) == []
+
+
+def test_an_error_while_the_edits_are_lifted_puts_them_back(
+    model: PreTrainedModel, editor: EditorModel, tokenizer: PreTrainedTokenizerFast, facts: list[Fact]
+) -> None:
+    """To the bit."""
+    editor.apply(model, facts[:4], tokenizer, accumulate=True)
+    before = weights(model, editor)
+    long = Fact(prompt="Lyon " * 80, target="France")
+    with pytest.raises(FactError, match="the model reads at most 64"):
+        editor.apply(model, [*facts[4:], long], tokenizer, accumulate=True)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(model, editor).items())
+    assert facts_in_force(model).n_in_force == 4
+
+
+# Turn by turn
+
+
+@pytest.mark.parametrize("method", ["malmen", "ultraedit", "stableedit"])
+def test_turns_go_on_after_a_restart(
+    method: str,
+    model: PreTrainedModel,
+    folder: Path,
+    make_editor: Build,
+    tokenizer: PreTrainedTokenizerFast,
+    make_facts: Build,
+    tmp_path: Path,
+) -> None:
+    """Four turns are two turns, a restart, and two more; live, on disk, and the statistics that follow too."""
+    facts = make_facts(12)
+    untrained = {"rank": None, "edit_lr": 1e-1, "seed": None}
+    editor = make_editor(model) if method == "malmen" else make_editor(model, method=method, **untrained)
+    base = weights(model, editor)
+    whole = editor.apply(model, facts, tokenizer, facts_per_turn=3)
+    wanted = weights(model, editor)
+    whole.undo()
+
+    editor.apply(model, facts[:6], tokenizer, facts_per_turn=3)
+    live = editor.apply(model, facts[6:], tokenizer, facts_per_turn=3)
+    assert_near(weights(model, editor), wanted, base, 1e-4)
+
+    editor.save_pretrained(tmp_path / "editor")
+    editor.apply(folder, facts[:6], output_dir=tmp_path / "edited", facts_per_turn=3)
+    again = EditorModel.from_pretrained(tmp_path / "editor")
+    reloaded = load(tmp_path / "edited")
+    edit = again.apply(reloaded, facts[6:], facts_per_turn=3)
+    found = weights(reloaded, editor)
+    assert all(torch.equal(weight, found[name]) for name, weight in weights(model, editor).items())
+    again.apply(tmp_path / "edited", facts[6:], in_place=True, facts_per_turn=3)
+    on_disk = weights(load(tmp_path / "edited"), editor)
+    assert all(torch.equal(weight, on_disk[name]) for name, weight in found.items())
+    assert bool(edit.statistics) == (method != "malmen")
+    for name, tensor in whole.statistics.items():
+        torch.testing.assert_close(edit.statistics[name], tensor, rtol=1e-4, atol=1e-6)
+        assert torch.equal(edit.statistics[name], live.statistics[name])
+        saved = Edit.from_pretrained(tmp_path / "edited" / "edits" / "0002").statistics
+        assert torch.equal(saved[name], live.statistics[name])
+
+
+# What is in force
+
+
+def test_the_same_fact_twice_changes_nothing_more(
+    model: PreTrainedModel,
+    folder: Path,
+    editor: EditorModel,
+    tokenizer: PreTrainedTokenizerFast,
+    facts: list[Fact],
+    tmp_path: Path,
+) -> None:
+    """In later calls, live and on disk, and within one; what is left over is written."""
+    wanted = editor.apply(model, facts[:4], tokenizer)
+    before = weights(model, editor)
+    again = editor.apply(model, facts[:4], tokenizer)
+    assert (again.n_facts, again.n_skipped, dict(again.layers), again.in_force) == (0, 4, {}, False)
+    with editor.applied(model, facts[:4], tokenizer=tokenizer) as nothing:
+        assert not nothing.layers
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(model, editor).items())
+    more = editor.apply(model, facts[:6], tokenizer)
+    assert (more.facts, more.n_skipped) == (facts[4:6], 4)
+    more.undo()
+    wanted.undo()
+    twice = editor.apply(model, [*facts[:4], facts[1]], tokenizer)
+    assert (twice.n_facts, twice.n_skipped) == (4, 1)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(model, editor).items())
+
+    editor.apply(folder, facts[:4], in_place=True)
+    written = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert editor.apply(folder, facts[:4], in_place=True).n_facts == 0
+    editor.apply(folder, facts[:4], output_dir=tmp_path / "copy")
+    for place in (folder, tmp_path / "copy"):
+        assert {path.name: path.read_bytes() for path in place.iterdir() if path.is_file()} == written
+        assert [record.id for record in read_history(place)] == ["0001"]
+
+
+def test_the_ledger_follows_undo(
+    model: PreTrainedModel, folder: Path, make_editor: Build, tokenizer: PreTrainedTokenizerFast, facts: list[Fact]
+) -> None:
+    """After it, facts, replacements and the state are those before; on disk the card says how many are in force."""
+    editor = make_editor(model)
+    changed = [replace(fact, target="Peru") for fact in facts[1:3]]
+    editor.apply(model, facts[:4], tokenizer, accumulate=True)
+    ledger = facts_in_force(model)
+    second = editor.apply(model, changed, tokenizer, accumulate=True)
+    assert [entry.fact for entry in facts_in_force(model).in_force] == [facts[0], facts[3], *changed]
+    second.undo()
+    assert facts_in_force(model) == ledger
+    assert [edit.state.rows.keys() for edit in edits_in_force(model)] == [set(editor.module_names)]
+
+    for batch in (facts[:4], changed, [facts[1]]):
+        editor.apply(folder, batch, in_place=True)
+    ledger = facts_in_force(folder)
+    assert [(entry.edit, entry.replaced_by) for entry in ledger.entries] == [
+        ("0001", None),
+        ("0001", "0002"),
+        ("0001", "0002"),
+        ("0001", None),
+        ("0002", "0003"),
+        ("0002", None),
+        ("0003", None),
+    ]
+    assert "7 facts" in (folder / "README.md").read_text() and "4 are in force" in (folder / "README.md").read_text()
+    assert facts_in_force(load(folder)) == ledger
+    undo_edit(folder, "2")
+    ledger = facts_in_force(folder)
+    assert [entry.fact for entry in ledger.in_force] == [facts[0], facts[2], facts[3], facts[1]]
+    assert [record.summary.n_replaced for record in read_history(folder)] == [0, 1]
+    assert "4 are in force" in (folder / "README.md").read_text()
+    undo_edit(folder)
+    assert "in force" not in (folder / "README.md").read_text()
+    assert [entry.fact for entry in facts_in_force(folder).in_force] == facts[:4]
+
+
+def test_a_model_that_is_not_what_its_folder_holds(
+    model: PreTrainedModel, folder: Path, make_editor: Build, facts: list[Fact]
+) -> None:
+    """Edits that came to the folder after the model was loaded from it are not in force on the model."""
+    live = load(folder)
+    for parameter in live.parameters():  # which may be mapped from the file that is about to be written
+        parameter.data = parameter.data.clone()
+    editor = make_editor(model)
+    editor.apply(folder, facts[:4], in_place=True)
+    assert facts_in_force(live).entries == []
+    assert facts_in_force(load(folder)).n_in_force == 4
+
+
+def test_streamed_facts(
+    model: PreTrainedModel, editor: EditorModel, tokenizer: PreTrainedTokenizerFast, make_facts: Build
+) -> None:
+    """Those that replace a fact are remembered, and the others counted; accumulated, the solve is that of a list."""
+    facts = make_facts(12)
+    base = weights(model, editor)
+    changed = replace(facts[3], target="Peru")
+    wanted = dense_answer(editor, model, tokenizer, [*facts[:3], *facts[4:], changed])
+    editor.apply(model, facts[:4], tokenizer, accumulate=True)
+    stream = FactStream([*facts[4:], facts[0], changed])
+    edit = editor.apply(model, stream, tokenizer, accumulate=True)
+    assert (edit.n_facts, edit.n_skipped) == (9, 1)
+    assert_near(weights(model, editor), wanted, base, 1e-5)
+    ledger = facts_in_force(model)
+    assert [entry.fact for entry in ledger.replaced] == [facts[3]]
+    assert (ledger.n_in_force, ledger.n_unlisted) == (12, 9 - len(edit.facts))
+    edit.undo()
+    turn = editor.apply(model, FactStream([*facts[4:], changed]), tokenizer, facts_per_turn=4)
+    assert turn.facts[-1] == changed
+    assert [entry.fact for entry in facts_in_force(model).replaced] == [facts[3]]
+
+
+def test_merged_edits(
+    model: PreTrainedModel, editor: EditorModel, tokenizer: PreTrainedTokenizerFast, facts: list[Fact]
+) -> None:
+    """The later fact is in force, and the rows go on being those of all: the next turn finds the same solve."""
+    base = weights(model, editor)
+    changed = replace(facts[1], target="Peru")
+    wanted = dense_answer(editor, model, tokenizer, [facts[0], *facts[2:], changed])
+    first = editor.apply(model, facts[:4], tokenizer, accumulate=True)
+    second = editor.apply(model, [changed], tokenizer, accumulate=True)
+    second.undo()
+    first.undo()
+    merged = first.merge(second).apply_to(model)
+    ledger = facts_in_force(model)
+    assert [entry.fact for entry in ledger.in_force] == [facts[0], facts[2], facts[3], changed]
+    editor.apply(model, facts[4:], tokenizer, accumulate=True)
+    assert_near(weights(model, editor), wanted, base, 1e-5)
+    assert merged.merge(editor.make_edit(model, facts, tokenizer)).state.rows == {}, "a turn has no rows to go on from"
+
+
+# State files
+
+
+def test_state_files(
+    model: PreTrainedModel, editor: EditorModel, tokenizer: PreTrainedTokenizerFast, facts: list[Fact], tmp_path: Path
+) -> None:
+    """Come back to the bit; there is none where nothing follows the edits; damaged and newer ones are refused."""
+    with editor.applied(model, facts, tokenizer=tokenizer, accumulate=True) as edit:
+        edit.save_pretrained(tmp_path)
+    loaded = Edit.from_pretrained(tmp_path).state
+    assert loaded.editor == edit.state.editor
+    for name, rows in edit.state.rows.items():
+        found = loaded.rows[name]
+        assert type(found) is type(rows)
+        for role, value in vars(rows).items():
+            kept = getattr(found, role)
+            assert torch.equal(kept, value) if isinstance(value, Tensor) else kept == value
+    products = Products(torch.eye(3, dtype=torch.float64), torch.ones(3, 2, dtype=torch.float64), 7)
+    (tmp_path / "other").mkdir()
+    EditState("x", {"count": torch.tensor(3.0)}, {"layer.0": products}).save(tmp_path / "other")
+    back = EditState.load(tmp_path / "other")
+    other = back.rows["layer.0"]
+    assert isinstance(other, Products) and other.n_rows == 7 and other.gram is not None
+    assert torch.equal(other.gram, torch.eye(3)) and torch.equal(back.statistics["count"], torch.tensor(3.0))
+
+    path = tmp_path / STATE_FILE
+    tensors = load_file(path)
+    save_file(tensors, path, metadata={"version": "2"})
+    with pytest.raises(ModelMismatchError, match=r"version 2.*reads 1\. Upgrade"):
+        Edit.from_pretrained(tmp_path)
+    name = next(name for name in tensors if name.endswith(("/left", "/moment")))
+    save_file(tensors | {name: tensors[name][0]}, path, metadata={"version": "1"})
+    with pytest.raises(ModelMismatchError, match=r"are no rows of an edit\. It is damaged"):
+        Edit.from_pretrained(tmp_path)
+    save_file({"weights": torch.ones(1)}, path, metadata={"version": "1"})
+    with pytest.raises(ModelMismatchError, match=r"belongs to no state of an edit"):
+        Edit.from_pretrained(tmp_path)
+    editor.make_edit(model, facts, tokenizer).save_pretrained(tmp_path / "plain")
+    assert not (tmp_path / "plain" / STATE_FILE).exists()
