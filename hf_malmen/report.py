@@ -110,9 +110,9 @@ def describe_ledger(ledger: Ledger) -> str:
         ]
         for entry in ledger.entries
     ]
-    lines = [f"{ledger.n_in_force} facts are in force, and {len(ledger.replaced)} were replaced."]
+    lines = [f"Facts in force: {ledger.n_in_force}. Replaced: {len(ledger.replaced)}."]
     if ledger.n_unlisted:
-        lines.append(f"{ledger.n_unlisted} of them were streamed, and their edits keep no texts of them.")
+        lines.append(f"Of those in force, {ledger.n_unlisted} were streamed: their edits keep no texts of them.")
     if rows:
         lines += ["", table(["edit", "prompt", "answer", "state"], rows)]
     return "\n".join(lines)

@@ -473,6 +473,33 @@ def test_a_killed_writer_and_recover(home: Path, tmp_path: Path) -> None:
     assert spawn(home, "recover", model) == Done(0, f"Nothing to recover: {model}. Edits in force: none.\n", "")
 
 
+def test_facts_month_after_month(home: Path, call: Callable[..., Done], tmp_path: Path) -> None:
+    """What is in force is skipped, what changed is replaced, and the log shows both, as a table and as JSON."""
+    model = copy_of(home, tmp_path / "model")
+    prompts = ["Bergen is a city in", "Fez is a city in"]
+    for month, targets in {"january": ["Ghana", "Peru"], "february": ["Ghana", "Chile | x"]}.items():
+        lines = [json.dumps({"prompt": p, "target": t}) for p, t in zip(prompts, targets, strict=True)]
+        (tmp_path / f"{month}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    for month in ("january", "february", "february"):
+        done = call("apply", "editor", model, tmp_path / f"{month}.jsonl", "--in-place", "--accumulate")
+        assert (done.code, done.err) == (0, "")
+    assert done.out.startswith("Skipped 2 facts that are in force already, or come twice. Nothing was left to write;")
+    assert [record.summary.n_facts for record in read_history(model)] == [2, 1]
+    done = call("log", model, "--facts")
+    assert (done.code, done.err) == (0, "")
+    first, _, *table = done.out.splitlines()
+    assert first == "Facts in force: 2. Replaced: 1."
+    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|"))] for line in table[2:]]
+    assert rows == [
+        ["0001", prompts[0], "Ghana", "in force"],
+        ["0001", prompts[1], "Peru", "replaced by edit 0002"],
+        ["0002", prompts[1], "Chile \\| x", "in force"],
+    ]
+    found = json.loads(call("log", model, "--facts", "--json").out)
+    assert [entry["replaced_by"] for entry in found["facts"]] == [None, "0002", None]
+    assert (found["n_in_force"], found["facts"][2]["fact"]["target"]) == (2, "Chile | x")
+
+
 # Failures that are not the input's fault: exit code 1, one line
 
 
