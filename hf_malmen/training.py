@@ -416,13 +416,14 @@ class EditorTrainer(Trainer):
             rephrases, unrelated: the set's.
             weight: its part in the loss.
         """
-        totals = [0.0, 0.0]
+        losses: list[Tensor] = []  # read at the end, so that a GPU is not waited for in between
+        divergences: list[Tensor] = []
         for _, batch in self._batches(_own(rephrases)):
             with shifted(self.base_model, after), self.passes.answering(batch):
                 logits, targets = answer_logits(self.base_model, batch)
                 loss = weight * F.cross_entropy(logits, targets, reduction="sum") / _n_answer_tokens(rephrases)
                 loss.backward()
-            totals[0] += loss.item()
+            losses.append(loss.detach())
         asked = _own(unrelated)
         for chosen, batch in self._batches(asked):
             if before:
@@ -435,7 +436,8 @@ class EditorTrainer(Trainer):
                 divergence = F.kl_div(new, old, reduction="sum", log_target=True) / _n_answer_tokens(unrelated)
                 divergence = weight * divergence
                 (self.args.locality_weight * divergence).backward()
-            totals[1] += divergence.item()
+            divergences.append(divergence.detach())
+        totals = [sum(part.item() for part in parts) for parts in (losses, divergences)]
         generalization, locality = distributed.add_up(torch.tensor(totals, dtype=torch.float64)).tolist()
         return generalization, locality
 

@@ -59,8 +59,9 @@ class Trunk:
                 logger.info("The blocks below the edited ones return more than a hidden state; running them in full.")
                 self.blocks = []
                 return
-            for row, i in enumerate(chosen):
-                kept = output[row, batch.attention_mask[row].bool().to(output.device)].to(input_device(self.model))
+            read = output[batch.attention_mask.bool().to(output.device)].to(input_device(self.model))
+            for i, part in zip(chosen, read.split([len(missing[i]) for i in chosen]), strict=True):
+                kept = part.clone()  # of its own, or it would keep all of them
                 # A number beside the tensor, so that what comes from disk says it too.
                 tuples = torch.tensor(self._in_tuple)
                 self.features.put(_key(missing[i].input_ids), (kept, tuples))
@@ -68,7 +69,7 @@ class Trunk:
     @contextmanager
     def replayed(self, batch: TokenBatch) -> Iterator[None]:
         """Within the context a forward pass over `batch` starts above the trunk, where `fill` has run its sequences."""
-        ids = [tuple(row[mask.bool()].tolist()) for row, mask in _rows(batch)] if self.is_usable else []
+        ids = _input_ids(batch) if self.is_usable else []
         found = [output for output in map(self._output, ids) if output is not None]
         if not found or len(found) < len(ids):
             yield
@@ -132,8 +133,10 @@ def _key(input_ids: tuple[int, ...]) -> Key:
     return "trunk", input_ids
 
 
-def _rows(batch: TokenBatch) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(batch.input_ids, batch.attention_mask, strict=True)
+def _input_ids(batch: TokenBatch) -> list[tuple[int, ...]]:
+    """The tokens of each sequence without padding; asks the batch's device twice, not for every sequence."""
+    rows = zip(batch.input_ids.tolist(), batch.attention_mask.tolist(), strict=True)
+    return [tuple(token for token, is_read in zip(*row, strict=True) if is_read) for row in rows]
 
 
 @contextmanager
