@@ -424,6 +424,7 @@ class StopAt(TrainerCallback):
         control.should_training_stop = control.should_training_stop or state.global_step >= self.step
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
 @pytest.mark.parametrize("half", [3, 4])
 def test_resumed_run_ends_where_an_uninterrupted_one_does(
     llama: PreTrainedModel,
@@ -432,10 +433,16 @@ def test_resumed_run_ends_where_an_uninterrupted_one_does(
     make_trainer: Callable[..., EditorTrainer],
     tmp_path: Path,
     half: int,
+    on_disk: bool,
 ) -> None:
-    """Stopped within an epoch or at its end, and resumed in a new trainer: the same weights, bit for bit."""
+    """Stopped within an epoch or at its end, and resumed in a new trainer: the same weights, bit for bit.
+
+    Also where what the frozen model computed is kept on disk, and nothing of it in memory.
+    """
 
     def trainer_for(folder: str, **arguments: Any) -> EditorTrainer:
+        if on_disk:
+            arguments |= {"trunk_cache_dir": str(tmp_path / f"features of {folder}"), "trunk_cache_gib": 0.0}
         return make_trainer(
             make_editor(llama, seed=None, n_preserved_keys=4, **TARGETS), llama, many, output_dir=tmp_path / folder,
             per_device_train_batch_size=2, num_train_epochs=2, save_strategy="steps", save_steps=half, logging_steps=1,
