@@ -78,6 +78,7 @@ def main() -> None:
     for size in options.sizes:
         arguments = ["--one", size, "--repeats", options.repeats, *common]
         results["facts"][str(size)] = in_new_process(__file__, *map(str, arguments))
+        print(f"{size} facts: {results['facts'][str(size)]}", flush=True)
     print(f"{results['environment']}\n\n{report(results)}")
     if options.json:
         write_json(options.json, results)

@@ -65,6 +65,7 @@ def main() -> None:
     results: dict[str, Any] = {"environment": environment(), "facts": {}}
     for size in options.sizes:
         results["facts"][str(size)] = in_new_process(__file__, "--one", str(size), *common)
+        print(f"{size} facts: {results['facts'][str(size)]}", flush=True)
     rows = []
     for n, found in results["facts"].items():
         memory = [f"{found[name]:.3f}" for name in ("before GiB", "peak GiB")]

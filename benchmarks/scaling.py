@@ -87,7 +87,10 @@ def main() -> None:
         print(json.dumps(MEASURES[options.what](options.one)))
         return
     sizes = options.sizes or SIZES[options.what]
-    measured = {size: in_new_process(__file__, options.what, "--one", str(size)) for size in sizes}
+    measured = {}
+    for size in sizes:
+        measured[size] = in_new_process(__file__, options.what, "--one", str(size))
+        print(f"{size}: {measured[size]}", flush=True)
     names = list(measured[sizes[0]])
     lines = {name: (sizes, [found[name] for found in measured.values()]) for name in names}
     slopes = {name: slope(*line) for name, line in lines.items()} if len(sizes) > 1 else {}
