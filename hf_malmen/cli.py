@@ -180,7 +180,7 @@ def apply(
         measure=measure,
         revision=revision,
     )
-    if not distributed.is_main():
+    if not distributed.writes():
         return
     folder = model if in_place else output_dir
     skipped = f"Skipped {edit.n_skipped} facts that are in force already, or come twice. " if edit.n_skipped else ""
@@ -304,6 +304,7 @@ def evaluate(
     checked = load_facts(facts)[:n_facts]
     from . import distributed
     from .modeling import EditorModel
+    from .sharding import place
     from .side_effects import load_texts, measure_side_effects
     from .tables import scores_table, table
     from .tasks import AUTO_CLASSES
@@ -313,10 +314,10 @@ def evaluate(
     other_texts = load_texts(texts) if texts else None
     auto_class = AUTO_CLASSES[trained.config.task_type]
     base = auto_class.from_pretrained(model, dtype=dtype.value)
-    distributed.place(base)
+    place(base)
     found = trained.measure(base, checked, batch_size=batch_size, generate=generate, probabilities=probabilities)
     edit = trained.make_edit(base, checked, batch_size=batch_size) if other_texts or tasks else None
-    if not distributed.is_main():
+    if not distributed.writes():
         return
     print(scores_table({len(checked): found.scores}, found.intervals))
     scores = dict(found.scores)

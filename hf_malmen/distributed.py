@@ -32,11 +32,15 @@ def join() -> None:
         PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(days=1))
 
 
+def in_unison() -> bool:
+    """Whether the processes hold the base model together, so that all of them do all of the work: they act as one."""
+    return _joined() and parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
 def n_processes() -> int:
-    """How many processes there are."""
+    """How many processes share the work."""
     # Not `PartialState()` in any case: the first one chooses the device of the whole program, and reading must not.
-    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return PartialState().num_processes if joined else 1
+    return PartialState().num_processes if _joined() and not in_unison() else 1
 
 
 def process_index() -> int:
@@ -45,8 +49,13 @@ def process_index() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is the process that counts what must count once, and writes."""
+    """Whether this is the process that counts what must count once."""
     return process_index() == 0
+
+
+def writes() -> bool:
+    """Whether this is the process that writes to disk and to the screen."""
+    return not _joined() or PartialState().is_main_process
 
 
 @contextmanager
@@ -82,12 +91,6 @@ def gather_items(items: list[Item]) -> list[Item]:
     """The lists of all processes as one, in the order of the processes."""
     gathered: list[Item] = items if n_processes() == 1 else gather_object(items)
     return gathered
-
-
-def place(model: nn.Module) -> None:
-    """Move `model` to this process's device. On one process it stays where it is."""
-    if n_processes() > 1:
-        nn.Module.to(model, PartialState().device)
 
 
 def stretch(items: Sequence[Item], weights: Sequence[int]) -> list[Item]:
@@ -149,3 +152,7 @@ def gradients_added_up(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     for parameter, earlier in zip(parameters, before, strict=True):
         total = add_up(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
         parameter.grad = total if earlier is None else earlier.add_(total)
+
+
+def _joined() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

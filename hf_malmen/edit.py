@@ -24,6 +24,7 @@ from .history import CARD_FILE, SHIFTS_FILE
 from .hub import push_folder
 from .ledger import EDIT_CONFIG_FILE
 from .model_card import N_FACTS_SHOWN, EditSummary, describe_maker, hub_id, render_edit_card
+from .sharding import overwrite, whole
 from .shards import parse_json
 from .shifts import Shift, add, add_rows, blocks, check_shape, dense, load_shifts, materialise, save_shifts
 from .state import STATE_FILE, EditState
@@ -197,8 +198,11 @@ class Edit:
             for name, shift in self.layers.items():
                 weight = weight_of(model, name, to_write=True)
                 application.originals[name] = weight.detach().clone()
+                values = whole(weight)  # the weight itself, where this process has all of it
                 for start, stop, rows in blocks(shift.to(weight.device), name in self.fan_in_fan_out):
-                    weight[start:stop], _ = add_rows(weight[start:stop], rows, name)
+                    values[start:stop], _ = add_rows(values[start:stop], rows, name)
+                if values is not weight:
+                    overwrite(weight, values)
         except BaseException:  # Ctrl-C too must leave the model as it was
             _restore(model, application)
             raise

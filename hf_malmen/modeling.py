@@ -43,6 +43,7 @@ from .sequential import (
     make_next_edit,
     statistics_in_force,
 )
+from .sharding import place
 from .shifts import Shift
 from .side_effects import load_texts
 from .state import EditState
@@ -830,14 +831,14 @@ class EditorModel(PreTrainedModel):
             check_checkpoint(model, output_dir, in_place)
             loading = {"revision": revision or "main", "token": token}
             base = AUTO_CLASSES[self.config.task_type].from_pretrained(model, **loading)
-            distributed.place(base)
+            place(base)
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, **loading)
             edit = make_next_edit(self, base, facts, tokenizer, **options)
             edit.base_model_revision = cached_commit(str(model), revision) or edit.base_model_revision
             # The weights that the edit was made from are the ones to be overwritten, or somebody changed them since.
             exact = {"on_fingerprint_mismatch": "error", "before_edits": False}
             with distributed.together():
-                if distributed.is_main():
+                if distributed.writes():
                     hub: dict[str, Any] = {"revision": revision, "token": token}
                     if edit.layers:
                         edit.write_with(model, output_dir=output_dir, in_place=in_place, **hub, **exact)

@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from .batches import TokenBatch, Tokenizer, TokenSequence
 from .features import FeatureCache, Key, sequence_key
+from .sharding import is_sharded
 from .targets import blocks_of, target_module
 from .tracing import Trace, answer_logits, answer_states, at_answers, input_device, logits_of_states, pass_cost
 from .trunk import Trunk
@@ -51,8 +52,9 @@ class FrozenPasses:
         self.batch_size = batch_size
         self.features = features
         self.trunk = Trunk(model, module_names, features)
-        self._keeps_states: bool | None = None  # rather than logits; None: not known yet
-        self._shortened: list[nn.Module] | None = None
+        # Rather than logits; None: not known yet. A projection that processes hold together runs within the model only.
+        self._keeps_states: bool | None = False if is_sharded(model) else None
+        self._shortened: list[nn.Module] | None = [] if is_sharded(model) else None
 
     @contextmanager
     def answering(self, batch: TokenBatch) -> Iterator[None]:

@@ -20,6 +20,7 @@ from .hub import cached_commit
 from .model_card import EditorRun, Measurement, write_editor_card
 from .modeling import DEFAULT_BATCH_SIZE, EditorModel
 from .settings import field_names, read_settings, require_known
+from .sharding import place
 from .side_effects import load_texts
 from .tables import METRIC_TITLES
 from .tasks import AUTO_CLASSES
@@ -147,6 +148,7 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> Path:
         trainer.save_state()
     else:
         nn.Module.to(model, args.device)
+        place(model)
         if config.key_covariance is not None:
             texts = load_texts(recipe.texts) if recipe.texts else list(map(_sentence, train_facts))
             if texts:

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .configuration import EditorConfig
 from .errors import ModelMismatchError
+from .sharding import settle, whole
 
 # How many of the last blocks are edited when the user names none (paper, appendix), both sides of an encoder-decoder
 # together.
@@ -184,6 +185,7 @@ def weight_of(model: nn.Module, name: str, *, to_write: bool = False) -> Tensor:
     the CPU are returned themselves. Those on disk are read; `to_write` keeps what is read in place of the file, which
     stays as it is, so that writes into it last.
     """
+    settle(model)
     module = target_module(model, name)
     weight = module.weight
     assert isinstance(weight, Tensor)  # for the type checker: check_targets has seen it
@@ -220,7 +222,7 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, weight in weights:
         digest.update(name.encode())
-        rounded = weight.detach().to("cpu", torch.bfloat16).contiguous()
+        rounded = whole(weight.detach()).to("cpu", torch.bfloat16).contiguous()
         digest.update(rounded.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -36,6 +37,7 @@ from .makers import DEFAULT_EDITOR_BATCH_SIZE
 from .model_card import EditorRun, write_editor_card
 from .modeling import DEFAULT_BATCH_SIZE, EditorModel
 from .passes import FrozenPasses
+from .sharding import place
 from .targets import plain_model
 from .tracing import Trace, answer_logits, frozen, input_device, pass_cost, shifted
 
@@ -219,13 +221,19 @@ class EditorTrainer(Trainer):
             callbacks=callbacks,
             **kwargs,
         )
-        if not hasattr(base_model, "_hf_hook"):  # else accelerate has placed it, on several devices or off them
-            nn.Module.to(base_model, args.device)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled:
             raise ValueError(
-                "EditorTrainer keeps the whole editor on each device, and FSDP and DeepSpeed would shard it. It takes "
-                "some GB at most: launch several plain processes instead (recipes/accelerate/multi_gpu.yaml)."
+                "EditorTrainer keeps the whole editor on each device, and DeepSpeed would shard it. For a base model "
+                "larger than a device, launch with recipes/accelerate/fsdp.yaml, or load it with device_map."
             )
+        if self.is_fsdp_enabled:  # of the base model, not of the editor
+            self.is_fsdp_enabled = False
+            self.accelerator.state.fsdp_plugin = None
+            self.accelerator.state.distributed_type = PartialState().distributed_type
+        if distributed.in_unison():
+            place(base_model)
+        elif not hasattr(base_model, "_hf_hook"):  # else accelerate has placed it, on several devices or off them
+            nn.Module.to(base_model, args.device)
         self.passes = self._passes(editor)
         self.add_callback(_ForgetFeatures(self.passes.features))
         self._losses: list[tuple[float, float]] = []

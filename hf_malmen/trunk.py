@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .batches import TokenBatch, Tokenizer, TokenSequence
 from .features import FeatureCache, Key
+from .sharding import is_sharded
 from .targets import blocks_of, target_module
 from .tracing import input_device, pass_cost, run_until
 
@@ -32,7 +33,8 @@ class Trunk:
     def __init__(self, model: nn.Module, module_names: Sequence[str], features: FeatureCache) -> None:
         self.model = model
         self.features = features
-        self.blocks = _blocks_below(model, module_names)
+        # Blocks that processes hold together are put together where they run, and run there.
+        self.blocks = [] if is_sharded(model) else _blocks_below(model, module_names)
         if not self.blocks:
             logger.info("No blocks below the first edited layer can be run apart from it; running all in full.")
         self._in_tuple = False  # whether the blocks wrap their output in a tuple

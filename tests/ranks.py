@@ -4,12 +4,14 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 if __name__ == "__main__":  # a process of its own; among the tests, the package is known
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,6 +26,7 @@ from hf_malmen import (
     OtherProcessError,
 )
 from hf_malmen.distributed import join, n_processes, process_index
+from hf_malmen.sharding import whole
 from tests.conftest import build_editor, build_llama, build_long_facts, build_tokenizer
 
 TARGETS = {"target_modules": ["down_proj", "o_proj"], "layers_to_transform": [2, 3]}
@@ -144,11 +147,41 @@ def train_and_resume(folder: str | Path) -> dict[str, Any]:
     }
 
 
-RUNS = {"steps": steps, "edit_and_measure": edit_and_measure, "train_and_resume": train_and_resume}
+def with_sharded_base(folder: str | Path) -> dict[str, Any]:
+    """Training, scores, and edits of a live model and on disk; the base is sharded where FSDP is asked for."""
+    folder = Path(folder)
+    tokenizer, facts = build_tokenizer(), build_long_facts(6)
+    model = build_llama()
+    editor = build_editor(model, n_preserved_keys=5, **TARGETS)
+    trainer = trainer_for(editor, model, folder, max_steps=2, per_device_train_batch_size=6 // n_devices(), facts=facts)
+    sharded = {name for name, value in model.named_parameters() if isinstance(value, DTensor)}
+    trainer.train()
+    found: dict[str, Any] = {"sharded": sharded, "trained": {k: v.clone() for k, v in editor.state_dict().items()}}
+    found["scores"] = editor.evaluate(model, facts, tokenizer, batch_size=4, generate=True)
+    weights = {name: whole(value.detach()).clone() for name, value in model.named_parameters()}
+    edit = editor.apply(model, facts, tokenizer)
+    found["edited"] = {name: whole(value.detach()).clone() for name, value in model.named_parameters()}
+    edit.undo()
+    assert all(torch.equal(whole(value.detach()), weights[name]) for name, value in model.named_parameters())
+    editor.apply(str(folder / "base"), facts, output_dir=folder / f"sharded-{n_devices()}")
+    return found
 
 
-def run(name: str, n: int, folder: Path) -> list[dict[str, Any]]:
-    """What `RUNS[name]` returns on each of `n` processes that are joined over gloo."""
+def n_devices() -> int:
+    """How many processes there are, whether they share the work or not."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+RUNS = {
+    "steps": steps,
+    "edit_and_measure": edit_and_measure,
+    "train_and_resume": train_and_resume,
+    "with_sharded_base": with_sharded_base,
+}
+
+
+def run(name: str, n: int, folder: Path, variables: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+    """What `RUNS[name]` returns on each of `n` processes that are joined over gloo; with variables of environment."""
     folder.mkdir(exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -159,6 +192,7 @@ def run(name: str, n: int, folder: Path) -> list[dict[str, Any]]:
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
         }  # fmt: skip
+        environment |= variables or {}
         arguments = [sys.executable, __file__, name, str(folder)]
         processes.append(
             subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -176,4 +210,4 @@ def run(name: str, n: int, folder: Path) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     join()
     result = RUNS[sys.argv[1]](sys.argv[2]) | {"n_processes": n_processes()}
-    torch.save(result, Path(sys.argv[2]) / f"{sys.argv[1]}-{process_index()}.pt")
+    torch.save(result, Path(sys.argv[2]) / f"{sys.argv[1]}-{os.environ['RANK']}.pt")

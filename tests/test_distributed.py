@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from hf_malmen import read_history
 from . import ranks
 from .conftest import build_llama, build_long_facts, build_tokenizer
 
+ROOT = Path(__file__).resolve().parents[1]
 State = dict[str, Tensor]
 
 
@@ -88,6 +90,26 @@ def test_edits_and_scores_of_several_processes_are_those_of_one(tmp_path: Path) 
         tensors = load_file(tmp_path / f"edited-{n}" / "model.safetensors")
         assert_close(tensors, load_file(tmp_path / "edited-1" / "model.safetensors"), 1e-5)
         assert len(read_history(tmp_path / f"edited-{n}")) == 1
+
+
+def test_sharded_base_trains_edits_and_scores_like_a_whole_one(tmp_path: Path) -> None:
+    """Two processes that hold the base together, as recipes/accelerate/fsdp.yaml asks for it, against one process."""
+    build_llama().save_pretrained(tmp_path / "base")
+    build_tokenizer().save_pretrained(tmp_path / "base")
+    expected = ranks.with_sharded_base(tmp_path)
+    assert not expected["sharded"]
+    config = yaml.safe_load((ROOT / "recipes/accelerate/fsdp.yaml").read_text(encoding="utf-8"))["fsdp_config"]
+    settings = {name.upper(): str(value).lower() for name, value in config.items() if name != "fsdp_auto_wrap_policy"}
+    settings["FSDP_AUTO_WRAP_POLICY"] = config["fsdp_auto_wrap_policy"]
+    found = ranks.run("with_sharded_base", 2, tmp_path, {"ACCELERATE_USE_FSDP": "true", **settings})
+    for of_process in found:
+        assert of_process["sharded"] == expected["edited"].keys()
+        assert_close(of_process["trained"], expected["trained"], 1e-5)
+        assert_close(of_process["edited"], expected["edited"], 1e-5)
+        assert of_process["scores"] == pytest.approx(expected["scores"], abs=1e-6)
+    tensors = load_file(tmp_path / "sharded-2" / "model.safetensors")
+    assert_close(tensors, load_file(tmp_path / "sharded-1" / "model.safetensors"), 1e-5)
+    assert len(read_history(tmp_path / "sharded-2")) == 1
 
 
 def test_training_and_resuming_with_another_number_of_processes(tmp_path: Path) -> None:
