@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from .configuration import EditorConfig
@@ -318,7 +319,7 @@ def _quantised_form(model: nn.Module, module: nn.Module) -> str | None:
         if weight.dtype not in _EDITABLE_DTYPES:
             return str(weight.dtype)
         # Some keep or claim a floating dtype, and tell by their type.
-        return None if type(weight) in (nn.Parameter, Tensor) else type(weight).__name__
+        return None if type(weight) in (nn.Parameter, Tensor, DTensor) else type(weight).__name__
     # Others replace nn.Linear by a module of their own.
     is_linear = isinstance(module, nn.Linear) or hasattr(module, "in_features")
     return type(module).__name__ if is_linear and getattr(model, "hf_quantizer", None) is not None else None

@@ -230,6 +230,7 @@ class EditorTrainer(Trainer):
             self.is_fsdp_enabled = False
             self.accelerator.state.fsdp_plugin = None
             self.accelerator.state.distributed_type = PartialState().distributed_type
+            nn.Module.to(editor, args.device)
         if distributed.in_unison():
             place(base_model)
         elif not hasattr(base_model, "_hf_hook"):  # else accelerate has placed it, on several devices or off them

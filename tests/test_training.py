@@ -640,8 +640,8 @@ def test_sharding_the_editor_is_refused(
 
     def sharded(self: EditorTrainer) -> None:
         real(self)
-        self.is_fsdp_enabled = True
+        self.is_deepspeed_enabled = True
 
     monkeypatch.setattr(EditorTrainer, "create_accelerator_and_postprocess", sharded)
-    with pytest.raises(ValueError, match=r"FSDP and DeepSpeed would shard it.*multi_gpu\.yaml"):
+    with pytest.raises(ValueError, match=r"DeepSpeed would shard it.*fsdp\.yaml"):
         make_trainer(make_editor(model, seed=None), model, facts)
