@@ -86,7 +86,7 @@ def steps(folder: str | Path) -> dict[str, Any]:
 EDITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "rows": ({}, {}),
     "products": ({"token_selection": "all"}, {}),
-    "in groups": ({"token_selection": "all", "n_preserved_keys": 5}, {"max_memory": 100_000}),
+    "in groups": ({"token_selection": "all", "n_preserved_keys": 5}, {"max_memory": 200_000}),
     "sum": ({"method": "mend"}, {}),
     "following": ({"method": "ultraedit", "rank": 0}, {}),
 }
