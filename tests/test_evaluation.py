@@ -271,7 +271,8 @@ def test_answers_before_are_asked_once(plain: Plain, edit: Edit, tokenize: Token
     before = answer_facts(plain.model, FACTS, tokenize, **settings)
     for facts in (FACTS, FACTS[:1]):
         found = measure_edit(plain.model, edit, facts, tokenize, before=before, **settings)
-        assert found.scores == measure_edit(plain.model, edit, facts, tokenize, **settings).scores
+        # To the rounding of the batches that the prompts before the edit ran in.
+        assert found.scores == pytest.approx(measure_edit(plain.model, edit, facts, tokenize, **settings).scores)
     before.pop((FACTS[0].prompt, FACTS[0].target))
     with pytest.raises(ValueError, match=r"before the edit leave out 1 prompts, the first of them .* answer_facts"):
         measure_edit(plain.model, edit, FACTS, tokenize, before=before, **settings)
