@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -11,18 +10,13 @@ from transformers import PreTrainedModel
 from . import distributed
 from .errors import EditStateError
 from .finetuning import fine_tune
-from .hypernetwork import RunningStatistics
 from .least_squares import state_bytes
 from .memit import write_targets
 from .memory import plan_groups, traces_by_group
+from .networks import DEFAULT_EDITOR_BATCH_SIZE, EditorNetworks, pack_statistics
 from .shifts import Shift
 from .streaming import FactReader
 from .tracing import Trace, input_device
-
-if TYPE_CHECKING:
-    from .modeling import EditorModel
-
-DEFAULT_EDITOR_BATCH_SIZE = 1024
 
 
 @dataclass(frozen=True)
@@ -45,7 +39,7 @@ class EditRequest:
     statistics: Mapping[str, Tensor] | None = None
     max_memory: int | None = None
 
-    def traces(self, editor: "EditorModel", names: Sequence[str] | None = None) -> Iterator[dict[str, Trace]]:
+    def traces(self, editor: EditorNetworks, names: Sequence[str] | None = None) -> Iterator[dict[str, Trace]]:
         """Traces of all facts, in a pass of its own that shows its progress; of some modules, or of all."""
         title = f"Tracing {len(names or editor.module_names)} layers"
         batches = self.reader.batches(self.batch_size, input_device(self.model), title)
@@ -65,16 +59,7 @@ class MadeShifts:
     statistics: dict[str, Tensor] = field(default_factory=dict)
 
 
-def pack_statistics(statistics: Mapping[str, RunningStatistics]) -> dict[str, Tensor]:
-    """Statistics by shape as one flat mapping, `{"48x32.count": ...}`, float64 on the CPU, that a file can hold."""
-    return {
-        f"{shape}.{name}": buffer.detach().cpu().clone()
-        for shape, own in statistics.items()
-        for name, buffer in own.named_buffers()
-    }
-
-
-def _from_rows(editor: "EditorModel", request: EditRequest) -> MadeShifts:
+def _from_rows(editor: EditorNetworks, request: EditRequest) -> MadeShifts:
     """The way of most methods: trace all facts, turn each traced token into a row, solve each layer's least squares."""
     n_rows = request.reader.n_facts or 0  # at least: a fact has a traced token
     groups = [editor.module_names]
@@ -104,7 +89,7 @@ def _from_rows(editor: "EditorModel", request: EditRequest) -> MadeShifts:
     return MadeShifts(shifts, pack_statistics(statistics or {}))
 
 
-def _from_targets(editor: "EditorModel", request: EditRequest) -> MadeShifts:
+def _from_targets(editor: EditorNetworks, request: EditRequest) -> MadeShifts:
     """MEMIT's way. All facts are held: their targets are sought before the first layer is solved."""
     if editor.n_covariance_tokens == 0:
         raise EditStateError(
@@ -125,7 +110,7 @@ def _from_targets(editor: "EditorModel", request: EditRequest) -> MadeShifts:
     )
 
 
-def _from_fine_tuning(editor: "EditorModel", request: EditRequest) -> MadeShifts:
+def _from_fine_tuning(editor: EditorNetworks, request: EditRequest) -> MadeShifts:
     """By descent on the edit loss itself. All facts are held, as they are read several times."""
     return MadeShifts(
         fine_tune(
@@ -142,7 +127,7 @@ def _from_fine_tuning(editor: "EditorModel", request: EditRequest) -> MadeShifts
 
 
 # By `Method.maker`. Each is called with the base model inside `frozen`.
-MAKERS: dict[str, Callable[["EditorModel", EditRequest], MadeShifts]] = {
+MAKERS: dict[str, Callable[[EditorNetworks, EditRequest], MadeShifts]] = {
     "rows": _from_rows,
     "memit": _from_targets,
     "ft": _from_fine_tuning,

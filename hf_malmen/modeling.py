@@ -2,9 +2,8 @@
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import deepcopy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from shutil import copyfile
 from tempfile import TemporaryDirectory
@@ -13,17 +12,11 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, snapshot_download
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import distributed
-from .batches import TokenBatch, Tokenizer
+from .base_model import base_of, check_layers, config_for, tokenizer_for
+from .batches import Tokenizer
 from .checkpoint import check_checkpoint, copy_checkpoint
 from .configuration import METHODS, EditorConfig
 from .covariance import DEFAULT_N_TOKENS, DEFAULT_TEXT_BATCH_SIZE, KeyCovariance, ordinary_keys
@@ -33,31 +26,26 @@ from .evaluation import Evaluation, measure_edit
 from .facts import Fact, FactStream, load_facts
 from .history import CARD_FILE
 from .hub import cached_commit, push_folder
-from .hypernetwork import DoubleBuffers, HyperBlock, HyperNetwork, Normaliser, RunningStatistics
-from .least_squares import Adjoint, RidgeLeastSquares, RowSum, Solution, aggregator, solve_device
-from .makers import DEFAULT_EDITOR_BATCH_SIZE, MAKERS, EditRequest, pack_statistics
+from .makers import MAKERS, EditRequest
 from .memory import parse_memory
 from .model_card import HUB_RESULTS_FILE, N_FACTS_SHOWN, PLOT_FILE, RESULTS_FILE, EditorRun, write_editor_card
-from .sequential import (
-    fingerprint_before_edits,
-    make_next_edit,
-    statistics_in_force,
-)
+from .networks import DEFAULT_EDITOR_BATCH_SIZE, EditorNetworks, pack_statistics
+from .sequential import fingerprint_before_edits, make_next_edit, statistics_in_force
 from .sharding import place
 from .shifts import Shift
 from .side_effects import load_texts
 from .state import EditState
 from .streaming import FactReader
-from .targets import check_targets, find_targets, is_fan_in_fan_out, module_shape, plain_model, target_module
-from .tasks import AUTO_CLASSES, Classes, infer_task_type
-from .tracing import Trace, frozen, input_device, trace
+from .targets import plain_model
+from .tasks import AUTO_CLASSES
+from .tracing import Trace, frozen, input_device
 
 DEFAULT_BATCH_SIZE = 32
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 
 
-class EditorModel(PreTrainedModel):
+class EditorModel(EditorNetworks):
     """A trained editor: hyper-networks that turn facts into weight shifts for one base model.
 
     ```python
@@ -69,56 +57,6 @@ class EditorModel(PreTrainedModel):
     Args:
         config: with `target_modules` and `module_shapes` filled in, as `EditorModel.from_base` does.
     """
-
-    config_class = EditorConfig
-    config: EditorConfig
-    base_model_prefix = ""
-    main_input_name = "keys"
-
-    def __init__(self, config: EditorConfig) -> None:
-        super().__init__(config)
-        if not config.module_shapes or set(config.target_modules or ()) != set(config.module_shapes):
-            raise ValueError(
-                "This EditorConfig does not name each target module with its shape, so there is nothing to build. Use "
-                "EditorModel.from_base(model, config), which reads them off the base model."
-            )
-        # The list, not the mapping, says which row of a network is whose: the config file sorts a mapping by its keys.
-        members: dict[str, list[str]] = {}
-        for name in config.target_modules or ():
-            key_size, value_size = config.shape_of(name)
-            members.setdefault(f"{key_size}x{value_size}", []).append(name)
-        self.networks = nn.ModuleDict(
-            {
-                shape: HyperNetwork(
-                    *(*config.shape_of(names[0]), len(names)),
-                    rank=config.rank,
-                    n_blocks=config.n_blocks,
-                    edit_lr=config.edit_lr,
-                    ridge=config.ridge,
-                    n_preserved_keys=config.n_preserved_keys,
-                    preservation=config.preservation,
-                    value_differences=config.value_differences,
-                )
-                for shape, names in members.items()
-            }
-        )
-        if config.key_covariance is not None:
-            self.covariances = nn.ModuleDict(
-                {shape: KeyCovariance(config.shape_of(names[0])[0], len(names)) for shape, names in members.items()}
-            )
-        # Where each target module finds its network, and its own row there.
-        self._places: dict[str, tuple[str, int]] = {
-            name: (shape, i) for shape, names in members.items() for i, name in enumerate(names)
-        }
-        self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, HyperBlock | HyperNetwork):
-            module.reset_parameters()
-        elif isinstance(module, DoubleBuffers):
-            for buffer in module.buffers():
-                nn.init.zeros_(buffer)
 
     @classmethod
     def from_base(cls, model: nn.Module, config: EditorConfig | None = None) -> "EditorModel":
@@ -133,30 +71,7 @@ class EditorModel(PreTrainedModel):
             ModelMismatchError: no target module found, or one that cannot be edited; or a model for another task than
                 `config` names.
         """
-        config = EditorConfig.from_dict((config or EditorConfig()).to_dict())
-        model = plain_model(model)
-        task_type = infer_task_type(model) or config.task_type
-        if config.task_type not in ("CAUSAL_LM", task_type):  # the default says nothing
-            raise ModelMismatchError(
-                f"EditorConfig.task_type is {config.task_type!r}, and {type(model).__name__} is for {task_type!r}. "
-                f"Leave task_type out, or load the base model with {AUTO_CLASSES[config.task_type].__name__}."
-            )
-        if task_type not in config.task_types:
-            raise ModelMismatchError(
-                f"Method {config.method!r} edits {', '.join(config.task_types)}, and {type(model).__name__} is for "
-                f"{task_type}. Choose another method, such as 'malmen', or another model."
-            )
-        config.task_type = task_type
-        names = find_targets(model, config)
-        config.target_modules = names
-        config.layers_to_transform = None
-        modules = {name: target_module(model, name) for name in names}
-        config.module_shapes = {name: module_shape(module) for name, module in modules.items()}
-        config.fan_in_fan_out = [name for name, module in modules.items() if is_fan_in_fan_out(module)]
-        config.base_model_fingerprint = base_fingerprint(model, names)
-        if config.base_model_name_or_path is None:
-            config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
-        return cls(config)
+        return cls(config_for(model, config or EditorConfig()))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "EditorModel":
@@ -231,333 +146,6 @@ class EditorModel(PreTrainedModel):
                 revision=revision,
             )
 
-    @property
-    def module_names(self) -> list[str]:
-        """Full names of the target modules."""
-        return list(self._places)
-
-    def network(self, name: str) -> tuple[HyperNetwork, int]:
-        """The hyper-network of the module `name`, and the module's index in it."""
-        shape, index = self._places[name]
-        network = self.networks[shape]
-        assert isinstance(network, HyperNetwork)  # for the type checker
-        return network, index
-
-    @property
-    def device(self) -> torch.device:
-        """Where the editor is. Not asked of its parameters, which some methods have none of."""
-        return self.network(self.module_names[0])[0].log_edit_lr.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision of everything but the statistics, which are in float64."""
-        return self.network(self.module_names[0])[0].log_edit_lr.dtype
-
-    @property
-    def is_trained(self) -> bool:
-        """Whether the editor has seen any training data, or its method needs none."""
-        if self.config.key_covariance is not None:
-            return self.config.key_covariance == "optional" or self.n_covariance_tokens > 0
-        ready_from_the_start = not self.config.needs_training and self.config.follows_edits
-        return ready_from_the_start or any(int(network.statistics.count) > 1 for network in self._networks().values())
-
-    @property
-    def n_covariance_tokens(self) -> int:
-        """How many tokens `collect_covariance` has read."""
-        return int(self._covariance(self.module_names[0])[0].count) if self.config.key_covariance else 0
-
-    def key_penalty(self, name: str) -> Tensor | None:  # (key_size, key_size), float64
-        """κ C of the module `name`, with C the second moment of ordinary keys; None where none was collected."""
-        if self.n_covariance_tokens == 0:
-            return None
-        covariance, index = self._covariance(name)
-        return self.config.preservation * covariance.moment(index)
-
-    def forward(
-        self,
-        keys: Tensor,  # (n_tokens, key_size)
-        value_gradients: Tensor,  # (n_tokens, value_size)
-        module_name: str,
-        normaliser: Normaliser | None = None,
-    ) -> tuple[Tensor, Tensor]:  # (n_tokens, key_size), (n_tokens, value_size)
-        """The rows that the aggregation of `module_name` takes in: its left factor and the value differences D.
-
-        Args:
-            keys, value_gradients: as traced.
-            module_name: whose.
-            normaliser: of statistics to use in place of the editor's own.
-        """
-        network, index = self.network(module_name)
-        keys, value_gradients = (rows.to(self.device, self.dtype) for rows in (keys, value_gradients))
-        return network.rows(keys, value_gradients, index, self.config.aggregation, normaliser)
-
-    # Steps of the pipeline, shared by `apply` and the trainer
-
-    def trace(
-        self,
-        model: nn.Module,
-        batches: Iterable[TokenBatch],
-        around: Callable[[TokenBatch], AbstractContextManager[None]] = lambda _: nullcontext(),
-        names: Sequence[str] | None = None,
-    ) -> Iterator[dict[str, Trace]]:
-        """Keys and value gradients of every target module, batch by batch.
-
-        Args:
-            model: the base model, inside `frozen`.
-            batches: facts, on the model's device.
-            around: a context for the passes over each batch, such as `Trunk.replayed`.
-            names: which modules; None: all.
-        """
-        for batch in batches:
-            with around(batch):
-                traced = trace(model, batch, names or self.module_names, self.config.traced_tokens)
-            yield traced
-
-    def solve(
-        self,
-        traces: Iterable[Mapping[str, Trace]],
-        editor_batch_size: int = DEFAULT_EDITOR_BATCH_SIZE,
-        statistics: Mapping[str, RunningStatistics] | None = None,
-    ) -> dict[str, Solution]:
-        """Weight shifts of all target modules from the traces of all facts (paper section 4.1).
-
-        Several processes call it together, each with the traces of its own facts, and all get the shifts of all facts.
-
-        Args:
-            traces: one mapping a language-model batch; consumed one at a time. A process may have none.
-            editor_batch_size: tokens a pass of the hyper-network. Does not change the result.
-            statistics: by the shape of their layers, in place of the editor's own; see `statistics_after`.
-
-        Raises:
-            NumericalError: a solve fails or is not finite; names the module.
-        """
-        return dict(self.solutions(traces, editor_batch_size, statistics))
-
-    @torch.no_grad()
-    def solutions(
-        self,
-        traces: Iterable[Mapping[str, Trace]],
-        editor_batch_size: int = DEFAULT_EDITOR_BATCH_SIZE,
-        statistics: Mapping[str, RunningStatistics] | None = None,
-        names: Sequence[str] | None = None,
-        n_rows: int = 0,
-    ) -> Iterator[tuple[str, Solution]]:
-        """`solve`, one module after the other: what a solution holds is free again when the next one is asked for.
-
-        Args:
-            traces, editor_batch_size, statistics: as for `solve`.
-            names: which modules; None: all.
-            n_rows: how many rows of facts a module is about to get, if that is known. Memory depends on it, not the
-                result.
-
-        Yields:
-            The module's name and its solution.
-        """
-        names = list(names or self.module_names)
-        aggregators = self.aggregators(names, n_rows, pooled=True)
-        # Once for all rows: whitening has a matrix to factorise.
-        normalisers = {shape: own.normaliser() for shape, own in (statistics or self.statistics).items()}
-        with distributed.together():
-            for traced in traces:
-                for name, entry in traced.items():
-                    for keys, gradients in _split(entry, editor_batch_size):
-                        aggregators[name].add(*self(keys, gradients, name, normalisers[self._places[name][0]]))
-        for name in logging.tqdm(names, desc="Solving", unit=" layers", leave=False):
-            rows = aggregators.pop(name)
-            if distributed.n_processes() > 1:
-                rows.add(*self._no_rows(name))
-                rows.pool()
-            yield name, rows.solve(self.ridge(name), in_place=True)
-
-    def aggregators(
-        self, names: Sequence[str] | None = None, n_rows: int = 0, *, pooled: bool = False
-    ) -> dict[str, RowSum | RidgeLeastSquares]:
-        """What takes in the rows of target modules, with the rows that ask for preserved keys in it already.
-
-        Args:
-            names, n_rows: as for `solutions`.
-            pooled: whether the rows of several processes will be put together, where those keys must count once.
-        """
-        aggregators = {}
-        for name in names or self.module_names:
-            network, index = self.network(name)
-            aggregators[name] = aggregator(self.config.aggregation, name, n_rows + network.n_preserved_keys)
-            if network.n_preserved_keys and (distributed.is_main() or not pooled):
-                still = network.preserved_rows(index)
-                aggregators[name].add(still, still.new_zeros(len(still), network.value_size))
-        return aggregators
-
-    @property
-    def statistics(self) -> dict[str, RunningStatistics]:
-        """The editor's own running statistics, by the shape of the layers that share them."""
-        return {shape: network.statistics for shape, network in self._networks().items()}
-
-    @torch.no_grad()
-    def update_statistics(
-        self,
-        traces: Iterable[Mapping[str, Trace]],
-        statistics: Mapping[str, RunningStatistics] | None = None,
-    ) -> None:
-        """Take traces into the running statistics; of several processes, those of all.
-
-        Args:
-            traces: one mapping a language-model batch; consumed one at a time. Of several processes, each has its own,
-                and all end with the same statistics.
-            statistics: which to update; None: the editor's own.
-        """
-        statistics = self.statistics if statistics is None else statistics
-        seen = {shape: network.new_statistics().to(self.device) for shape, network in self._networks().items()}
-        with distributed.together():
-            for traced in traces:
-                for name, entry in traced.items():
-                    rows = torch.cat((entry.keys, entry.value_gradients), dim=-1).to(self.device)
-                    seen[self._places[name][0]].update(rows)
-        for shape, own in statistics.items():
-            for of_process in distributed.gather_rows(seen[shape].pack()[None]):
-                own.merge_packed(of_process[0])
-
-    def statistics_after(
-        self,
-        traces: Iterable[Mapping[str, Trace]],
-        earlier: Mapping[str, Tensor] | None = None,
-    ) -> dict[str, RunningStatistics]:
-        """Statistics that have followed an edit: copies, with the rows of the edit merged in.
-
-        Args:
-            traces: the edit's, as for `update_statistics`.
-            earlier: the statistics that the edits so far have left, as `pack_statistics` makes them; None: the
-                editor's own.
-
-        Raises:
-            ModelMismatchError: `earlier` is of another editor.
-        """
-        if earlier:
-            statistics = self._unpack_statistics(earlier)
-        else:
-            statistics = {shape: deepcopy(own) for shape, own in self.statistics.items()}
-        self.update_statistics(traces, statistics)
-        return statistics
-
-    def _unpack_statistics(self, packed: Mapping[str, Tensor]) -> dict[str, RunningStatistics]:
-        statistics = {shape: network.new_statistics().to(self.device) for shape, network in self._networks().items()}
-        expected = {name: buffer.shape for name, buffer in pack_statistics(statistics).items()}
-        found = {name: tensor.shape for name, tensor in packed.items()}
-        if found != expected:
-            raise ModelMismatchError(
-                f"The statistics that earlier edits left are {_shapes(found)}; this editor has {_shapes(expected)}. "
-                "They are of another editor; go on with the one that made those edits."
-            )
-        for shape, own in statistics.items():
-            own.merge(*(packed[f"{shape}.{name}"].to(buffer) for name, buffer in own.named_buffers()))
-        return statistics
-
-    @torch.no_grad()
-    def preserve(self, traces: Sequence[Mapping[str, Trace]]) -> None:
-        """Keep the keys of one training step in place of the oldest preserved ones.
-
-        Called after the step's facts were edited, which must move their own keys.
-
-        Args:
-            traces: one mapping a language-model batch; of several processes, each has its own, and all keep the same.
-        """
-        for shape, network in self.networks.items():
-            assert isinstance(network, HyperNetwork)  # for the type checker
-            if network.n_preserved_keys:
-                names = [name for name in self.module_names if self._places[name][0] == shape]
-                rows = []
-                for name in names:
-                    own = torch.cat([self._no_rows(name)[0], *(traced[name].keys.to(self.device) for traced in traces)])
-                    rows.append(torch.cat(distributed.gather_rows(own.to(network.preserved_keys))))
-                # The two sides of an encoder-decoder have different tokens: each keeps as many of its own, evenly.
-                fewest = min(map(len, rows))
-                network.preserve(
-                    torch.stack([own[torch.arange(fewest, device=own.device) * len(own) // fewest] for own in rows])
-                )
-
-    @torch.enable_grad()
-    def backward(
-        self,
-        traces: Sequence[Mapping[str, Trace]],
-        solutions: Mapping[str, Solution],
-        shift_gradients: Mapping[str, Tensor],
-        editor_batch_size: int = DEFAULT_EDITOR_BATCH_SIZE,
-    ) -> None:
-        """Turn ∂L/∂S of every module into gradients of the editor's parameters, added to those that are there.
-
-        The hyper-network runs again, `editor_batch_size` tokens at a time, with the adjoint of the solve as the
-        gradient of its rows (paper section 4.3). Several processes call it together: each replays its own rows, and all
-        get the gradients of the sum of their losses.
-
-        Args:
-            traces: what `solve` was given.
-            solutions: what `solve` returned.
-            shift_gradients: {module name: ∂L/∂S of shape (key_size, value_size)}, the same modules on every process;
-                of several processes, that of each one's own part of the loss.
-        """
-        with distributed.gradients_added_up(self.parameters()):
-            for name, gradient in shift_gradients.items():
-                adjoint = solutions[name].adjoint(distributed.add_up(gradient))
-                start = 0
-                if distributed.is_main():  # what is not of rows of facts counts once
-                    start = self._backward_scales(name, adjoint, solutions[name])
-                if not traces:
-                    continue
-                keys = torch.cat([traced[name].keys for traced in traces])
-                gradients = torch.cat([traced[name].value_gradients for traced in traces])
-                for part in _split(Trace(keys, gradients), editor_batch_size):
-                    left, differences = self(*part, name)
-                    adjoint.inner(left, differences, start).backward()
-                    start += len(left)
-
-    def _backward_scales(self, name: str, adjoint: Adjoint, solution: Solution) -> int:
-        """Gradients of log λ and log κ of the module `name`; returns how many rows its preserved keys take."""
-        network, index = self.network(name)
-        if adjoint.ridge_gradient is not None:
-            (network.log_ridge[index].exp() * adjoint.ridge_gradient.to(network.log_ridge)).backward()
-        if not network.n_preserved_keys:
-            return 0
-        # κ stands before K₀ᵀK₀ / m as λ stands before I, so ∂L/∂κ = −⟨M, K₀ᵀK₀ S⟩ / m = −⟨K₀ M, K₀ S⟩ / m.
-        still = network.preserved_rows(index)  # scaled by √(κ / m), so this is κ ∂L/∂κ = ∂L/∂log κ
-        slope = -adjoint.inner(still, still @ solution.shift, 0)
-        (network.log_preservation[index] * slope.to(network.log_preservation)).backward()
-        return len(still)
-
-    def _no_rows(self, name: str) -> tuple[Tensor, Tensor]:  # (0, key_size), (0, value_size)
-        """What the facts of a process come to that has none."""
-        key_size, value_size = self.config.shape_of(name)
-        empty = torch.zeros(0, key_size + value_size, device=self.device)
-        return empty[:, :key_size], empty[:, key_size:]
-
-    def ridge(self, name: str) -> float:
-        """λ of the module `name`."""
-        network, index = self.network(name)
-        return network.log_ridge[index].detach().double().exp().item()
-
-    def edit_lr(self, name: str) -> float:
-        """η of the module `name`."""
-        network, index = self.network(name)
-        return network.log_edit_lr[index].detach().double().exp().item()
-
-    def preservation(self, name: str) -> float:
-        """κ of the module `name`; 0 where no keys are preserved, one by one or by their covariance."""
-        network, index = self.network(name)
-        if network.n_preserved_keys:
-            return network.log_preservation[index].detach().double().exp().item()
-        return self.config.preservation if self.n_covariance_tokens else 0.0
-
-    def scales(self) -> dict[str, list[float]]:
-        """The learned η, λ and κ of every target module, in that order."""
-        return {name: [self.edit_lr(name), self.ridge(name), self.preservation(name)] for name in self.module_names}
-
-    def _covariance(self, name: str) -> tuple[KeyCovariance, int]:
-        shape, index = self._places[name]
-        covariance = self.covariances[shape]
-        assert isinstance(covariance, KeyCovariance)  # for the type checker
-        return covariance, index
-
-    def _networks(self) -> dict[str, HyperNetwork]:
-        return {self._places[name][0]: self.network(name)[0] for name in self.module_names}
-
     # What users call
 
     def make_edit(
@@ -599,7 +187,7 @@ class EditorModel(PreTrainedModel):
         """
         limit = parse_memory(max_memory)
         source = _facts(facts)
-        model = _base(model)
+        model = base_of(model)
         self.check_ready(model)
         if statistics is None and self.config.follows_edits:
             statistics = statistics_in_force(model, pack_statistics(self.statistics))
@@ -680,7 +268,7 @@ class EditorModel(PreTrainedModel):
         if n_tokens < 1:
             raise ValueError(f"n_tokens is {n_tokens}; expected a whole number of at least 1.")
         loaded = load_texts(texts, **load_options)
-        model = _base(model)
+        model = base_of(model)
         self.check_base(model)
         tokenize = self.tokenizer_for(model, tokenizer)
         settings = {"n_tokens": n_tokens, "batch_size": batch_size}
@@ -718,7 +306,7 @@ class EditorModel(PreTrainedModel):
             FactError, ModelMismatchError, NumericalError: as in `make_edit`.
         """
         source = _facts(facts)
-        model = _base(model)
+        model = base_of(model)
         self.check_base(model)
         reader = FactReader(source, self.tokenizer_for(model, tokenizer), N_FACTS_SHOWN)
         request = EditRequest(model, reader, batch_size)
@@ -734,21 +322,6 @@ class EditorModel(PreTrainedModel):
         with frozen(model), self.beside(input_device(model)):
             self.update_statistics(traces())
             self.preserve(newest)
-
-    @contextmanager
-    def beside(self, device: torch.device) -> Iterator[None]:
-        """This editor on the language model's device, so that nothing travels in between; then on the CPU again.
-
-        An editor that somebody moved stays where it is, and so does one beside a device without float64.
-        """
-        if self.device.type != "cpu" or solve_device(device).type == "cpu":
-            yield
-            return
-        try:
-            nn.Module.to(self, device)
-            yield
-        finally:
-            nn.Module.to(self, "cpu")
 
     def apply(  # type: ignore[override] # the name is the contract; `nn.Module.apply` still answers to a function
         self,
@@ -912,7 +485,7 @@ class EditorModel(PreTrainedModel):
             `scores`, as of `evaluate`; `intervals`, 95 %, by bootstrap; and `per_fact`, a `datasets.Dataset`.
         """
         facts = load_facts(facts)
-        model = _base(model)
+        model = base_of(model)
         tokenize = self.tokenizer_for(model, tokenizer)
         edit = self.make_edit(model, facts, tokenizer, batch_size=batch_size)
         return measure_edit(model, edit, facts, tokenize, batch_size=batch_size, **settings)
@@ -931,23 +504,7 @@ class EditorModel(PreTrainedModel):
                 or orientation; or its weights differ and `fingerprint_policy` is `"error"`.
         """
         model = plain_model(model)
-        wanted, found = self.config.task_type, infer_task_type(model)
-        if found not in (None, wanted):
-            raise ModelMismatchError(
-                f"{type(model).__name__} is for the task {found}, and this editor was made for {wanted}. "
-                f"Load the base model with {AUTO_CLASSES[wanted].__name__}, or make an editor for this one."
-            )
-        check_targets(model, self.module_names)
-        for name in self.module_names:
-            module = target_module(model, name)
-            expected = list(self.config.shape_of(name))
-            flipped = name in (self.config.fan_in_fan_out or ())
-            if module_shape(module) != expected or is_fan_in_fan_out(module) != flipped:
-                raise ModelMismatchError(
-                    f"{name} maps {module_shape(module)[0]} features to {module_shape(module)[1]} in a "
-                    f"{type(module).__name__}; this editor was made for {expected[0]} to {expected[1]} in a "
-                    f"{'Conv1D' if flipped else 'Linear'}. Its base model is {self.config.base_model_name_or_path}."
-                )
+        check_layers(model, self.config)
         fingerprint = self.config.base_model_fingerprint
         check_fingerprint(
             model,
@@ -977,47 +534,12 @@ class EditorModel(PreTrainedModel):
         Raises:
             ModelMismatchError: a classifier whose classes no target can name.
         """
-        model = _base(model)
-        if tokenizer is None:
-            if not model.name_or_path:
-                raise ValueError("This model does not say where it came from. Pass its tokenizer: tokenizer=...")
-            tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
-        return Tokenizer(
-            tokenizer,
-            self.config,
-            _max_length(model),
-            decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
-            classes=Classes.of(model) if self.config.task_type == "SEQ_CLS" else None,
-        )
-
-
-def _base(model: nn.Module) -> PreTrainedModel:
-    plain: Any = plain_model(model)
-    return plain
-
-
-def _max_length(model: PreTrainedModel) -> int | None:
-    """The most tokens that `model` has positions for, or None where it has no limit."""
-    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    words = model.get_input_embeddings()
-    for module in model.modules():
-        if isinstance(module, nn.Embedding) and module is not words and module.num_embeddings == limit:
-            # RoBERTa's kind counts positions from the padding token's on.
-            return limit - (0 if module.padding_idx is None else int(module.padding_idx) + 1)
-    return limit
-
-
-def _split(entry: Trace, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(entry.keys.split(size), entry.value_gradients.split(size), strict=True)
+        return tokenizer_for(model, self.config, tokenizer)
 
 
 def _n_rows(traces: Iterable[Mapping[str, Trace]]) -> int:
     """Traced tokens of the module that has the fewest."""
     return sum(min(len(entry.keys) for entry in traced.values()) for traced in traces)
-
-
-def _shapes(tensors: Mapping[str, torch.Size]) -> str:
-    return ", ".join(f"{name} {list(shape)}" for name, shape in sorted(tensors.items())) or "none"
 
 
 def _facts(facts: Any) -> Sequence[Fact] | FactStream:

@@ -33,9 +33,9 @@ from .batches import TokenBatch, TokenSequence
 from .evaluation import n_measured
 from .facts import Fact, load_facts, require_fields
 from .features import FeatureCache, FeatureFolder, features_fingerprint
-from .makers import DEFAULT_EDITOR_BATCH_SIZE
 from .model_card import EditorRun, write_editor_card
 from .modeling import DEFAULT_BATCH_SIZE, EditorModel
+from .networks import DEFAULT_EDITOR_BATCH_SIZE
 from .passes import FrozenPasses
 from .sharding import place
 from .targets import plain_model

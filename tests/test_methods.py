@@ -26,7 +26,7 @@ from hf_malmen import (
     UntrainedEditorWarning,
 )
 from hf_malmen.configuration import METHODS
-from hf_malmen.modeling import pack_statistics
+from hf_malmen.networks import pack_statistics
 
 from .zoo import KINDS
 

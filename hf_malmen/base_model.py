@@ -1,0 +1,124 @@
+"""Base model -> an editor's configuration for it, whether the two fit, and the tokenizer with the model's limits."""
+
+from typing import Any
+
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .batches import Tokenizer
+from .configuration import EditorConfig
+from .edit import base_fingerprint
+from .errors import ModelMismatchError
+from .targets import check_targets, find_targets, is_fan_in_fan_out, module_shape, plain_model, target_module
+from .tasks import AUTO_CLASSES, Classes, infer_task_type
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """`plain_model`, for the type checker a model of transformers."""
+    plain: Any = plain_model(model)
+    return plain
+
+
+def config_for(model: nn.Module, config: EditorConfig) -> EditorConfig:
+    """A copy of `config` with task, names, shapes and fingerprint read off the base model.
+
+    Args:
+        model: the base model, left as it is.
+        config: what is wanted of the editor.
+
+    Raises:
+        ModelMismatchError: see `EditorModel.from_base`.
+    """
+    config = EditorConfig.from_dict(config.to_dict())
+    model = plain_model(model)
+    task_type = infer_task_type(model) or config.task_type
+    if config.task_type not in ("CAUSAL_LM", task_type):  # the default says nothing
+        raise ModelMismatchError(
+            f"EditorConfig.task_type is {config.task_type!r}, and {type(model).__name__} is for {task_type!r}. "
+            f"Leave task_type out, or load the base model with {AUTO_CLASSES[config.task_type].__name__}."
+        )
+    if task_type not in config.task_types:
+        raise ModelMismatchError(
+            f"Method {config.method!r} edits {', '.join(config.task_types)}, and {type(model).__name__} is for "
+            f"{task_type}. Choose another method, such as 'malmen', or another model."
+        )
+    config.task_type = task_type
+    names = find_targets(model, config)
+    config.target_modules = names
+    config.layers_to_transform = None
+    modules = {name: target_module(model, name) for name in names}
+    config.module_shapes = {name: module_shape(module) for name, module in modules.items()}
+    config.fan_in_fan_out = [name for name, module in modules.items() if is_fan_in_fan_out(module)]
+    config.base_model_fingerprint = base_fingerprint(model, names)
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+    return config
+
+
+def check_layers(model: nn.Module, config: EditorConfig) -> None:
+    """Check that a model has the task and the target layers of an editor; their weights are not looked at.
+
+    Args:
+        model: the base model.
+        config: the editor's.
+
+    Raises:
+        ModelMismatchError: the model has another task; or a target is missing, cannot be edited, or has another shape
+            or orientation.
+    """
+    model = plain_model(model)
+    wanted, found = config.task_type, infer_task_type(model)
+    if found not in (None, wanted):
+        raise ModelMismatchError(
+            f"{type(model).__name__} is for the task {found}, and this editor was made for {wanted}. "
+            f"Load the base model with {AUTO_CLASSES[wanted].__name__}, or make an editor for this one."
+        )
+    names = list(config.target_modules or ())
+    check_targets(model, names)
+    for name in names:
+        module = target_module(model, name)
+        expected = list(config.shape_of(name))
+        flipped = name in (config.fan_in_fan_out or ())
+        if module_shape(module) != expected or is_fan_in_fan_out(module) != flipped:
+            raise ModelMismatchError(
+                f"{name} maps {module_shape(module)[0]} features to {module_shape(module)[1]} in a "
+                f"{type(module).__name__}; this editor was made for {expected[0]} to {expected[1]} in a "
+                f"{'Conv1D' if flipped else 'Linear'}. Its base model is {config.base_model_name_or_path}."
+            )
+
+
+def tokenizer_for(model: nn.Module, config: EditorConfig, tokenizer: PreTrainedTokenizerBase | None) -> Tokenizer:
+    """A base model's tokenizer, in the prompt format of an editor and with the model's length limit.
+
+    Args:
+        model: the base model.
+        config: the editor's.
+        tokenizer: the base model's; loaded from `model.name_or_path` if None.
+
+    Raises:
+        ModelMismatchError: a classifier whose classes no target can name.
+        ValueError: no tokenizer, and a model that does not say where it came from.
+    """
+    base = base_of(model)
+    if tokenizer is None:
+        if not base.name_or_path:
+            raise ValueError("This model does not say where it came from. Pass its tokenizer: tokenizer=...")
+        tokenizer = AutoTokenizer.from_pretrained(base.name_or_path)
+    return Tokenizer(
+        tokenizer,
+        config,
+        max_length(base),
+        decoder_start_token_id=getattr(base.config, "decoder_start_token_id", None),
+        classes=Classes.of(base) if config.task_type == "SEQ_CLS" else None,
+    )
+
+
+def max_length(model: PreTrainedModel) -> int | None:
+    """The most tokens that `model` has positions for, or None where it has no limit."""
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    words = model.get_input_embeddings()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module is not words and module.num_embeddings == limit:
+            # RoBERTa's kind counts positions from the padding token's on.
+            return limit - (0 if module.padding_idx is None else int(module.padding_idx) + 1)
+    return limit

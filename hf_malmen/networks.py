@@ -1,0 +1,440 @@
+"""The networks of an editor, and the steps from what was traced of facts to weight shifts, and back to gradients."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from . import distributed
+from .batches import TokenBatch
+from .configuration import EditorConfig
+from .covariance import KeyCovariance
+from .errors import ModelMismatchError
+from .hypernetwork import DoubleBuffers, HyperBlock, HyperNetwork, Normaliser, RunningStatistics
+from .least_squares import Adjoint, RidgeLeastSquares, RowSum, Solution, aggregator, solve_device
+from .tracing import Trace, trace
+
+DEFAULT_EDITOR_BATCH_SIZE = 1024
+
+
+def pack_statistics(statistics: Mapping[str, RunningStatistics]) -> dict[str, Tensor]:
+    """Statistics by shape as one flat mapping, `{"48x32.count": ...}`, float64 on the CPU, that a file can hold."""
+    return {
+        f"{shape}.{name}": buffer.detach().cpu().clone()
+        for shape, own in statistics.items()
+        for name, buffer in own.named_buffers()
+    }
+
+
+class EditorNetworks(PreTrainedModel):
+    """All that an editor holds: its networks, statistics and covariances, and what it computes with them alone.
+
+    `EditorModel` is this with a base model, facts, edits and files around it.
+
+    Args:
+        config: with `target_modules` and `module_shapes` filled in, as `EditorModel.from_base` does.
+    """
+
+    config_class = EditorConfig
+    config: EditorConfig
+    base_model_prefix = ""
+    main_input_name = "keys"
+
+    def __init__(self, config: EditorConfig) -> None:
+        super().__init__(config)
+        if not config.module_shapes or set(config.target_modules or ()) != set(config.module_shapes):
+            raise ValueError(
+                "This EditorConfig does not name each target module with its shape, so there is nothing to build. Use "
+                "EditorModel.from_base(model, config), which reads them off the base model."
+            )
+        # The list, not the mapping, says which row of a network is whose: the config file sorts a mapping by its keys.
+        members: dict[str, list[str]] = {}
+        for name in config.target_modules or ():
+            key_size, value_size = config.shape_of(name)
+            members.setdefault(f"{key_size}x{value_size}", []).append(name)
+        self.networks = nn.ModuleDict(
+            {
+                shape: HyperNetwork(
+                    *(*config.shape_of(names[0]), len(names)),
+                    rank=config.rank,
+                    n_blocks=config.n_blocks,
+                    edit_lr=config.edit_lr,
+                    ridge=config.ridge,
+                    n_preserved_keys=config.n_preserved_keys,
+                    preservation=config.preservation,
+                    value_differences=config.value_differences,
+                )
+                for shape, names in members.items()
+            }
+        )
+        if config.key_covariance is not None:
+            self.covariances = nn.ModuleDict(
+                {shape: KeyCovariance(config.shape_of(names[0])[0], len(names)) for shape, names in members.items()}
+            )
+        # Where each target module finds its network, and its own row there.
+        self._places: dict[str, tuple[str, int]] = {
+            name: (shape, i) for shape, names in members.items() for i, name in enumerate(names)
+        }
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, HyperBlock | HyperNetwork):
+            module.reset_parameters()
+        elif isinstance(module, DoubleBuffers):
+            for buffer in module.buffers():
+                nn.init.zeros_(buffer)
+
+    @property
+    def module_names(self) -> list[str]:
+        """Full names of the target modules."""
+        return list(self._places)
+
+    def network(self, name: str) -> tuple[HyperNetwork, int]:
+        """The hyper-network of the module `name`, and the module's index in it."""
+        shape, index = self._places[name]
+        network = self.networks[shape]
+        assert isinstance(network, HyperNetwork)  # for the type checker
+        return network, index
+
+    @property
+    def device(self) -> torch.device:
+        """Where the editor is. Not asked of its parameters, which some methods have none of."""
+        return self.network(self.module_names[0])[0].log_edit_lr.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of everything but the statistics, which are in float64."""
+        return self.network(self.module_names[0])[0].log_edit_lr.dtype
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the editor has seen any training data, or its method needs none."""
+        if self.config.key_covariance is not None:
+            return self.config.key_covariance == "optional" or self.n_covariance_tokens > 0
+        ready_from_the_start = not self.config.needs_training and self.config.follows_edits
+        return ready_from_the_start or any(int(network.statistics.count) > 1 for network in self._networks().values())
+
+    @property
+    def n_covariance_tokens(self) -> int:
+        """How many tokens `collect_covariance` has read."""
+        return int(self._covariance(self.module_names[0])[0].count) if self.config.key_covariance else 0
+
+    def key_penalty(self, name: str) -> Tensor | None:  # (key_size, key_size), float64
+        """κ C of the module `name`, with C the second moment of ordinary keys; None where none was collected."""
+        if self.n_covariance_tokens == 0:
+            return None
+        covariance, index = self._covariance(name)
+        return self.config.preservation * covariance.moment(index)
+
+    def forward(
+        self,
+        keys: Tensor,  # (n_tokens, key_size)
+        value_gradients: Tensor,  # (n_tokens, value_size)
+        module_name: str,
+        normaliser: Normaliser | None = None,
+    ) -> tuple[Tensor, Tensor]:  # (n_tokens, key_size), (n_tokens, value_size)
+        """The rows that the aggregation of `module_name` takes in: its left factor and the value differences D.
+
+        Args:
+            keys, value_gradients: as traced.
+            module_name: whose.
+            normaliser: of statistics to use in place of the editor's own.
+        """
+        network, index = self.network(module_name)
+        keys, value_gradients = (rows.to(self.device, self.dtype) for rows in (keys, value_gradients))
+        return network.rows(keys, value_gradients, index, self.config.aggregation, normaliser)
+
+    # Steps of the pipeline, shared by `apply` and the trainer
+
+    def trace(
+        self,
+        model: nn.Module,
+        batches: Iterable[TokenBatch],
+        around: Callable[[TokenBatch], AbstractContextManager[None]] = lambda _: nullcontext(),
+        names: Sequence[str] | None = None,
+    ) -> Iterator[dict[str, Trace]]:
+        """Keys and value gradients of every target module, batch by batch.
+
+        Args:
+            model: the base model, inside `frozen`.
+            batches: facts, on the model's device.
+            around: a context for the passes over each batch, such as `Trunk.replayed`.
+            names: which modules; None: all.
+        """
+        for batch in batches:
+            with around(batch):
+                traced = trace(model, batch, names or self.module_names, self.config.traced_tokens)
+            yield traced
+
+    def solve(
+        self,
+        traces: Iterable[Mapping[str, Trace]],
+        editor_batch_size: int = DEFAULT_EDITOR_BATCH_SIZE,
+        statistics: Mapping[str, RunningStatistics] | None = None,
+    ) -> dict[str, Solution]:
+        """Weight shifts of all target modules from the traces of all facts (paper section 4.1).
+
+        Several processes call it together, each with the traces of its own facts, and all get the shifts of all facts.
+
+        Args:
+            traces: one mapping a language-model batch; consumed one at a time. A process may have none.
+            editor_batch_size: tokens a pass of the hyper-network. Does not change the result.
+            statistics: by the shape of their layers, in place of the editor's own; see `statistics_after`.
+
+        Raises:
+            NumericalError: a solve fails or is not finite; names the module.
+        """
+        return dict(self.solutions(traces, editor_batch_size, statistics))
+
+    @torch.no_grad()
+    def solutions(
+        self,
+        traces: Iterable[Mapping[str, Trace]],
+        editor_batch_size: int = DEFAULT_EDITOR_BATCH_SIZE,
+        statistics: Mapping[str, RunningStatistics] | None = None,
+        names: Sequence[str] | None = None,
+        n_rows: int = 0,
+    ) -> Iterator[tuple[str, Solution]]:
+        """`solve`, one module after the other: what a solution holds is free again when the next one is asked for.
+
+        Args:
+            traces, editor_batch_size, statistics: as for `solve`.
+            names: which modules; None: all.
+            n_rows: how many rows of facts a module is about to get, if that is known. Memory depends on it, not the
+                result.
+
+        Yields:
+            The module's name and its solution.
+        """
+        names = list(names or self.module_names)
+        aggregators = self.aggregators(names, n_rows, pooled=True)
+        # Once for all rows: whitening has a matrix to factorise.
+        normalisers = {shape: own.normaliser() for shape, own in (statistics or self.statistics).items()}
+        with distributed.together():
+            for traced in traces:
+                for name, entry in traced.items():
+                    for keys, gradients in _split(entry, editor_batch_size):
+                        aggregators[name].add(*self(keys, gradients, name, normalisers[self._places[name][0]]))
+        for name in logging.tqdm(names, desc="Solving", unit=" layers", leave=False):
+            rows = aggregators.pop(name)
+            if distributed.n_processes() > 1:
+                rows.add(*self._no_rows(name))
+                rows.pool()
+            yield name, rows.solve(self.ridge(name), in_place=True)
+
+    def aggregators(
+        self, names: Sequence[str] | None = None, n_rows: int = 0, *, pooled: bool = False
+    ) -> dict[str, RowSum | RidgeLeastSquares]:
+        """What takes in the rows of target modules, with the rows that ask for preserved keys in it already.
+
+        Args:
+            names, n_rows: as for `solutions`.
+            pooled: whether the rows of several processes will be put together, where those keys must count once.
+        """
+        aggregators = {}
+        for name in names or self.module_names:
+            network, index = self.network(name)
+            aggregators[name] = aggregator(self.config.aggregation, name, n_rows + network.n_preserved_keys)
+            if network.n_preserved_keys and (distributed.is_main() or not pooled):
+                still = network.preserved_rows(index)
+                aggregators[name].add(still, still.new_zeros(len(still), network.value_size))
+        return aggregators
+
+    @property
+    def statistics(self) -> dict[str, RunningStatistics]:
+        """The editor's own running statistics, by the shape of the layers that share them."""
+        return {shape: network.statistics for shape, network in self._networks().items()}
+
+    @torch.no_grad()
+    def update_statistics(
+        self,
+        traces: Iterable[Mapping[str, Trace]],
+        statistics: Mapping[str, RunningStatistics] | None = None,
+    ) -> None:
+        """Take traces into the running statistics; of several processes, those of all.
+
+        Args:
+            traces: one mapping a language-model batch; consumed one at a time. Of several processes, each has its own,
+                and all end with the same statistics.
+            statistics: which to update; None: the editor's own.
+        """
+        statistics = self.statistics if statistics is None else statistics
+        seen = {shape: network.new_statistics().to(self.device) for shape, network in self._networks().items()}
+        with distributed.together():
+            for traced in traces:
+                for name, entry in traced.items():
+                    rows = torch.cat((entry.keys, entry.value_gradients), dim=-1).to(self.device)
+                    seen[self._places[name][0]].update(rows)
+        for shape, own in statistics.items():
+            for of_process in distributed.gather_rows(seen[shape].pack()[None]):
+                own.merge_packed(of_process[0])
+
+    def statistics_after(
+        self,
+        traces: Iterable[Mapping[str, Trace]],
+        earlier: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, RunningStatistics]:
+        """Statistics that have followed an edit: copies, with the rows of the edit merged in.
+
+        Args:
+            traces: the edit's, as for `update_statistics`.
+            earlier: the statistics that the edits so far have left, as `pack_statistics` makes them; None: the
+                editor's own.
+
+        Raises:
+            ModelMismatchError: `earlier` is of another editor.
+        """
+        if earlier:
+            statistics = self._unpack_statistics(earlier)
+        else:
+            statistics = {shape: deepcopy(own) for shape, own in self.statistics.items()}
+        self.update_statistics(traces, statistics)
+        return statistics
+
+    def _unpack_statistics(self, packed: Mapping[str, Tensor]) -> dict[str, RunningStatistics]:
+        statistics = {shape: network.new_statistics().to(self.device) for shape, network in self._networks().items()}
+        expected = {name: buffer.shape for name, buffer in pack_statistics(statistics).items()}
+        found = {name: tensor.shape for name, tensor in packed.items()}
+        if found != expected:
+            raise ModelMismatchError(
+                f"The statistics that earlier edits left are {_shapes(found)}; this editor has {_shapes(expected)}. "
+                "They are of another editor; go on with the one that made those edits."
+            )
+        for shape, own in statistics.items():
+            own.merge(*(packed[f"{shape}.{name}"].to(buffer) for name, buffer in own.named_buffers()))
+        return statistics
+
+    @torch.no_grad()
+    def preserve(self, traces: Sequence[Mapping[str, Trace]]) -> None:
+        """Keep the keys of one training step in place of the oldest preserved ones.
+
+        Called after the step's facts were edited, which must move their own keys.
+
+        Args:
+            traces: one mapping a language-model batch; of several processes, each has its own, and all keep the same.
+        """
+        for shape, network in self.networks.items():
+            assert isinstance(network, HyperNetwork)  # for the type checker
+            if network.n_preserved_keys:
+                names = [name for name in self.module_names if self._places[name][0] == shape]
+                rows = []
+                for name in names:
+                    own = torch.cat([self._no_rows(name)[0], *(traced[name].keys.to(self.device) for traced in traces)])
+                    rows.append(torch.cat(distributed.gather_rows(own.to(network.preserved_keys))))
+                # The two sides of an encoder-decoder have different tokens: each keeps as many of its own, evenly.
+                fewest = min(map(len, rows))
+                network.preserve(
+                    torch.stack([own[torch.arange(fewest, device=own.device) * len(own) // fewest] for own in rows])
+                )
+
+    @torch.enable_grad()
+    def backward(
+        self,
+        traces: Sequence[Mapping[str, Trace]],
+        solutions: Mapping[str, Solution],
+        shift_gradients: Mapping[str, Tensor],
+        editor_batch_size: int = DEFAULT_EDITOR_BATCH_SIZE,
+    ) -> None:
+        """Turn ∂L/∂S of every module into gradients of the editor's parameters, added to those that are there.
+
+        The hyper-network runs again, `editor_batch_size` tokens at a time, with the adjoint of the solve as the
+        gradient of its rows (paper section 4.3). Several processes call it together: each replays its own rows, and all
+        get the gradients of the sum of their losses.
+
+        Args:
+            traces: what `solve` was given.
+            solutions: what `solve` returned.
+            shift_gradients: {module name: ∂L/∂S of shape (key_size, value_size)}, the same modules on every process;
+                of several processes, that of each one's own part of the loss.
+        """
+        with distributed.gradients_added_up(self.parameters()):
+            for name, gradient in shift_gradients.items():
+                adjoint = solutions[name].adjoint(distributed.add_up(gradient))
+                start = 0
+                if distributed.is_main():  # what is not of rows of facts counts once
+                    start = self._backward_scales(name, adjoint, solutions[name])
+                if not traces:
+                    continue
+                keys = torch.cat([traced[name].keys for traced in traces])
+                gradients = torch.cat([traced[name].value_gradients for traced in traces])
+                for part in _split(Trace(keys, gradients), editor_batch_size):
+                    left, differences = self(*part, name)
+                    adjoint.inner(left, differences, start).backward()
+                    start += len(left)
+
+    def _backward_scales(self, name: str, adjoint: Adjoint, solution: Solution) -> int:
+        """Gradients of log λ and log κ of the module `name`; returns how many rows its preserved keys take."""
+        network, index = self.network(name)
+        if adjoint.ridge_gradient is not None:
+            (network.log_ridge[index].exp() * adjoint.ridge_gradient.to(network.log_ridge)).backward()
+        if not network.n_preserved_keys:
+            return 0
+        # κ stands before K₀ᵀK₀ / m as λ stands before I, so ∂L/∂κ = −⟨M, K₀ᵀK₀ S⟩ / m = −⟨K₀ M, K₀ S⟩ / m.
+        still = network.preserved_rows(index)  # scaled by √(κ / m), so this is κ ∂L/∂κ = ∂L/∂log κ
+        slope = -adjoint.inner(still, still @ solution.shift, 0)
+        (network.log_preservation[index] * slope.to(network.log_preservation)).backward()
+        return len(still)
+
+    def _no_rows(self, name: str) -> tuple[Tensor, Tensor]:  # (0, key_size), (0, value_size)
+        """What the facts of a process come to that has none."""
+        key_size, value_size = self.config.shape_of(name)
+        empty = torch.zeros(0, key_size + value_size, device=self.device)
+        return empty[:, :key_size], empty[:, key_size:]
+
+    def ridge(self, name: str) -> float:
+        """λ of the module `name`."""
+        network, index = self.network(name)
+        return network.log_ridge[index].detach().double().exp().item()
+
+    def edit_lr(self, name: str) -> float:
+        """η of the module `name`."""
+        network, index = self.network(name)
+        return network.log_edit_lr[index].detach().double().exp().item()
+
+    def preservation(self, name: str) -> float:
+        """κ of the module `name`; 0 where no keys are preserved, one by one or by their covariance."""
+        network, index = self.network(name)
+        if network.n_preserved_keys:
+            return network.log_preservation[index].detach().double().exp().item()
+        return self.config.preservation if self.n_covariance_tokens else 0.0
+
+    def scales(self) -> dict[str, list[float]]:
+        """The learned η, λ and κ of every target module, in that order."""
+        return {name: [self.edit_lr(name), self.ridge(name), self.preservation(name)] for name in self.module_names}
+
+    def _covariance(self, name: str) -> tuple[KeyCovariance, int]:
+        shape, index = self._places[name]
+        covariance = self.covariances[shape]
+        assert isinstance(covariance, KeyCovariance)  # for the type checker
+        return covariance, index
+
+    def _networks(self) -> dict[str, HyperNetwork]:
+        return {self._places[name][0]: self.network(name)[0] for name in self.module_names}
+
+    @contextmanager
+    def beside(self, device: torch.device) -> Iterator[None]:
+        """This editor on the language model's device, so that nothing travels in between; then on the CPU again.
+
+        An editor that somebody moved stays where it is, and so does one beside a device without float64.
+        """
+        if self.device.type != "cpu" or solve_device(device).type == "cpu":
+            yield
+            return
+        try:
+            nn.Module.to(self, device)
+            yield
+        finally:
+            nn.Module.to(self, "cpu")
+
+
+def _split(entry: Trace, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(entry.keys.split(size), entry.value_gradients.split(size), strict=True)
+
+
+def _shapes(tensors: Mapping[str, torch.Size]) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in sorted(tensors.items())) or "none"
