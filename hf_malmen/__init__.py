@@ -23,7 +23,7 @@ _MODULE_OF = {
     "load_facts": "facts",
     "measure_edit": "evaluation",
     "measure_side_effects": "side_effects",
-    "read_history": "history",
+    "read_history": "records",
     "recover_checkpoint": "history",
     "undo_edit": "history",
     "HfMalmenError": "errors",
@@ -62,12 +62,12 @@ if TYPE_CHECKING:
     from .facts import Fact as Fact
     from .facts import FactStream as FactStream
     from .facts import load_facts as load_facts
-    from .history import read_history as read_history
     from .history import recover_checkpoint as recover_checkpoint
     from .history import undo_edit as undo_edit
     from .ledger import Ledger as Ledger
     from .ledger import LedgerEntry as LedgerEntry
     from .modeling import EditorModel as EditorModel
+    from .records import read_history as read_history
     from .sequential import facts_in_force as facts_in_force
     from .side_effects import measure_side_effects as measure_side_effects
     from .training import EditorTrainer as EditorTrainer

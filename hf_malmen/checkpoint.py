@@ -22,9 +22,10 @@ from torch import Tensor
 
 from .configuration import FINGERPRINT_POLICIES
 from .errors import CheckpointError, CheckpointWriteError, FingerprintWarning, ModelMismatchError
-from .history import add_in_place, locked, read_history, recorded, recover_locked, require_settled, sync_file
+from .history import add_in_place, locked, recorded, recover_locked, require_settled, sync_file
 from .mapping import TensorShift, direct_shifts, map_shifts
 from .model_card import EditSummary
+from .records import read_history
 from .shards import (
     DTYPES,
     INDEX_FILE,

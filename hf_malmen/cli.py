@@ -228,7 +228,8 @@ def log(
     """Show the edits in force on a checkpoint, oldest first. For one edit's facts: hf-malmen inspect DIR/edits/0001."""
     from dataclasses import asdict
 
-    from .history import read_history, read_ledger, recover_checkpoint
+    from .history import recover_checkpoint
+    from .records import read_history, read_ledger
     from .report import describe_history, describe_ledger
 
     if recover_checkpoint(checkpoint):
@@ -266,7 +267,8 @@ def undo(
 @app.command()
 def recover(checkpoint: Checkpoint) -> None:
     """Bring a checkpoint back to the state before or after a change during which the process died."""
-    from .history import read_history, recover_checkpoint
+    from .history import recover_checkpoint
+    from .records import read_history
 
     done = recover_checkpoint(checkpoint)
     ids = ", ".join(record.id for record in read_history(checkpoint)) or "none"

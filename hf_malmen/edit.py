@@ -20,10 +20,10 @@ from .checkpoint import WriteReport, write_shifts
 from .configuration import FINGERPRINT_POLICIES, EditorConfig
 from .errors import EditStateError, FingerprintWarning, ModelMismatchError
 from .facts import Fact
-from .history import CARD_FILE, SHIFTS_FILE
 from .hub import push_folder
 from .ledger import EDIT_CONFIG_FILE
 from .model_card import N_FACTS_SHOWN, EditSummary, describe_maker, hub_id, render_edit_card
+from .records import CARD_FILE, SHIFTS_FILE
 from .sharding import overwrite, whole
 from .shards import parse_json
 from .shifts import Shift, add, add_rows, blocks, check_shape, dense, load_shifts, materialise, save_shifts

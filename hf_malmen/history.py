@@ -1,12 +1,7 @@
-"""What was done to a checkpoint on disk, and the journal that makes doing and undoing it crash-safe.
+"""Changes of a checkpoint on disk, and the journal that makes doing and undoing them crash-safe.
 
 ```
-edits/0001/                one record an edit in force, oldest first
-    record.json            which tensors it replaced, when, by what, and what was measured
-    originals.safetensors  the bytes that it replaced
-    README.before.md       the checkpoint's card before it, if there was one
-    config.json, edit.safetensors   the edit itself; `Edit.from_pretrained` reads the folder
-    state.safetensors      what follows the edits, where something does: see `state.py`
+edits/0001/                one record an edit in force, oldest first: see `records.py`
 edits/.journal/            a change that has begun and not ended
 ```
 
@@ -23,22 +18,41 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
 from .errors import CheckpointError, CheckpointWriteError
-from .facts import Fact
-from .ledger import Ledger, build_ledger, read_facts
+from .ledger import build_ledger, read_facts
 from .mapping import TensorShift, map_shifts
 from .model_card import EditSummary, render_checkpoint_card, strip_checkpoint_card
-from .shards import TensorEntry, copy_bytes, in_hub_cache, parse_json, raw, read_header, write_entries
+from .records import (
+    CARD_BEFORE,
+    CARD_FILE,
+    EDITS_FOLDER,
+    ID_PATTERN,
+    JOURNAL,
+    ORIGINALS_FILE,
+    PREPARING,
+    RECORD_FILE,
+    SHIFTS_FILE,
+    Record,
+    inside,
+    parse_tensors,
+    read_copies,
+    read_history,
+    read_record,
+    record_text,
+    require_folder,
+    tensors_json,
+    written,
+)
+from .shards import TensorEntry, copy_bytes, in_hub_cache, parse_json, raw, write_entries
 from .shifts import add_rows, load_shifts
 
 try:
@@ -46,55 +60,10 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-EDITS_FOLDER = "edits"
-SHIFTS_FILE = "edit.safetensors"
-CARD_FILE = "README.md"
-_RECORD_FILE, _ORIGINALS_FILE, _CARD_BEFORE = "record.json", "originals.safetensors", "README.before.md"
-_JOURNAL, _PREPARING, _CLOSED, _DROPPED = ".journal", ".preparing", ".closed", ".dropped"
+_CLOSED, _DROPPED = ".closed", ".dropped"
 _REMOVAL_FILE, _WEIGHTS_FILE, _REPLACING = "removal.json", "weights.safetensors", "replacing"
 _CARD_FOLDER = "card"
-_ID = r"\d{4,}"
 _CHUNK_BYTES = 2**22
-
-
-@dataclass(frozen=True)
-class Record:
-    """One edit in force on a checkpoint.
-
-    Attributes:
-        summary: what people read of it: id, date, facts, editor, scores.
-        folder: the record's.
-        modules: {module name: keys of the tensors that hold its weight}.
-        fan_in_fan_out: the modules that store their weight as (key_size, value_size).
-        tensors: the tensors it replaced, by key, where they lie in the checkpoint.
-        checksums: {key: CRC-32 of the bytes it wrote}.
-        rounding: {module name: ‖written − (W + S)‖ / ‖S‖}, what the weights' dtype cost.
-        had_card: whether the checkpoint had a card before it.
-        card_sha256: of the card that it wrote; None if it wrote none.
-    """
-
-    summary: EditSummary
-    folder: Path
-    modules: dict[str, list[str]]
-    fan_in_fan_out: list[str]
-    tensors: dict[str, TensorEntry]
-    checksums: dict[str, int] = field(default_factory=dict)
-    rounding: dict[str, float] = field(default_factory=dict)
-    had_card: bool = False
-    card_sha256: str | None = None
-
-    @property
-    def id(self) -> str:
-        """Its number, as `hf-malmen log` shows it."""
-        return self.summary.id
-
-    def originals(self) -> dict[str, TensorEntry]:
-        """The tensors as they were before, by key.
-
-        Raises:
-            CheckpointError: they are not what the record says.
-        """
-        return _read_copies(self.folder / _ORIGINALS_FILE, self.tensors)
 
 
 @dataclass(frozen=True)
@@ -116,36 +85,6 @@ class UndoReport:
 # What users call
 
 
-def read_history(checkpoint: str | Path) -> list[Record]:
-    """The edits in force on a checkpoint, oldest first.
-
-    Args:
-        checkpoint: its folder.
-
-    Raises:
-        CheckpointError: no such folder, or a damaged record.
-    """
-    folder = _require_folder(checkpoint)
-    names = [path.name for path in (folder / EDITS_FOLDER).glob("*") if re.fullmatch(_ID, path.name)]
-    records = [_read_record(folder, folder / EDITS_FOLDER / name) for name in sorted(names, key=int)]
-    for record in records:
-        if record.id != record.folder.name:
-            raise CheckpointError(f"{record.folder} holds the record of edit {record.id}. The history is damaged.")
-    return records
-
-
-def read_ledger(checkpoint: str | Path) -> Ledger:
-    """The facts that the edits in force on a checkpoint wrote, and which of them later ones replaced.
-
-    Args:
-        checkpoint: its folder.
-
-    Raises:
-        CheckpointError: no such folder, or a damaged record.
-    """
-    return build_ledger(_written(read_history(checkpoint)))
-
-
 def undo_edit(checkpoint: str | Path, edit_id: str | None = None) -> UndoReport:
     """Take an edit back from a checkpoint on disk, crash-safe.
 
@@ -160,7 +99,7 @@ def undo_edit(checkpoint: str | Path, edit_id: str | None = None) -> UndoReport:
         CheckpointError: no such edit; a record or weight file that is not as the edit left it; files that cannot be
             written. Nothing was changed.
     """
-    folder = _require_folder(checkpoint)
+    folder = require_folder(checkpoint)
     with locked(folder):
         recover_locked(folder)
         records = read_history(folder)
@@ -177,11 +116,11 @@ def undo_edit(checkpoint: str | Path, edit_id: str | None = None) -> UndoReport:
             if later:
                 _prepare_removal(folder, record, records)
                 _make_writable(folder, record.tensors)
-                _rename(_inside(folder, _PREPARING), _inside(folder, _JOURNAL))
+                _rename(inside(folder, PREPARING), inside(folder, JOURNAL))
             else:
                 record.originals()
                 _make_writable(folder, record.tensors)
-                _rename(record.folder, _inside(folder, _JOURNAL))
+                _rename(record.folder, inside(folder, JOURNAL))
         try:
             _replay(folder)
         except OSError as error:
@@ -202,7 +141,7 @@ def recover_checkpoint(checkpoint: str | Path) -> bool:
         CheckpointError: no such folder, another process is writing to it, a damaged journal, or a folder of the Hub's
             shared cache.
     """
-    folder = _require_folder(checkpoint)
+    folder = require_folder(checkpoint)
     if not _leftovers(folder):
         return False
     with locked(folder):
@@ -215,7 +154,7 @@ def require_settled(folder: Path) -> None:
     Raises:
         CheckpointError: see `recover_checkpoint`.
     """
-    if _inside(folder, _JOURNAL).exists():
+    if inside(folder, JOURNAL).exists():
         recover_checkpoint(folder)
 
 
@@ -261,7 +200,7 @@ def _recover(folder: Path) -> bool:
             f"{folder} was uploaded in the middle of an edit, and the Hub's shared cache is never written. Download it "
             "to a folder of its own (hf download --local-dir) and run hf-malmen recover on it."
         )
-    if _inside(folder, _JOURNAL).is_dir():
+    if inside(folder, JOURNAL).is_dir():
         _replay(folder)
     _sweep(folder)
     return found
@@ -332,21 +271,21 @@ def recorded(
     """
     records = read_history(folder)
     edit_id = f"{max([int(record.id) for record in records], default=0) + 1:04d}"
-    preparing = _inside(folder, _PREPARING)
+    preparing = inside(folder, PREPARING)
     summary = summarise(edit_id)
     with _clean_after_failure(folder):
         _require_space(folder, sum(entry.end - entry.begin for entry in tensors.values()))
         preparing.mkdir(parents=True)
         save_edit(preparing)
-        ledger = build_ledger([*_written(records), (edit_id, read_facts(preparing), summary.n_facts)])
+        ledger = build_ledger([*written(records), (edit_id, read_facts(preparing), summary.n_facts)])
         summary = replace(summary, n_replaced=ledger.n_replaced_by(edit_id))
-        write_entries(preparing / _ORIGINALS_FILE, tensors)
+        write_entries(preparing / ORIGINALS_FILE, tensors)
         card, before = None, _read_card(folder)
         if not (folder / CARD_FILE).is_file() or before is not None:  # a card that is no text is left alone
             card = render_checkpoint_card(before, [*(record.summary for record in records), summary])
             (preparing / CARD_FILE).write_bytes(card.encode())
             if before is not None:
-                (preparing / _CARD_BEFORE).write_bytes(before.encode())
+                (preparing / CARD_BEFORE).write_bytes(before.encode())
         record = Record(
             summary,
             preparing,
@@ -356,22 +295,22 @@ def recorded(
             had_card=before is not None,
             card_sha256=None if card is None else _sha256(card),
         )
-        (preparing / _RECORD_FILE).write_text(_record_text(record), encoding="utf-8")
+        (preparing / RECORD_FILE).write_text(record_text(record), encoding="utf-8")
         _make_writable(folder, tensors)
         check()
         _sync_tree(preparing)
-        _rename(preparing, _inside(folder, _JOURNAL))
-    journal = _inside(folder, _JOURNAL)
+        _rename(preparing, inside(folder, JOURNAL))
+    journal = inside(folder, JOURNAL)
     try:
         yield record
         for file in {entry.file for entry in tensors.values()}:
             sync_file(file)
         # Written beside and renamed: the file that is there tells `recover` what to take back.
-        _replace_text(journal / _RECORD_FILE, _record_text(record))
+        _replace_text(journal / RECORD_FILE, record_text(record))
         if card is not None:
             os.replace(journal / CARD_FILE, folder / CARD_FILE)
             sync_file(folder)
-        _rename(journal, _inside(folder, edit_id))
+        _rename(journal, inside(folder, edit_id))
     except BaseException as error:  # Ctrl-C too must leave the checkpoint as it was
         if not journal.is_dir():
             raise CheckpointWriteError(f"The edit is written to {folder}, but its disk reports: {error}.") from error
@@ -389,17 +328,17 @@ def recorded(
 
 def _replay(folder: Path) -> None:
     """Take back the edit whose journal is open, or finish the removal. Stopped at any point, it can begin again."""
-    journal = _inside(folder, _JOURNAL)
+    journal = inside(folder, JOURNAL)
     if (journal / _REMOVAL_FILE).is_file():
         _finish_removal(folder, journal)
     else:
         _take_back(folder, journal)
-    _rename(journal, _inside(folder, _CLOSED))
+    _rename(journal, inside(folder, _CLOSED))
     _sweep(folder)
 
 
 def _take_back(folder: Path, journal: Path) -> None:
-    record = _read_record(folder, journal)
+    record = read_record(folder, journal)
     originals = record.originals()
     _make_writable(folder, record.tensors)  # also where the folder was copied, or linked, since the process died
     _restore(originals, record.tensors)
@@ -423,30 +362,30 @@ def _take_back(folder: Path, journal: Path) -> None:
 
 def _finish_removal(folder: Path, journal: Path) -> None:
     removal = parse_json((journal / _REMOVAL_FILE).read_bytes(), journal / _REMOVAL_FILE)
-    tensors = _parse_tensors(folder, removal.get("tensors"), journal / _REMOVAL_FILE)
-    weights = _read_copies(journal / _WEIGHTS_FILE, tensors)
+    tensors = parse_tensors(folder, removal.get("tensors"), journal / _REMOVAL_FILE)
+    weights = read_copies(journal / _WEIGHTS_FILE, tensors)
     for staged in (journal / _REPLACING).glob("*"):  # what takes the place of a sound record is one
-        if (staged / _RECORD_FILE).is_file():
-            record = _read_record(folder, staged)
-            if (staged / _ORIGINALS_FILE).is_file():
+        if (staged / RECORD_FILE).is_file():
+            record = read_record(folder, staged)
+            if (staged / ORIGINALS_FILE).is_file():
                 record.originals()
     _make_writable(folder, tensors)
     _restore(weights, tensors)
     for staged in sorted((journal / _REPLACING).glob("*/*")):
         name = staged.parent.name
-        parent = folder if name == _CARD_FOLDER else _inside(folder, name)
-        allowed = (CARD_FILE,) if name == _CARD_FOLDER else (_RECORD_FILE, _ORIGINALS_FILE, _CARD_BEFORE)
+        parent = folder if name == _CARD_FOLDER else inside(folder, name)
+        allowed = (CARD_FILE,) if name == _CARD_FOLDER else (RECORD_FILE, ORIGINALS_FILE, CARD_BEFORE)
         if parent.is_dir() and staged.name in allowed:
             os.replace(staged, parent / staged.name)
             sync_file(parent)
     dropped = str(removal.get("drop"))
-    if re.fullmatch(_ID, dropped) and _inside(folder, dropped).is_dir():
-        _rename(_inside(folder, dropped), _inside(folder, _DROPPED))
+    if re.fullmatch(ID_PATTERN, dropped) and inside(folder, dropped).is_dir():
+        _rename(inside(folder, dropped), inside(folder, _DROPPED))
 
 
 def _prepare_removal(folder: Path, record: Record, records: Sequence[Record]) -> None:
     """Everything that the removal of an earlier edit changes, computed aside before the journal is opened."""
-    preparing = _inside(folder, _PREPARING)
+    preparing = inside(folder, PREPARING)
     later = records[records.index(record) + 1 :]
     originals = record.originals()
     sizes = {other.id: sum(entry.end - entry.begin for entry in other.tensors.values()) for other in later}
@@ -455,14 +394,14 @@ def _prepare_removal(folder: Path, record: Record, records: Sequence[Record]) ->
     weights = write_entries(preparing / _WEIGHTS_FILE, originals)
     card_before = _card_before(record)
     kept = [other.summary for other in records[: records.index(record)]]
-    ledger = build_ledger(_written([other for other in records if other is not record]))
+    ledger = build_ledger(written([other for other in records if other is not record]))
     for other in later:
         staged = preparing / _REPLACING / other.id
         staged.mkdir()
         shared = [key for key in other.tensors if key in weights]
         if shared:
             sources = {**other.originals(), **{key: weights[key] for key in shared}}
-            write_entries(staged / _ORIGINALS_FILE, sources)
+            write_entries(staged / ORIGINALS_FILE, sources)
             shifts = map_shifts(
                 folder,
                 load_shifts(other.folder / SHIFTS_FILE),
@@ -477,14 +416,14 @@ def _prepare_removal(folder: Path, record: Record, records: Sequence[Record]) ->
         # The card as it would have been, had the removed edit never been there.
         had_card = card_before is not None
         if card_before is not None:
-            (staged / _CARD_BEFORE).write_bytes(card_before.encode())
+            (staged / CARD_BEFORE).write_bytes(card_before.encode())
         summary = replace(other.summary, n_replaced=ledger.n_replaced_by(other.id))
         kept.append(summary)
         if other.card_sha256 is not None:
             card_before = render_checkpoint_card(card_before, kept)
         sha256 = _sha256(card_before) if other.card_sha256 is not None and card_before is not None else None
         changed = replace(other, summary=summary, had_card=had_card, card_sha256=sha256)
-        (staged / _RECORD_FILE).write_text(_record_text(changed), encoding="utf-8")
+        (staged / RECORD_FILE).write_text(record_text(changed), encoding="utf-8")
     card = _read_card(folder)
     if card is not None:
         # As it would have been; or, where somebody changed it since, with our section brought up to date.
@@ -492,7 +431,7 @@ def _prepare_removal(folder: Path, record: Record, records: Sequence[Record]) ->
         (preparing / _REPLACING / _CARD_FOLDER).mkdir()
         text = card_before if untouched and card_before is not None else render_checkpoint_card(card, kept)
         (preparing / _REPLACING / _CARD_FOLDER / CARD_FILE).write_bytes(text.encode())
-    removal = {"drop": record.id, "tensors": _tensors_json(record.tensors)}
+    removal = {"drop": record.id, "tensors": tensors_json(record.tensors)}
     (preparing / _REMOVAL_FILE).write_text(json.dumps(removal, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     _sync_tree(preparing)
 
@@ -541,7 +480,7 @@ def _make_writable(folder: Path, tensors: Mapping[str, TensorEntry]) -> None:
         if not status.st_mode & 0o222 or not os.access(file, os.W_OK):
             raise CheckpointError(f"{file} is read-only. Use output_dir, or allow writing: chmod u+w {file}.")
         if status.st_nlink > 1:
-            preparing = _inside(folder, _PREPARING)
+            preparing = inside(folder, PREPARING)
             preparing.mkdir(parents=True, exist_ok=True)
             _require_space(folder, status.st_size)
             shutil.copy2(file, preparing / file.name)
@@ -583,9 +522,9 @@ def _clean_after_failure(folder: Path) -> Iterator[None]:
 
 def _sweep(folder: Path) -> None:
     """Remove what was never begun, or is done with."""
-    for name in (_PREPARING, _CLOSED, _DROPPED):
-        if _inside(folder, name).exists():
-            shutil.rmtree(_inside(folder, name))
+    for name in (PREPARING, _CLOSED, _DROPPED):
+        if inside(folder, name).exists():
+            shutil.rmtree(inside(folder, name))
     edits = folder / EDITS_FOLDER
     if edits.is_dir() and not any(edits.iterdir()):
         edits.rmdir()
@@ -594,7 +533,7 @@ def _sweep(folder: Path) -> None:
 
 def _leftovers(folder: Path) -> bool:
     edits = folder / EDITS_FOLDER
-    names = (_JOURNAL, _PREPARING, _CLOSED, _DROPPED)
+    names = (JOURNAL, PREPARING, _CLOSED, _DROPPED)
     return edits.is_dir() and (not any(edits.iterdir()) or any((edits / name).exists() for name in names))
 
 
@@ -628,111 +567,8 @@ def _sync_tree(folder: Path) -> None:
         sync_file(path)
 
 
-# Records as text
-
-
-def _written(records: Iterable[Record]) -> Iterator[tuple[str, list[Fact], int]]:
-    """What a ledger is built from."""
-    for record in records:
-        yield record.id, read_facts(record.folder), record.summary.n_facts
-
-
-def _record_text(record: Record) -> str:
-    content = {
-        "summary": asdict(record.summary),
-        "modules": record.modules,
-        "fan_in_fan_out": record.fan_in_fan_out,
-        "tensors": _tensors_json(record.tensors),
-        "checksums": record.checksums,
-        "rounding": record.rounding,
-        "had_card": record.had_card,
-        "card_sha256": record.card_sha256,
-    }
-    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-
-
-def _tensors_json(tensors: Mapping[str, TensorEntry]) -> dict[str, Any]:
-    return {key: {**asdict(entry), "file": entry.file.name} for key, entry in tensors.items()}
-
-
-def _read_copies(path: Path, tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """The tensors of a record's or journal's file, which must be of the same kinds as those of the checkpoint."""
-    found = read_header(path)
-    shapes = {key: (entry.dtype, entry.shape) for key, entry in found.items()}
-    if shapes != {key: (entry.dtype, entry.shape) for key, entry in tensors.items()}:
-        raise CheckpointError(f"{path} does not hold the tensors its record names.")
-    return found
-
-
-def _read_record(folder: Path, place: Path) -> Record:
-    path = place / _RECORD_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{place} has no {_RECORD_FILE}; the history of {folder} is damaged.")
-    content = parse_json(path.read_bytes(), path)
-    tensors = _parse_tensors(folder, content.pop("tensors", None), path)
-    try:
-        summary = EditSummary(**content.pop("summary"))
-        record = Record(summary=summary, folder=place, tensors=tensors, **content)
-        _check_record(record)
-        return record
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is no record of an edit that this version can read ({error}).") from None
-
-
-def _check_record(record: Record) -> None:
-    """Refuse a record whose fields are not what `Record` and `EditSummary` say.
-
-    Raises:
-        ValueError, TypeError, AttributeError: they are not.
-    """
-    summary = record.summary
-    if not re.fullmatch(_ID, summary.id):
-        raise ValueError(f"its id is {summary.id!r}")
-    names = [name for keys in record.modules.values() for name in keys]
-    if sorted(names) != sorted(record.tensors):
-        raise ValueError("its modules are not those of its tensors")
-    if not isinstance(summary.facts, list):
-        raise TypeError("its facts are no list")
-    facts = [text for prompt, target in summary.facts for text in (prompt, target)]
-    texts = [summary.created_at, summary.editor, summary.hf_malmen_version, *facts, *record.fan_in_fan_out]
-    optional = (summary.base_model, summary.base_model_fingerprint, record.card_sha256)
-    for text in (*texts, *(text for text in optional if text is not None)):
-        text.encode()
-    numbers = [
-        summary.n_facts,
-        summary.n_replaced,
-        *summary.measured.values(),
-        *record.checksums.values(),
-        *record.rounding.values(),
-    ]
-    if not all(isinstance(number, int | float) for number in numbers) or not isinstance(record.had_card, bool):
-        raise ValueError("a number is expected where it has something else")
-
-
-def _parse_tensors(folder: Path, content: Any, path: Path) -> dict[str, TensorEntry]:
-    """Places of tensors, believed only where they are what the headers of the checkpoint's files say."""
-    headers: dict[str, dict[str, TensorEntry]] = {}
-    tensors = {}
-    for key, value in content.items() if isinstance(content, Mapping) else ():
-        name = value.get("file") if isinstance(value, Mapping) else None
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{path} names the file {name!r}; expected a weight file of {folder}.")
-        if name not in headers:
-            headers[name] = read_header(folder / name)
-        found = headers[name].get(key)
-        if found is None or json.loads(json.dumps(_tensors_json({key: found})))[key] != value:
-            raise CheckpointError(
-                f"{path} says that {key} lies in {name} in a place where it does not. The file was replaced since, or "
-                "the record is damaged; nothing was written."
-            )
-        tensors[key] = found
-    if not tensors:
-        raise CheckpointError(f"{path} names no tensors; it is damaged.")
-    return tensors
-
-
 def _card_before(record: Record) -> str | None:
-    path = record.folder / _CARD_BEFORE
+    path = record.folder / CARD_BEFORE
     return path.read_bytes().decode(errors="replace") if record.had_card and path.is_file() else None
 
 
@@ -746,17 +582,3 @@ def _read_card(folder: Path) -> str | None:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _inside(folder: Path, name: str) -> Path:
-    return folder / EDITS_FOLDER / name
-
-
-def _require_folder(checkpoint: str | Path) -> Path:
-    folder = Path(checkpoint)
-    if not folder.is_dir():
-        raise CheckpointError(f"There is no folder {checkpoint}. Expected the folder of an edited checkpoint.")
-    for path in (folder / EDITS_FOLDER, _inside(folder, _JOURNAL), _inside(folder, _PREPARING)):
-        if path.is_symlink():
-            raise CheckpointError(f"{path} is a symbolic link; the history of a checkpoint lies in its own folder.")
-    return folder

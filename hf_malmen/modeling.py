@@ -24,12 +24,12 @@ from .edit import Edit, base_fingerprint, check_fingerprint
 from .errors import CheckpointError, ModelMismatchError, UntrainedEditorWarning
 from .evaluation import Evaluation, measure_edit
 from .facts import Fact, FactStream, load_facts
-from .history import CARD_FILE
 from .hub import cached_commit, push_folder
 from .makers import MAKERS, EditRequest
 from .memory import parse_memory
 from .model_card import HUB_RESULTS_FILE, N_FACTS_SHOWN, PLOT_FILE, RESULTS_FILE, EditorRun, write_editor_card
 from .networks import DEFAULT_EDITOR_BATCH_SIZE, EditorNetworks, pack_statistics
+from .records import CARD_FILE
 from .sequential import fingerprint_before_edits, make_next_edit, statistics_in_force
 from .sharding import place
 from .shifts import Shift

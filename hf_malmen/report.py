@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import CheckpointError
-from .history import Record, read_history, require_settled
+from .history import require_settled
 from .ledger import Ledger
+from .records import Record, read_history
 from .shards import parse_json, read_tensor_index
 from .tables import METRIC_TITLES, table
 

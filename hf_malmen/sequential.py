@@ -20,10 +20,10 @@ from .edit import Edit, base_fingerprint, live_edits, weights_before_live_edits
 from .errors import EditStateError
 from .evaluation import evaluate_edit
 from .facts import Fact, FactStream
-from .history import EDITS_FOLDER, Record, read_history, read_ledger
 from .least_squares import RidgeLeastSquares, RowSum, solve_device
 from .ledger import Ledger, NewFacts, build_ledger, read_facts
 from .model_card import N_FACTS_SHOWN
+from .records import EDITS_FOLDER, Record, read_history, read_ledger
 from .shards import raw
 from .shifts import Shift, dense
 from .state import EditState, Products, RowCollector, Rows

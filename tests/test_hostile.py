@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 
 import hf_malmen.history
 from hf_malmen import CheckpointError, Edit, HfMalmenError
-from hf_malmen.history import read_history, recover_checkpoint, undo_edit
+from hf_malmen.history import recover_checkpoint, undo_edit
+from hf_malmen.records import read_history
 from hf_malmen.shards import read_header, read_tensor_index
 
 Header = dict[str, Any]
