@@ -70,6 +70,7 @@ setup(
     ],
     extras_require={
         "bench": BENCH + DEMO,
+        "deepspeed": ["deepspeed>=0.19"],
         "demo": DEMO,
         "harness": HARNESS,
         "test": TEST + DEMO + HARNESS,

@@ -34,7 +34,8 @@ def join() -> None:
 
 def in_unison() -> bool:
     """Whether the processes hold the base model together, so that all of them do all of the work: they act as one."""
-    return _joined() and parse_flag_from_env("ACCELERATE_USE_FSDP")
+    flags = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    return _joined() and any(map(parse_flag_from_env, flags))
 
 
 def n_processes() -> int:

@@ -24,7 +24,7 @@ from .hub import push_folder
 from .ledger import EDIT_CONFIG_FILE
 from .model_card import N_FACTS_SHOWN, EditSummary, describe_maker, hub_id, render_edit_card
 from .records import CARD_FILE, SHIFTS_FILE
-from .sharding import overwrite, whole
+from .sharding import copy_of, overwrite, shape_of, whole
 from .shards import parse_json
 from .shifts import Shift, add, add_rows, blocks, check_shape, dense, load_shifts, materialise, save_shifts
 from .state import STATE_FILE, EditState
@@ -197,7 +197,7 @@ class Edit:
         try:
             for name, shift in self.layers.items():
                 weight = weight_of(model, name, to_write=True)
-                application.originals[name] = weight.detach().clone()
+                application.originals[name] = copy_of(weight)
                 values = whole(weight)  # the weight itself, where this process has all of it
                 for start, stop, rows in blocks(shift.to(weight.device), name in self.fan_in_fan_out):
                     values[start:stop], _ = add_rows(values[start:stop], rows, name)
@@ -223,7 +223,7 @@ class Edit:
                     f"{name} is a {type(module).__name__}, stored the other way round than in the "
                     "model the edit was made for. Load the edit's own base model."
                 )
-            check_shape(shift, flipped, tuple(weight_of(model, name).shape), name)
+            check_shape(shift, flipped, tuple(shape_of(weight_of(model, name))), name)
 
     # Checkpoints and adapters
 
@@ -563,4 +563,4 @@ def base_fingerprint(model: nn.Module, names: Iterable[str]) -> str:
 
 def _restore(model: nn.Module, application: _Application) -> None:
     for name, original in application.originals.items():
-        weight_of(model, name).copy_(original)
+        overwrite(weight_of(model, name), original)

@@ -24,6 +24,7 @@ from .least_squares import RidgeLeastSquares, RowSum, solve_device
 from .ledger import Ledger, NewFacts, build_ledger, read_facts
 from .model_card import N_FACTS_SHOWN
 from .records import EDITS_FOLDER, Record, read_history, read_ledger
+from .sharding import copy_of, overwrite, whole
 from .shards import raw
 from .shifts import Shift, dense
 from .state import EditState, Products, RowCollector, Rows
@@ -150,17 +151,15 @@ def unedited(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tenso
         folder = _edited_folder(model)
         assert folder is not None  # for the type checker: there are records
         before |= dict(weights_before_edits(folder, *_layout(model, names)))
-    weights = {name: weight_of(model, name, to_write=name in before) for name in {*names, *before}}
-    found = {name: weight.detach().clone() if name in before else weight.detach() for name, weight in weights.items()}
+    weights = {name: weight_of(model, name, to_write=name in before) for name in sorted({*names, *before})}
+    found = {name: copy_of(weight) if name in before else weight for name, weight in weights.items()}
     try:
-        with torch.no_grad():
-            for name, weight in before.items():
-                weights[name].copy_(weight)
+        for name, weight in before.items():
+            overwrite(weights[name], weight)
         yield found
     finally:
-        with torch.no_grad():
-            for name in before:
-                weights[name].copy_(found[name])
+        for name in before:
+            overwrite(weights[name], found[name])
 
 
 def _ledger(edits: Iterable[EditInForce]) -> Ledger:
@@ -356,8 +355,8 @@ def _difference(
 
     So the edits in force and their roundings drop out: the model holds what one shot would have written.
     """
-    before = weight_of(model, name)
-    moved = (before.detach().double() - found.double()).to(shift.device)
+    before = whole(weight_of(model, name)).detach()
+    moved = (before.double() - whole(found).detach().double()).to(shift.device)
     return shift.double() + (moved if is_fan_in_fan_out(target_module(model, name)) else moved.T)
 
 

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .configuration import EditorConfig
 from .errors import ModelMismatchError
-from .sharding import settle, whole
+from .sharding import settle, shape_of, whole
 
 # How many of the last blocks are edited when the user names none (paper, appendix), both sides of an encoder-decoder
 # together.
@@ -207,7 +207,7 @@ def module_shape(module: nn.Module) -> list[int]:
     """[key_size, value_size]."""
     weight = module.weight
     assert isinstance(weight, Tensor)  # for the type checker
-    rows, columns = weight.shape
+    rows, columns = shape_of(weight)
     return [rows, columns] if is_fan_in_fan_out(module) else [columns, rows]
 
 
@@ -223,7 +223,7 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, weight in weights:
         digest.update(name.encode())
-        rounded = whole(weight.detach()).to("cpu", torch.bfloat16).contiguous()
+        rounded = whole(weight).detach().to("cpu", torch.bfloat16).contiguous()
         digest.update(rounded.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -37,7 +36,7 @@ from .model_card import EditorRun, write_editor_card
 from .modeling import DEFAULT_BATCH_SIZE, EditorModel
 from .networks import DEFAULT_EDITOR_BATCH_SIZE
 from .passes import FrozenPasses
-from .sharding import place
+from .sharding import forget_sharding, place
 from .targets import plain_model
 from .tracing import Trace, answer_logits, frozen, input_device, pass_cost, shifted
 
@@ -122,6 +121,8 @@ class EditorTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # It shards whatever transformers loads or makes while it is there: the editor too.
+        self.deepspeed_plugin = None
         self.remove_unused_columns = False  # facts are not columns
         for name in ("lm_batch_size", "editor_batch_size", "rephrases_per_fact"):
             if getattr(self, name) < 1:
@@ -221,15 +222,15 @@ class EditorTrainer(Trainer):
             callbacks=callbacks,
             **kwargs,
         )
-        if self.is_deepspeed_enabled:
+        if args.deepspeed or (self.is_deepspeed_enabled and not distributed.in_unison()):
             raise ValueError(
-                "EditorTrainer keeps the whole editor on each device, and DeepSpeed would shard it. For a base model "
-                "larger than a device, launch with recipes/accelerate/fsdp.yaml, or load it with device_map."
+                "EditorTrainer keeps the whole editor on each device, and this DeepSpeed would shard it. For a base "
+                "model larger than a device, launch several processes with recipes/accelerate/fsdp.yaml or "
+                "recipes/accelerate/deepspeed_zero3.yaml, without args.deepspeed, or load it with device_map."
             )
-        if self.is_fsdp_enabled:  # of the base model, not of the editor
-            self.is_fsdp_enabled = False
-            self.accelerator.state.fsdp_plugin = None
-            self.accelerator.state.distributed_type = PartialState().distributed_type
+        if distributed.in_unison():  # about the base model, not about the editor
+            self.is_fsdp_enabled = self.is_deepspeed_enabled = False
+            forget_sharding(self.accelerator.state)
             nn.Module.to(editor, args.device)
         if distributed.in_unison():
             place(base_model)

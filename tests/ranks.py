@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from torch.distributed.tensor import DTensor
 
 if __name__ == "__main__":  # a process of its own; among the tests, the package is known
@@ -29,6 +30,8 @@ from hf_malmen.distributed import join, n_processes, process_index
 from hf_malmen.sharding import whole
 from tests.conftest import build_editor, build_llama, build_long_facts, build_tokenizer
 
+# Accelerate leaves DeepSpeed out where it is told to use the CPU. Where it is not, it must be told to use gloo.
+ZERO3 = "ACCELERATE_USE_DEEPSPEED" in os.environ
 TARGETS = {"target_modules": ["down_proj", "o_proj"], "layers_to_transform": [2, 3]}
 LOGGED = ("loss", "generalization_loss", "locality_loss", "grad_norm")
 # Name: configuration of the editor, and the numbers of facts in the sets that are edited one after another. With three
@@ -45,7 +48,13 @@ STEPS: dict[str, tuple[torch.dtype, dict[str, Any], list[int]]] = {
 
 def trainer_for(editor: EditorModel, model: Any, folder: str | Path, **arguments: Any) -> EditorTrainer:
     """A trainer on the CPU that reports nowhere."""
-    settings: dict[str, Any] = {"output_dir": folder, "use_cpu": True, "report_to": [], "disable_tqdm": True}
+    settings: dict[str, Any] = {
+        "output_dir": folder,
+        "use_cpu": not ZERO3,
+        "ddp_backend": "gloo" if ZERO3 else None,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
     settings |= {"rephrases_per_fact": 2, "locality_weight": 0.7, "lm_batch_size": 3, "editor_batch_size": 11}
     facts: list[Fact] = arguments.pop("facts", None) or build_long_facts(7)
     return EditorTrainer(
@@ -148,23 +157,34 @@ def train_and_resume(folder: str | Path) -> dict[str, Any]:
 
 
 def with_sharded_base(folder: str | Path) -> dict[str, Any]:
-    """Training, scores, and edits of a live model and on disk; the base is sharded where FSDP is asked for."""
+    """Training, scores, and edits of a live model and on disk; the base is sharded where it is asked for."""
     folder = Path(folder)
     tokenizer, facts = build_tokenizer(), build_long_facts(6)
     model = build_llama()
     editor = build_editor(model, n_preserved_keys=5, **TARGETS)
     trainer = trainer_for(editor, model, folder, max_steps=2, per_device_train_batch_size=6 // n_devices(), facts=facts)
-    sharded = {name for name, value in model.named_parameters() if isinstance(value, DTensor)}
+    sharded = {name for name, value in model.named_parameters() if isinstance(value, DTensor) or is_cut_up(value)}
     trainer.train()
     found: dict[str, Any] = {"sharded": sharded, "trained": {k: v.clone() for k, v in editor.state_dict().items()}}
     found["scores"] = editor.evaluate(model, facts, tokenizer, batch_size=4, generate=True)
-    weights = {name: whole(value.detach()).clone() for name, value in model.named_parameters()}
+    weights = {name: whole(value).detach().clone() for name, value in model.named_parameters()}
     edit = editor.apply(model, facts, tokenizer)
-    found["edited"] = {name: whole(value.detach()).clone() for name, value in model.named_parameters()}
+    found["edited"] = {name: whole(value).detach().clone() for name, value in model.named_parameters()}
     edit.undo()
-    assert all(torch.equal(whole(value.detach()), weights[name]) for name, value in model.named_parameters())
+    assert all(torch.equal(whole(value).detach(), weights[name]) for name, value in model.named_parameters())
+    edits = [editor.apply(model, part, tokenizer, accumulate=True) for part in (facts[:2], facts[2:])]
+    found["accumulated"] = {name: whole(value).detach().clone() for name, value in model.named_parameters()}
+    edits[0].undo()  # the weights are found again, and the second written anew
+    found["without the first"] = {name: whole(value).detach().clone() for name, value in model.named_parameters()}
+    edits[1].undo()
+    assert all(torch.equal(whole(value).detach(), weights[name]) for name, value in model.named_parameters())
     editor.apply(str(folder / "base"), facts, output_dir=folder / f"sharded-{n_devices()}")
     return found
+
+
+def is_cut_up(weight: Any) -> bool:
+    """Whether this process has a part of a weight only, by ZeRO-3."""
+    return hasattr(weight, "ds_tensor") and weight.ds_tensor.numel() < weight.ds_numel and not weight.numel()
 
 
 def n_devices() -> int:
@@ -208,6 +228,8 @@ def run(name: str, n: int, folder: Path, variables: Mapping[str, str] | None = N
 
 
 if __name__ == "__main__":
+    if ZERO3:
+        PartialState(backend="gloo")
     join()
     result = RUNS[sys.argv[1]](sys.argv[2]) | {"n_processes": n_processes()}
     torch.save(result, Path(sys.argv[2]) / f"{sys.argv[1]}-{os.environ['RANK']}.pt")

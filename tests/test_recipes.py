@@ -407,7 +407,7 @@ def test_recipe_runs_on_a_tiny_model_of_its_architecture(
 def test_accelerate_reads_its_configuration(path: Path) -> None:
     """Every name in it is known to accelerate, and to `accelerate launch`, where typos in nested ones pass unseen."""
     config = load_config_from_file(str(path))  # refuses unknown names
-    kinds = {"one_gpu": "NO", "multi_gpu": "MULTI_GPU", "fsdp": "FSDP"}
+    kinds = {"one_gpu": "NO", "multi_gpu": "MULTI_GPU", "fsdp": "FSDP", "deepspeed_zero3": "DEEPSPEED"}
     assert config.distributed_type == kinds[path.stem]
     assert f"--config_file recipes/accelerate/{path.name}" in path.read_text(encoding="utf-8").splitlines()[0]
     assert f"`accelerate/{path.name}`" in README
