@@ -53,8 +53,10 @@ def test_logits_are_those_of_whole_sequences(
                     logits, answers = answer_logits(model, batch)
             loss = torch.nn.functional.cross_entropy(logits, answers, reduction="sum")
             results.append((logits.detach(), torch.autograd.grad(loss, leaf)[0]))
+    # GPT-J multiplies queries and keys in float32, whatever its dtype.
+    rtol, atol = (1e-5, 1e-5) if kind == "gptj" else (1e-8, 1e-10)
     for found, expected in zip(results[1], results[0], strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
     assert not model._forward_pre_hooks
     assert not module._forward_hooks
     assert all("forward" not in vars(entry) for entry in model.modules())

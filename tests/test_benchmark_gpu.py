@@ -59,7 +59,8 @@ def test_operations_are_counted_as_pytorch_counts_them(gpu: Any, name: str) -> N
     # Besides: what the vocabulary takes in both directions at the three answers, and the gradient of one weight.
     head = 2 * 2 * 8 * 3 * model.lm_head.weight.numel()
     weight = 2 * n_read * floor.weight.numel()
-    products = sum(count for kind, count in counts.items() if "attention" not in kind)
+    # Attention is an operation of its own, or, where a model spells it out, the only product of batches of matrices.
+    products = sum(count for kind, count in counts.items() if "attention" not in kind and kind != "bmm")
     expected = gpu.pass_flops(model, editor.module_names[0], n_read, n_read)
     assert expected == pytest.approx(products - head - weight, rel=0.02)
 
