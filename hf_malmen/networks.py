@@ -19,6 +19,8 @@ from .least_squares import Adjoint, RidgeLeastSquares, RowSum, Solution, aggrega
 from .tracing import Trace, trace
 
 DEFAULT_EDITOR_BATCH_SIZE = 1024
+# Seconds of solving after which a bar says how far it is.
+_BAR_DELAY = 2.0
 
 
 def pack_statistics(statistics: Mapping[str, RunningStatistics]) -> dict[str, Tensor]:
@@ -220,7 +222,8 @@ class EditorNetworks(PreTrainedModel):
                 for name, entry in traced.items():
                     for keys, gradients in _split(entry, editor_batch_size):
                         aggregators[name].add(*self(keys, gradients, name, normalisers[self._places[name][0]]))
-        for name in logging.tqdm(names, desc="Solving", unit=" layers", leave=False):
+        # Shown only where it takes a while: each training step solves too.
+        for name in logging.tqdm(names, desc="Solving", unit=" layers", leave=False, delay=_BAR_DELAY):
             rows = aggregators.pop(name)
             if distributed.n_processes() > 1:
                 rows.add(*self._no_rows(name))
