@@ -1,4 +1,4 @@
-# make demo   train an editor and edit SmolLM2-135M from end to end, offline, on 2 CPU cores (about 10 minutes)
+# make demo   train an editor and edit SmolLM2-135M from end to end, offline, on 2 CPU cores (10 to 15 minutes)
 # make test   the tests                     make lint    ruff and mypy
 # make format ruff's formatter              make bench   the benchmarks (about 10 minutes)
 #
