@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import environment, in_new_process, peak_gib, plot_lines, write_json
+from common import distinct_facts, environment, in_new_process, peak_gib, plot_lines, write_json
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import hf_malmen
-from hf_malmen import EditorConfig, EditorModel, EditorTrainer, EditorTrainingArguments, Fact, load_facts
+from hf_malmen import EditorConfig, EditorModel, EditorTrainer, EditorTrainingArguments, Fact
 from hf_malmen.batches import Tokenizer, TokenSequence
 from hf_malmen.tables import table
 
@@ -210,8 +210,7 @@ def base(options: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, Any, lis
 
 def split(options: argparse.Namespace) -> tuple[list[list[Fact]], list[Fact]]:
     """The facts of every step of an epoch, and held-out facts; the same for both sides."""
-    facts = [fact for fact in load_facts(str(options.facts)) if fact.rephrases and fact.unrelated_answer]
-    random.Random(options.seed).shuffle(facts)
+    facts = [f for f in distinct_facts(options.facts, options.seed)[0] if f.rephrases and f.unrelated_answer]
     size, n_held_out = options.n_facts, options.n_facts * options.n_sets
     held_out, rest = facts[:n_held_out], facts[n_held_out:]
     n_sets = min(options.epoch_steps, len(rest) // size)

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import transformers
 from matplotlib.figure import Figure
 
 import hf_malmen
+from hf_malmen.facts import Fact, read_facts
 
 
 def environment() -> dict[str, Any]:
@@ -34,6 +36,18 @@ def environment() -> dict[str, Any]:
         # Near 0 on a machine that does nothing else; a benchmark's own threads raise it while it runs.
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
+
+
+def distinct_facts(path: Path, seed: int) -> tuple[list[Fact], int]:
+    """The facts of a file, shuffled, and how many were left out, as a fact before them has the same prompt."""
+    first: dict[str, Fact] = {}
+    n_read = 0
+    for fact in read_facts(path):
+        first.setdefault(fact.prompt, fact)
+        n_read += 1
+    facts = [first[prompt] for prompt in sorted(first)]
+    random.Random(seed).shuffle(facts)
+    return facts, n_read - len(facts)
 
 
 def in_new_process(file: str, *arguments: str) -> Any:

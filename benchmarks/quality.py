@@ -6,27 +6,23 @@ many were left out is printed.
 """
 
 import argparse
-import json
-import random
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import distinct_facts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from hf_malmen import EditorConfig, EditorModel, EditorTrainer, EditorTrainingArguments, Fact, load_facts
+from hf_malmen import EditorConfig, EditorModel, EditorTrainer, EditorTrainingArguments, Fact
 from hf_malmen.tables import METRIC_TITLES, table
 
 
 def read(path: Path, seed: int, n_held_out: int) -> tuple[list[Fact], list[Fact]]:
     """Training and held-out facts, shuffled; of facts with the same prompt only the first."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    first = {row["prompt"]: row for row in reversed(rows)}
-    facts = load_facts(sorted(first.values(), key=lambda row: row["prompt"]))
-    random.Random(seed).shuffle(facts)
-    print(f"{len(facts)} facts; {len(rows) - len(first)} left out, whose prompt came before")
+    facts, n_left_out = distinct_facts(path, seed)
+    print(f"{len(facts)} facts; {n_left_out} left out, whose prompt came before")
     if len(facts) <= n_held_out:
         raise SystemExit(f"Holding out {n_held_out} leaves none to train on. Lower --held-out.")
     return facts[n_held_out:], facts[:n_held_out]
