@@ -9,7 +9,7 @@ This takes what a layer puts out for a part of the hidden state. Where a block n
 next layer makes up for the difference; blocks that normalise the sum (post-norm, as in OPT-350M) take edits less well.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -24,7 +24,7 @@ from .configuration import EditorConfig
 from .errors import ModelMismatchError
 from .facts import Fact, require_fields
 from .least_squares import RidgeLeastSquares
-from .shifts import Shift, materialise
+from .shifts import Shift, add, materialise
 from .targets import last_block, target_module
 from .tracing import answer_logits, input_device, read_keys, run_until, shifted, steered
 from .trunk import started_behind
@@ -252,11 +252,12 @@ def write_targets(
     ridge: Callable[[str], float],
     batch_size: int,
 ) -> dict[str, Shift]:
-    """The shifts that write `facts` (algorithm 1 of the paper).
+    """The shifts that write `facts` (algorithm 1 of the paper, `n_passes` times).
 
     With h + δ the targets and h' what the model, as edited so far, has in their place, layer l of the m that are left
-    solves for differences (h + δ − h') / m at its keys; the keys of a fact are averaged over its contexts. The model is
-    edited by hooks: no weight is written.
+    solves for differences (h + δ − h') / m at its keys; the keys of a fact are averaged over its contexts. Each further
+    pass seeks targets anew in the model that the passes before it have edited, and adds its shifts to theirs: it mends
+    what many facts, solved for together, have spoilt of each other. The model is edited by hooks: no weight is written.
 
     Args:
         model: the base model, inside `frozen`.
@@ -264,10 +265,10 @@ def write_targets(
         facts: with subjects.
         module_names: the layers to edit, in the order they run; each puts out something that is added to the hidden
             state.
-        config: as in `find_moves`, and `context_prefixes`.
+        config: as in `find_moves`, `context_prefixes` and `n_passes`.
         penalty: of a module: κ C, (key_size, key_size), see `RidgeLeastSquares`; None for 0.
         ridge: of a module: λ.
-        batch_size: facts a pass. Does not change the result.
+        batch_size: facts a pass of the language model. Does not change the result.
 
     Raises:
         FactError: a fact without a subject, or whose prompt does not contain it.
@@ -278,24 +279,46 @@ def write_targets(
     block = last_block(model, module_names)
     asked = [lookup for request in requests for lookup in request.asked]
     n_contexts = len(asked) // len(requests)
-    keys, hidden = read_lookups(model, tokenize, asked, module_names, block, batch_size)
-    states = hidden[::n_contexts]
+    shifts: dict[str, Shift] = {}
+
+    def read(names: Sequence[str], newest: Mapping[str, Shift]) -> tuple[dict[str, Tensor], Tensor]:
+        with _in_force(model, shifts, newest):
+            keys, hidden = read_lookups(model, tokenize, asked, names, block, batch_size)
+        return keys, hidden[::n_contexts]
+
+    for _ in range(config.n_passes):
+        keys, states = read(module_names, {})
+        _check_sizes(config, module_names, states.shape[1])
+        with _in_force(model, shifts):
+            goals = states + find_moves(model, tokenize, requests, states, block, config, batch_size)
+        newest: dict[str, Shift] = {}
+        for n_left, name in zip(range(len(module_names), 0, -1), module_names, strict=True):
+            if newest:
+                keys, states = read([name], newest)
+            solver = RidgeLeastSquares(name, penalty=penalty(name))
+            solver.add(keys[name].unflatten(0, (-1, n_contexts)).mean(1), (goals - states) / n_left)
+            newest[name] = solver.solve(ridge(name), in_place=True).to_shift()
+        shifts = _added(shifts, newest)
+    return shifts
+
+
+def _in_force(model: nn.Module, *edits: Mapping[str, Shift]) -> AbstractContextManager[None]:
+    """Within the context `model` is edited by the sum of `edits`."""
+    shifts: Mapping[str, Shift] = {}
+    for edit in edits:
+        shifts = _added(shifts, edit)
+    return shifted(model, {name: materialise(shift, True) for name, shift in shifts.items()})
+
+
+def _added(first: Mapping[str, Shift], second: Mapping[str, Shift]) -> dict[str, Shift]:
+    return {**first, **{name: add(first[name], shift) if name in first else shift for name, shift in second.items()}}
+
+
+def _check_sizes(config: EditorConfig, module_names: Sequence[str], hidden_size: int) -> None:
     for name in module_names:
         value_size = config.shape_of(name)[1]
-        if value_size != states.shape[1]:
+        if value_size != hidden_size:
             raise ModelMismatchError(
-                f"{name} puts out {value_size} features, and the hidden state has {states.shape[1]}. Method 'memit' "
+                f"{name} puts out {value_size} features, and the hidden state has {hidden_size}. Method 'memit' "
                 "edits layers that write into the hidden state, such as the second feed-forward linear."
             )
-    goals = states + find_moves(model, tokenize, requests, states, block, config, batch_size)
-    shifts: dict[str, Shift] = {}
-    for n_left, name in zip(range(len(module_names), 0, -1), module_names, strict=True):
-        if shifts:
-            in_force = {other: materialise(shift, True) for other, shift in shifts.items()}
-            with shifted(model, in_force):
-                keys, hidden = read_lookups(model, tokenize, asked, [name], block, batch_size)
-        solver = RidgeLeastSquares(name, penalty=penalty(name))
-        own = keys[name].unflatten(0, (-1, n_contexts)).mean(1)
-        solver.add(own, (goals - hidden[::n_contexts]) / n_left)
-        shifts[name] = solver.solve(ridge(name), in_place=True).to_shift()
-    return shifts

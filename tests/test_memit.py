@@ -276,6 +276,24 @@ def test_shifts_equal_a_dense_solve_on_written_weights(
         assert float((shifts[name] - shift).norm()) <= 2e-6 * float(shift.norm())  # kept in float32
 
 
+def test_second_pass_is_an_edit_of_the_edited_model(
+    case: tuple[str, PreTrainedModel], tokenizer: PreTrainedTokenizerFast, facts: list[Fact]
+) -> None:
+    """Two passes: the targets of a model whose weights hold the first one's shifts, written on top of them."""
+    kind, model = case
+    settings = {"fingerprint_policy": "ignore"}  # the editor is put to an edited model
+    once, twice = (build(model, tokenizer, n_passes=n, **settings) for n in (1, 2))
+    first = once.make_edit(model, facts, tokenizer).shifts
+    edited = deepcopy(model)
+    for name, shift in first.items():
+        edited.get_submodule(name).weight.data += shift if kind == "gpt2" else shift.T
+    second = once.make_edit(edited, facts, tokenizer).shifts  # against the covariance of the unedited model
+    found = twice.make_edit(model, facts, tokenizer).shifts
+    for name, shift in found.items():
+        assert float((shift - first[name] - second[name]).norm()) <= 1e-5 * float(shift.norm())
+        assert float(second[name].norm()) > 1e-3 * float(first[name].norm())  # there was something left to do
+
+
 def test_more_facts_than_key_features(
     case: tuple[str, PreTrainedModel], tokenizer: PreTrainedTokenizerFast, make_facts: Callable[..., list[Fact]]
 ) -> None:
