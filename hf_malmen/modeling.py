@@ -354,7 +354,8 @@ class EditorModel(EditorNetworks):
             batch_size: facts a pass of the language model. Does not change the result.
             facts_per_turn: edit sequentially, this many facts at a time, each turn on the model as edited so far;
                 None edits all at once.
-            max_memory: as for `make_edit`.
+            max_memory: as for `make_edit`. With `accumulate` layers are solved one at a time anyway, beside the rows of
+                all edits in force: it is an error if one takes more.
             accumulate: solve anew over the facts of all edits in force and these. Keys and value gradients come from
                 the unedited model, so that any split into turns and calls gives the weights of one shot, and
                 `facts_per_turn` changes nothing. See below for what it costs.

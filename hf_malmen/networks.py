@@ -226,7 +226,7 @@ class EditorNetworks(PreTrainedModel):
         for name in logging.tqdm(names, desc="Solving", unit=" layers", leave=False, delay=_BAR_DELAY):
             rows = aggregators.pop(name)
             if distributed.n_processes() > 1:
-                rows.add(*self._no_rows(name))
+                rows.add(*self.no_rows(name))
                 rows.pool()
             yield name, rows.solve(self.ridge(name), in_place=True)
 
@@ -327,7 +327,7 @@ class EditorNetworks(PreTrainedModel):
                 names = [name for name in self.module_names if self._places[name][0] == shape]
                 rows = []
                 for name in names:
-                    own = torch.cat([self._no_rows(name)[0], *(traced[name].keys.to(self.device) for traced in traces)])
+                    own = torch.cat([self.no_rows(name)[0], *(traced[name].keys.to(self.device) for traced in traces)])
                     rows.append(torch.cat(distributed.gather_rows(own.to(network.preserved_keys))))
                 # The two sides of an encoder-decoder have different tokens: each keeps as many of its own, evenly.
                 fewest = min(map(len, rows))
@@ -383,10 +383,10 @@ class EditorNetworks(PreTrainedModel):
         (network.log_preservation[index] * slope.to(network.log_preservation)).backward()
         return len(still)
 
-    def _no_rows(self, name: str) -> tuple[Tensor, Tensor]:  # (0, key_size), (0, value_size)
+    def no_rows(self, name: str) -> tuple[Tensor, Tensor]:  # (0, key_size), (0, value_size)
         """What the facts of a process come to that has none."""
         key_size, value_size = self.config.shape_of(name)
-        empty = torch.zeros(0, key_size + value_size, device=self.device)
+        empty = torch.zeros(0, key_size + value_size, device=self.device, dtype=self.dtype)
         return empty[:, :key_size], empty[:, key_size:]
 
     def ridge(self, name: str) -> float:

@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from . import distributed
 from .batches import Tokenizer
 from .checkpoint import fingerprints_of, weights_before_edits
 from .edit import Edit, base_fingerprint, live_edits, weights_before_live_edits
 from .errors import EditStateError
 from .evaluation import evaluate_edit
 from .facts import Fact, FactStream
-from .least_squares import RidgeLeastSquares, RowSum, solve_device
+from .least_squares import RidgeLeastSquares, RowSum, solve_device, state_bytes
 from .ledger import Ledger, NewFacts, build_ledger, read_facts
+from .memory import parse_memory, plan_groups
 from .model_card import N_FACTS_SHOWN
 from .records import EDITS_FOLDER, Record, read_history, read_ledger
 from .sharding import copy_of, overwrite, whole
@@ -234,7 +236,7 @@ def make_next_edit(
         editor.check_base(model)
         edit = editor.wrap({}, model, [], 0)
     elif accumulate:
-        edit = _make_accumulated(editor, model, new, edits, tokenizer, batch_size)
+        edit = _make_accumulated(editor, model, new, edits, tokenizer, batch_size, max_memory)
     else:
         edit = _make_in_turns(editor, model, new, stream, tokenizer, batch_size, facts_per_turn, max_memory)
     edit.n_skipped = new.n_skipped
@@ -283,8 +285,10 @@ def _make_accumulated(
     edits: Sequence[EditInForce],
     tokenizer: PreTrainedTokenizerBase | None,
     batch_size: int,
+    max_memory: int | str | None,
 ) -> Edit:
-    """One solve over the rows of all facts in force, old and new, traced on the unedited model."""
+    """One solve over the rows of all facts in force, old and new, traced on the unedited model; layer by layer."""
+    limit = parse_memory(max_memory)
     maker = editor_fingerprint(editor)
     _require_accumulable(editor, maker, edits)
     plain = _plain(model)
@@ -297,16 +301,17 @@ def _make_accumulated(
         gone: dict[str, set[int]] = {}
         for entry in ledger.replaced:
             gone.setdefault(entry.edit, set()).add(entry.index)
-        aggregators = editor.aggregators()
-        for earlier in edits:
-            replaced = gone.get(earlier.id, set())
-            for name, rows in _rows_left(editor, plain, tokenize, earlier, replaced, batch_size).items():
-                _add(aggregators[name], rows, editor.device)
-        for name, rows in own.items():
-            _add(aggregators[name], rows, editor.device)
+        parts = [
+            _rows_left(editor, plain, tokenize, earlier, gone.get(earlier.id, set()), batch_size) for earlier in edits
+        ]
+        parts = [rows for rows in (*parts, own) if rows]
+        _require_room(editor, parts, limit)
         shifts: dict[str, Shift] = {}
-        for name, aggregator in aggregators.items():
-            solution = aggregator.solve(editor.ridge(name))
+        for name in editor.module_names:
+            aggregator = editor.aggregators([name])[name]
+            for rows in parts:
+                _add(aggregator, rows[name], editor.device)
+            solution = aggregator.solve(editor.ridge(name), in_place=True)
             if edits:
                 shifts[name] = dense(_difference(plain, name, solution.shift, found[name]))
             else:
@@ -343,6 +348,24 @@ def _require_accumulable(editor: "EditorModel", maker: str, edits: Iterable[Edit
                 "that its rows are not known. Apply these facts without it, or undo that edit and apply its facts "
                 "again with it."
             )
+
+
+def _require_room(
+    editor: "EditorModel", parts: Iterable[Mapping[str, Rows | Products]], max_memory: int | None
+) -> None:
+    """Check that the solve of each layer, which is done by itself, keeps within `max_memory` bytes.
+
+    Raises:
+        ValueError: it does not.
+    """
+    config = editor.config
+    n_rows = dict.fromkeys(editor.module_names, config.n_preserved_keys)
+    for rows in parts:
+        for name, own in rows.items():
+            n_rows[name] += len(own.left) if isinstance(own, Rows) else own.n_rows
+    plan_groups(
+        {name: state_bytes(config.aggregation, config.shape_of(name), n) for name, n in n_rows.items()}, max_memory
+    )
 
 
 def _difference(
@@ -402,17 +425,18 @@ def _trace_rows(
 ) -> tuple[int, dict[str, Rows | Products]]:
     """The number of facts, and the rows that they give, each with the index of its fact among those kept.
 
-    Of several processes each traces all facts, and so all have the rows of all.
+    Of several processes each traces its share of the facts, and all get the rows of all.
     """
     collectors = {name: RowCollector(editor.config.aggregation) for name in editor.module_names}
     n_facts = 0
-    remaining = iter(facts)
-    with frozen(model), logging.tqdm(desc="Tracing", unit=" facts", leave=False) as bar:
+    with frozen(model), distributed.together(), logging.tqdm(desc="Tracing", unit=" facts", leave=False) as bar:
+        remaining = iter(facts)
         while window := list(islice(remaining, WINDOW_BATCHES * batch_size)):
             n_facts += len(window)
             places = {id(fact): place for place, fact in enumerate(facts.kept)}
-            numbers = torch.tensor([places.get(id(fact), -1) for fact in window])
-            sequences = [tokenize(fact.prompt, fact.target) for fact in window]
+            own = list(distributed.own(window))
+            numbers = torch.tensor([places.get(id(fact), -1) for fact in own])
+            sequences = [tokenize.edit(fact) for fact in own]
             for chosen, batch in tokenize.batches(sequences, batch_size):
                 (traced,) = editor.trace(model, [batch.to(input_device(model))])
                 for name, entry in traced.items():
@@ -425,6 +449,9 @@ def _trace_rows(
                         left, differences = editor(*part[:2], name)
                         collectors[name].add(left, differences, part[2])
                 bar.update(len(chosen))
+    for name, collector in collectors.items():
+        collector.add(*editor.no_rows(name), torch.zeros(0, dtype=torch.int64))  # as a process may have none
+        collector.pool()
     return n_facts, {name: collector.collected() for name, collector in collectors.items()}
 
 

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from . import distributed
 from .errors import ModelMismatchError
 from .shards import read_header
 
@@ -149,10 +150,23 @@ class RowCollector:
         """Take in rows; see `Rows`."""
         self._kept.append(Rows(left.detach().cpu(), differences.detach().cpu(), facts.cpu()))
         self._n_kept += len(left)
-        key_size, value_size = left.shape[1], differences.shape[1]
-        n_values = key_size * (key_size * self._with_gram + value_size)
-        if self._n_kept * (key_size + value_size) * left.element_size() > n_values * 8:
+        if self._is_better_folded():
             self._fold()
+
+    def pool(self) -> None:
+        """Put the rows of all processes together. Each has added some last, if only (0, ...) ones."""
+        if distributed.n_processes() == 1:
+            return
+        self._n_kept = sum(distributed.counts(self._n_kept))
+        if any(distributed.counts(self._products is not None)) or self._is_better_folded():
+            self._fold()
+            own = self._products
+            assert own is not None  # for the type checker: set in _fold
+            gram = None if own.gram is None else distributed.add_up(own.gram)
+            self._products = Products(gram, distributed.add_up(own.moment), sum(distributed.counts(own.n_rows)))
+        else:
+            mine = vars(_stacked(self._kept)).values()
+            self._kept = [Rows(*(torch.cat(distributed.gather_rows(tensor)) for tensor in mine))]
 
     def collected(self) -> Rows | Products:
         """All of them. There must be some."""
@@ -163,6 +177,12 @@ class RowCollector:
         if self._kept:
             self._fold()
         return self._products
+
+    def _is_better_folded(self) -> bool:
+        """Whether what the rows come to is smaller than they are."""
+        left, differences = self._kept[-1].left, self._kept[-1].differences
+        n_values = left.shape[1] * (left.shape[1] * self._with_gram + differences.shape[1])
+        return self._n_kept * (left.shape[1] + differences.shape[1]) * left.element_size() > n_values * 8
 
     def _fold(self) -> None:
         products = _multiplied(_stacked(self._kept), self._with_gram)

@@ -112,6 +112,15 @@ def edit_and_measure(folder: str | Path) -> dict[str, Any]:
             edit = editor.make_edit(model, source, tokenizer, batch_size=2, **arguments)
             key = f"{name}, {type(source).__name__} of {edit.n_facts}"
             found[key] = {"shifts": dict(edit.shifts), "facts": [fact.prompt for fact in edit.facts]}
+    for name in ("rows", "products", "sum"):  # in two calls, the second of which replaces a fact of the first
+        editor = build_editor(model, edit_lr=0.1, **TARGETS, **EDITS[name][0])
+        parts = (facts[:4], [*facts[4:], replace(facts[1], target=facts[2].target)])
+        edits = [editor.apply(model, part, tokenizer, batch_size=2, accumulate=True) for part in parts]
+        weights = {module: model.get_submodule(module).weight.detach().clone() for module in editor.module_names}
+        found[f"accumulated {name}"] = {"shifts": weights, "facts": [len(edit.facts) for edit in edits]}
+        for edit in reversed(edits):
+            edit.undo()
+    editor = build_editor(model, **TARGETS, **EDITS["following"][0])
     measured = editor.measure(model, facts, tokenizer, batch_size=3, generate=True, probabilities=True)
     found["scores"], found["per_fact"] = measured.scores, measured.per_fact.to_list()
     editor = build_editor(model, edit_lr=0.1, **TARGETS)

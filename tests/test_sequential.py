@@ -201,6 +201,9 @@ def test_accumulation_is_refused_where_it_cannot_be(
     following = EditorModel.from_base(model, EditorConfig(method="ultraedit"))
     with pytest.raises(ValueError, match=r"'ultraedit', whose statistics follow the edits.*statistics='frozen'"):
         following.apply(model, facts, tokenizer, accumulate=True)
+    editor.apply(model, facts, tokenizer, accumulate=True, max_memory="1MiB").undo()
+    with pytest.raises(ValueError, match=r"The least squares of .* takes .* GiB, and max_memory is"):
+        editor.apply(model, facts, tokenizer, accumulate=True, max_memory=1000)
     assert edits_in_force(model) == []
 
 

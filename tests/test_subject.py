@@ -121,3 +121,20 @@ def test_early_blocks_are_edited_unless_others_are_named(make_llama: Callable[..
     names = EditorModel.from_base(model, EditorConfig(token_selection="subject", rank=4)).module_names
     assert names == EditorModel.from_base(model, EditorConfig(method="memit")).module_names
     assert names[0] == "model.layers.0.mlp.down_proj"
+
+
+def test_accumulated_edits_at_subjects_are_one_shot(
+    make_llama: Callable[..., PreTrainedModel],
+    make_editor: Callable[..., EditorModel],
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    model = make_llama().double()
+    editor = make_editor(model, token_selection="subject", layers_to_transform=[0, 1])
+    expected = editor.make_edit(model, FACTS, tokenizer)
+    before = {name: model.get_submodule(name).weight.detach().clone() for name in editor.module_names}
+    for part in (FACTS[:1], FACTS[1:]):
+        editor.apply(model, part, tokenizer, accumulate=True)
+    for name, shift in expected.shifts.items():
+        moved = model.get_submodule(name).weight.detach() - before[name]
+        assert float(moved.norm()) > 0
+        assert_close(moved.T, shift.double(), rtol=1e-5, atol=1e-6 * float(shift.norm()))
