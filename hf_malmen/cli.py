@@ -392,8 +392,9 @@ def compare(
 
     hf-malmen compare --config recipes/compare-geography.yaml --facts facts.jsonl --model MODEL --output-dir comparison
     """
-    from .comparison import load_comparison, run_comparison
+    from .comparison import run_comparison
     from .comparison_report import Results, write_report
+    from .comparison_settings import load_comparison
 
     given = {
         "base_model": model,

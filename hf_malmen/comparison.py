@@ -1,4 +1,4 @@
-"""Several methods on the same model and facts: what is compared, the jobs that it takes, and running them.
+"""Several methods on the same model and facts: the jobs that a comparison takes, and running them.
 
 A job is the answers of the unedited model, the making of one method's editor, or one cell of the table (a method, and a
 number of facts). Each runs in a process of its own, so that its peak memory is its own and its crash ends nothing else,
@@ -15,160 +15,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .configuration import METHODS, EditorConfig
+from .comparison_settings import SHARED_FIELDS, SPLITS, Amount, Comparison
+from .configuration import METHODS
 from .facts import Fact, load_facts, read_facts
 from .hub import cached_commit
-from .settings import field_names, read_settings, require_known
 from .version import __version__
 
-EXAMPLE = "recipes/compare-geography.yaml"
 FACTS_FOLDER, LOGS_FOLDER = "facts", "logs"
-# Of every prompt alike, so that one set of answers before the edit serves all methods.
-_SHARED_FIELDS = ("prompt_template", "use_chat_template", "task_type", "base_model_revision")
-_SPLITS = ("train", "validation", "test")
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """How much of each cell is measured. Subsets are drawn with the comparison's seed, the same for all methods.
-
-    Attributes:
-        max_facts: edited facts that are scored teacher-forced, at most.
-        max_generated: of these, facts that are scored by free generation too, at most; 0: none.
-        rephrases_per_fact: rephrases of each fact that are asked, at most.
-        batch_size: sequences a pass. Does not change the result.
-    """
-
-    max_facts: int = 1024
-    max_generated: int = 256
-    rephrases_per_fact: int = 1
-    batch_size: int = 64
-
-
-@dataclass(frozen=True)
-class TuningSettings:
-    """How the settings of a method without training are chosen, on validation facts.
-
-    Attributes:
-        n_trials: settings that are tried, the same number for every method that has a `search`.
-        sizes: numbers of validation facts that each trial edits at once. A trial's score is the harmonic mean of edit
-            success, generalization and locality, averaged over these.
-    """
-
-    n_trials: int = 12
-    sizes: list[int] = field(default_factory=lambda: [256])
-
-
-@dataclass(frozen=True)
-class MethodSettings:
-    """What one method has besides the settings of all.
-
-    Attributes:
-        editor: fields of `EditorConfig`.
-        training: fields of `EditorTrainingArguments`, of a method that is trained.
-        search: `{field of EditorConfig: [low, high]}`, of a method that is not: the range that is searched,
-            logarithmically; or `{field: {choices: [...]}}`. Empty: nothing is tuned.
-        warm_up_facts: training facts whose statistics the editor of a method that is not trained starts with.
-        editor_folder: folder or Hub id of an editor that is there already, instead of making one. That it was not
-            trained on the test facts is for you to know.
-        accumulate: edits in turns as `EditorModel.apply(accumulate=True)`, which solves for all facts in force at every
-            turn; False: turn by turn.
-    """
-
-    editor: dict[str, Any] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
-    search: dict[str, Any] = field(default_factory=dict)
-    warm_up_facts: int = 0
-    editor_folder: str | None = None
-    accumulate: bool = False
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What is compared.
-
-    Attributes:
-        base_model: folder or Hub id of the base model.
-        output_dir: folder for everything that is made.
-        facts: one source of facts, as `load_facts` takes it by name, to be shuffled and split; or
-        train_facts, validation_facts, test_facts: three. The facts that cells edit are test facts, which neither
-            training nor tuning has seen: no text of one split may stand in another.
-        n_test_facts, n_validation_facts: how many of `facts` are for testing and tuning; the rest is for training.
-        texts: text that the facts have nothing to do with, as `load_texts` takes it by name, for perplexity before and
-            after; None measures none.
-        covariance_texts: ordinary text, as `load_texts` takes it by name, for methods that weigh an edit against its
-            keys; None: prompts of training facts with their true answers.
-        n_covariance_tokens: how much of it is read.
-        dtype: precision of the base model.
-        sizes: numbers of facts to edit at once.
-        turns, facts_per_turn: one more cell for each method, that edits `facts_per_turn` facts `turns` times; 0: none.
-        seed: of the splits, subsets, training and tuning.
-        editor, training: as of each method, for all of them; what a method says itself comes first. Settings that a
-            method cannot have are for `methods`.
-        evaluation, tuning: see there.
-        methods: the methods with their own settings. Empty: all there are.
-    """
-
-    base_model: str
-    output_dir: str
-    facts: str | None = None
-    train_facts: str | None = None
-    validation_facts: str | None = None
-    test_facts: str | None = None
-    n_test_facts: int = 4096
-    n_validation_facts: int = 512
-    texts: str | None = None
-    covariance_texts: str | None = None
-    n_covariance_tokens: int = 50_000
-    dtype: str = "auto"
-    sizes: list[int] = field(default_factory=lambda: [64, 256, 1024, 4096])
-    turns: int = 20
-    facts_per_turn: int = 100
-    seed: int = 0
-    editor: dict[str, Any] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
-    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
-    tuning: TuningSettings = field(default_factory=TuningSettings)
-    methods: dict[str, MethodSettings] = field(default_factory=dict)
-
-    @property
-    def amounts(self) -> list["Amount"]:
-        """The columns of the plan: numbers of facts at once, and the turns."""
-        at_once = [Amount(size) for size in self.sizes]
-        return at_once + ([Amount(self.turns * self.facts_per_turn, self.facts_per_turn)] if self.turns else [])
-
-    def editor_settings(self, method: str) -> dict[str, Any]:
-        """Fields of `EditorConfig`: those of all methods, and those of `method`."""
-        return {"method": method, **self.editor, **self.methods[method].editor}
-
-
-@dataclass(frozen=True)
-class Amount:
-    """How many facts a cell edits: at once, or this many a turn."""
-
-    n_facts: int
-    facts_per_turn: int | None = None
-
-    @property
-    def name(self) -> str:
-        """As files call it: `64`, `20x100`."""
-        return str(self.n_facts) if self.facts_per_turn is None else f"{self.n_turns}x{self.facts_per_turn}"
-
-    @property
-    def title(self) -> str:
-        """As people call it."""
-        if self.facts_per_turn is None:
-            return f"{self.n_facts:,} facts at once"
-        return f"{self.n_turns} turns of {self.facts_per_turn} facts"
-
-    @property
-    def n_turns(self) -> int:
-        """1 where all are edited at once."""
-        return 1 if self.facts_per_turn is None else self.n_facts // self.facts_per_turn
 
 
 @dataclass(frozen=True)
@@ -213,58 +70,6 @@ class Job:
         write_json(self.path, content)
 
 
-def load_comparison(
-    path: str | Path | None,
-    overrides: Mapping[str, Any] | None = None,
-    *,
-    max_steps: int | None = None,
-    n_trials: int | None = None,
-) -> Comparison:
-    """Read the settings of a comparison, and check them.
-
-    Args:
-        path: a YAML file of `Comparison`'s fields; None: `overrides` are all there is. Relative paths in it are
-            relative to the current folder.
-        overrides: fields that replace the file's. `methods` may be a list of names, which keeps the file's settings of
-            these.
-        max_steps: of the training of every method, also of one that has its own.
-        n_trials: of `tuning`.
-
-    Raises:
-        ValueError: no such file, a name that is not known, a setting that is missing or not allowed.
-    """
-    content = read_settings(path, field_names(Comparison), EXAMPLE) if path is not None else {}
-    where = str(path) if path is not None else "The comparison"
-    overrides = dict(overrides or {})
-    if not isinstance(methods := content.get("methods") or {}, dict):
-        raise ValueError(f"{where}: methods is {methods!r}; expected names of methods with their settings.")
-    chosen = list(dict.fromkeys(overrides.pop("methods", None) or methods or METHODS))
-    for name in (*chosen, *methods):
-        if name not in METHODS:
-            raise ValueError(f"{where}: there is no method {name!r}. Methods: {', '.join(METHODS)}.")
-    content = {**content, **overrides}
-    content["methods"] = {
-        name: _nested(MethodSettings, methods.get(name), f"{where}, methods.{name}") for name in chosen
-    }
-    content["evaluation"] = _nested(EvaluationSettings, content.get("evaluation"), f"{where}, evaluation")
-    content["tuning"] = _nested(TuningSettings, content.get("tuning"), f"{where}, tuning")
-    if max_steps is not None:
-        content["training"] = {**(content.get("training") or {}), "max_steps": max_steps}
-        for name, method in content["methods"].items():
-            training = {key: value for key, value in method.training.items() if key != "max_steps"}
-            content["methods"][name] = dataclasses.replace(method, training=training)
-    if n_trials is not None:
-        content["tuning"] = dataclasses.replace(content["tuning"], n_trials=n_trials)
-    for name in ("base_model", "output_dir"):
-        if not content.get(name):
-            raise ValueError(f"{where} has no {name}. Add it, or give it on the command line.")
-    comparison = Comparison(**content)
-    _check_numbers(comparison, where)
-    _check_sources(comparison, where)
-    _check_methods(comparison, where)
-    return comparison
-
-
 def split_facts(comparison: Comparison) -> tuple[dict[str, list[Fact]], int]:
     """The facts of a comparison, each split in an order that the seed decides.
 
@@ -297,7 +102,7 @@ def split_facts(comparison: Comparison) -> tuple[dict[str, list[Fact]], int]:
             )
         splits = {"train": found[n_both:], "validation": found[n_test:n_both], "test": found[:n_test]}
     else:
-        splits = {name: load_facts(getattr(comparison, f"{name}_facts")) for name in _SPLITS}
+        splits = {name: load_facts(getattr(comparison, f"{name}_facts")) for name in SPLITS}
         for name, facts in splits.items():
             random.Random(f"{comparison.seed} {name}").shuffle(facts)
     is_tuned = any(method.search for method in comparison.methods.values())
@@ -356,7 +161,7 @@ def plan(comparison: Comparison, splits: Mapping[str, Sequence[Fact]]) -> list[J
         "base_model": comparison.base_model,
         "base": _identity(comparison.base_model),
         **{name: settings[name] for name in ("dtype", "seed")},
-        "format": {name: comparison.editor.get(name) for name in _SHARED_FIELDS},
+        "format": {name: comparison.editor.get(name) for name in SHARED_FIELDS},
     }
     measured = {"texts": comparison.texts, "texts_identity": _identity(comparison.texts)}
     measured |= {"evaluation": settings["evaluation"]}
@@ -469,13 +274,6 @@ def run_alone(job: Job, comparison: Comparison) -> None:
         job.write({"error": f"{lines[-1].strip() if lines else 'no output'} ({how}; {log})"})
 
 
-def comparison_from(content: Mapping[str, Any]) -> Comparison:
-    """What `dataclasses.asdict` made of a comparison, back again."""
-    methods = {name: MethodSettings(**values) for name, values in content["methods"].items()}
-    nested = {"evaluation": EvaluationSettings(**content["evaluation"]), "tuning": TuningSettings(**content["tuning"])}
-    return Comparison(**{**content, **nested, "methods": methods})
-
-
 def write_json(path: Path, content: Any) -> None:
     """`write_text` of JSON."""
     write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
@@ -532,85 +330,3 @@ def _summary(result: Mapping[str, Any]) -> str:
     return ", ".join(
         f"{name.replace('_', ' ')} {result['scores'][name]:.3f}" for name in names if name in result["scores"]
     )
-
-
-def _nested(settings_type: Any, content: Any, where: str) -> Any:
-    content = {} if content is None else content
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{where} is {content!r}; expected {', '.join(sorted(field_names(settings_type)))}.")
-    require_known(content, field_names(settings_type), where)
-    return settings_type(**content)
-
-
-def _check_numbers(comparison: Comparison, where: str) -> None:
-    least = {
-        "n_test_facts": 1,
-        "n_validation_facts": 1,
-        "n_covariance_tokens": 1,
-        "turns": 0,
-        "facts_per_turn": 1,
-        "seed": 0,
-    }
-    numbers = [(name, getattr(comparison, name), low) for name, low in least.items()]
-    numbers += [
-        (f"evaluation.{name}", value, 0 if name in ("max_generated", "rephrases_per_fact") else 1)
-        for name, value in vars(comparison.evaluation).items()
-    ]
-    numbers += [("tuning.n_trials", comparison.tuning.n_trials, 1)]
-    numbers += [(f"methods.{name}.warm_up_facts", m.warm_up_facts, 0) for name, m in comparison.methods.items()]
-    for name, value, low in numbers:
-        if type(value) is not int or value < low:
-            raise ValueError(f"{where}: {name} is {value!r}; expected a whole number of at least {low}.")
-    for name, sizes in (("sizes", comparison.sizes), ("tuning.sizes", comparison.tuning.sizes)):
-        valid = isinstance(sizes, list) and all(type(size) is int and size >= 1 for size in sizes)
-        if not valid or len(set(sizes)) < len(sizes) or (not sizes and (name != "sizes" or not comparison.turns)):
-            raise ValueError(
-                f"{where}: {name} is {sizes!r}; expected different whole numbers of at least 1, such as [64, 256]."
-            )
-
-
-def _check_sources(comparison: Comparison, where: str) -> None:
-    three = [getattr(comparison, f"{name}_facts") for name in _SPLITS]
-    if bool(comparison.facts) == any(three) or any(three) != all(three):
-        raise ValueError(
-            f"{where}: give facts, to be split, or all of train_facts, validation_facts and test_facts, and not both."
-        )
-    needed = max(amount.n_facts for amount in comparison.amounts)
-    if comparison.facts and needed > comparison.n_test_facts:
-        raise ValueError(
-            f"{where}: n_test_facts is {comparison.n_test_facts}, and the largest cell edits {needed} facts. Raise it, "
-            "or lower sizes or turns."
-        )
-
-
-def _check_methods(comparison: Comparison, where: str) -> None:
-    known = field_names(EditorConfig)
-    require_known(comparison.editor, known, f"{where}, editor")
-    for name, method in comparison.methods.items():
-        place = f"{where}, methods.{name}"
-        require_known(method.editor, known, f"{place}.editor")
-        require_known(method.search, known, f"{place}.search")
-        for shared in _SHARED_FIELDS:
-            if shared in method.editor:
-                raise ValueError(f"{place}.editor: {shared} is the same for all methods; give it in `editor`.")
-        if type(method.accumulate) is not bool:
-            raise ValueError(f"{place}: accumulate is {method.accumulate!r}; expected true or false.")
-        if METHODS[name].is_trained and (method.search or method.warm_up_facts):
-            raise ValueError(
-                f"{place}: search and warm_up_facts are for methods without training, and {name!r} is trained."
-            )
-        if not METHODS[name].is_trained and method.training:
-            raise ValueError(f"{place}.training: {name!r} is not trained. Tune it with search.")
-        for setting, values in method.search.items():
-            _check_range(values, f"{place}.search.{setting}")
-        EditorConfig(**comparison.editor_settings(name))  # raises what is not allowed, before anything is run
-
-
-def _check_range(values: Any, where: str) -> None:
-    choices = values.get("choices") if isinstance(values, dict) and set(values) == {"choices"} else None
-    pair = isinstance(values, list) and len(values) == 2 and all(type(value) in (int, float) for value in values)
-    if not (isinstance(choices, list) and choices) and not (pair and 0 < values[0] < values[1]):
-        raise ValueError(
-            f"{where} is {values!r}; expected [low, high] with 0 < low < high, or {{choices: [...]}}. Write 1.0e-6 in "
-            "YAML, for which 1e-6 is a text."
-        )

@@ -23,16 +23,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from .batches import Tokenizer
-from .comparison import (
-    FACTS_FOLDER,
-    Amount,
-    Comparison,
-    Job,
-    asked,
-    comparison_from,
-    evaluated,
-    write_json,
-)
+from .comparison import FACTS_FOLDER, Job, asked, evaluated, write_json
+from .comparison_settings import Amount, Comparison, comparison_from
 from .configuration import METHODS, EditorConfig
 from .edit import Edit
 from .errors import NumericalError

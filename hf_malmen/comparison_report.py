@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from .comparison import Amount, Comparison, write_json, write_text
+from .comparison import write_json, write_text
+from .comparison_settings import Amount, Comparison
 from .configuration import METHODS
 from .model_card import escape
 from .scoring import bootstrap_intervals

@@ -17,8 +17,9 @@ from typing import Any
 import yaml
 from transformers.utils import logging
 
-from hf_malmen.comparison import load_comparison, run_comparison
+from hf_malmen.comparison import run_comparison
 from hf_malmen.comparison_report import Results, write_report
+from hf_malmen.comparison_settings import load_comparison
 
 RECIPE = Path(__file__).with_name("compare-geography.yaml")
 # Of the edited subjects. More test facts than the other recipes have, for the cell of 4,096.

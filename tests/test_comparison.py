@@ -21,14 +21,10 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_malmen import EditorConfig, EditorModel, Fact, cli, comparison, load_facts
 from hf_malmen.comparison import (
-    Amount,
-    Comparison,
     Job,
-    MethodSettings,
     asked,
     check_disjoint,
     evaluated,
-    load_comparison,
     plan,
     run_alone,
     run_comparison,
@@ -36,6 +32,7 @@ from hf_malmen.comparison import (
 )
 from hf_malmen.comparison_job import drawn, harmonic_mean, perform
 from hf_malmen.comparison_report import Results, best, score_tables, unbeaten, write_report
+from hf_malmen.comparison_settings import Amount, Comparison, MethodSettings, load_comparison
 from hf_malmen.evaluation import measure_edit
 from hf_malmen.side_effects import perplexity
 
