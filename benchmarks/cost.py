@@ -6,6 +6,7 @@ formulas say of a million facts on a 70B model. The aim is a ratio of predicted 
 """
 
 import argparse
+import dataclasses
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import hf_malmen
 from hf_malmen import EditorModel, EditorTrainer, EditorTrainingArguments
 from hf_malmen.least_squares import RidgeLeastSquares, state_bytes
 from hf_malmen.tables import table
+from hf_malmen.tracing import pass_cost
 
 BATCH = 64
 
@@ -128,8 +130,12 @@ def compare(folder: Path, n_facts: int) -> list[list[Any]]:
     model, tokenizer, facts, editor = load(folder, n_facts, "bfloat16")
     tokenize = editor.tokenizer_for(model, tokenizer)
     edits = [tokenize(fact.prompt, fact.target) for fact in facts[:n_facts]]
-    read = sum(batch.input_ids.numel() for _, batch in tokenize.batches(edits, BATCH))
-    s = sizes_of(model, editor, n_facts, read / n_facts, sum(len(edit.target_ids) for edit in edits) / n_facts)
+
+    def tokens(cost: int | None) -> float:
+        """Read a sequence, padding included, in batches cut for passes that cost as much as so many tokens."""
+        return sum(batch.input_ids.numel() for _, batch in tokenize.batches(edits, BATCH, cost)) / n_facts
+
+    s = sizes_of(model, editor, n_facts, tokens(None), sum(len(edit.target_ids) for edit in edits) / n_facts)
     options = {"batch_size": BATCH}
     measured = counted(model, editor, lambda: editor.make_edit(model, facts[:n_facts], tokenizer, **options))
     predicted = apply_flops(s)
@@ -141,7 +147,8 @@ def compare(folder: Path, n_facts: int) -> list[list[Any]]:
         trainer = EditorTrainer(editor, model, arguments, facts, None, tokenizer)
         trainer.current_gradient_accumulation_steps = 1
         measured = counted(model, editor, lambda: trainer.training_step(editor, {"facts": facts[:n_facts]}))
-    found.append(["step: GFLOP of model and editor", sum(step_flops(s).values()) / 1e9, measured])
+    predicted = step_flops(dataclasses.replace(s, tokens=tokens(pass_cost(model))))
+    found.append(["step: GFLOP of model and editor", sum(predicted.values()) / 1e9, measured])
     return found + compare_solve(s.key_size, s.value_size)
 
 

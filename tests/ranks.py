@@ -115,7 +115,18 @@ def edit_and_measure(folder: str | Path) -> dict[str, Any]:
     for name in ("rows", "products", "sum"):  # in two calls, the second of which replaces a fact of the first
         editor = build_editor(model, edit_lr=0.1, **TARGETS, **EDITS[name][0])
         parts = (facts[:4], [*facts[4:], replace(facts[1], target=facts[2].target)])
+        traced: list[int] = []
+
+        def recording(
+            model: Any, batches: Any, trace: Any = editor.trace, traced: list[int] = traced, **options: Any
+        ) -> Any:
+            batches = list(batches)
+            traced += (len(batch.input_ids) for batch in batches)
+            return trace(model, batches, **options)
+
+        editor.trace = recording  # type: ignore[method-assign]
         edits = [editor.apply(model, part, tokenizer, batch_size=2, accumulate=True) for part in parts]
+        found[f"traced {name}"] = sum(traced)
         weights = {module: model.get_submodule(module).weight.detach().clone() for module in editor.module_names}
         found[f"accumulated {name}"] = {"shifts": weights, "facts": [len(edit.facts) for edit in edits]}
         for edit in reversed(edits):

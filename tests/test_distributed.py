@@ -71,6 +71,9 @@ def test_edits_and_scores_of_several_processes_are_those_of_one(tmp_path: Path) 
     expected = ranks.edit_and_measure(tmp_path)
     for n in (2, 3):
         found = ranks.run("edit_and_measure", n, tmp_path)
+        for name in ("rows", "products", "sum"):  # shared out, not done by each
+            shares = [of_process[f"traced {name}"] for of_process in found]
+            assert sum(shares) == expected[f"traced {name}"] > max(shares) > 0
         for index, of_process in enumerate(found):
             for name, value in expected.items():
                 if isinstance(value, dict) and "shifts" in value:
