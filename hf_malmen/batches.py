@@ -136,6 +136,25 @@ class TokenBatch:
         return torch.bincount(owners[traced], minlength=len(mask)).tolist()
 
 
+def find_subject(text: str, subject: str, begin: int = 0, end: int | None = None) -> int:
+    """Where in the prompt text[begin:end] `subject` stands last; letter case counts only where it tells it apart.
+
+    Raises:
+        FactError: the prompt does not contain the subject.
+    """
+    prompt = text[begin:end]
+    found = prompt.rfind(subject)
+    if found < 0:
+        matches = list(re.finditer(re.escape(subject), prompt, re.IGNORECASE))
+        if not matches:
+            raise FactError(
+                f"The subject {subject!r} does not occur in the prompt {prompt!r}. Give the subject as the prompt "
+                "spells it, or the prompt with its subject."
+            )
+        found = matches[-1].start()
+    return begin + found
+
+
 class Tokenizer:
     """Turns prompts and targets into token sequences, in the editor's prompt format.
 
@@ -261,15 +280,7 @@ class Tokenizer:
         asked, subject = prompt.strip(), subject.strip()
         begin = max(text.rfind(asked, 0, start), 0)  # 0 where a template changes the prompt: looked for in all of it
         end = min(begin + len(asked), start) if text.startswith(asked, begin) else start
-        found = text.rfind(subject, begin, end)
-        if found < 0:
-            matches = list(re.finditer(re.escape(subject), text[begin:end], re.IGNORECASE))
-            if not matches:
-                raise FactError(
-                    f"The subject {subject!r} does not occur in the prompt {prompt!r}. Give the subject as the prompt "
-                    "spells it, or the prompt with its subject."
-                )
-            found = begin + matches[-1].start()
+        found = find_subject(text, subject, begin, end)
         # Tokens that begin before the subject ends; the last of them is the one wanted.
         ids, is_behind = self._tokenize(text, found + len(subject) - 1)
         return max(next(i for i, behind in enumerate(is_behind) if behind), min(1, len(ids) - 2))

@@ -199,6 +199,10 @@ class EditorConfig(PreTrainedConfig):
         target_decay: `"memit"`: of the squared length of the way to the target, relative to the hidden state's (0.1).
         context_prefixes: `"memit"`: texts that each prompt is also asked behind while its target is sought, such as
             `["It is known that"]`; each costs as much time as the prompt itself. None: none.
+        context_infixes: `"memit"`: texts that each prompt is also asked with, put right behind its subject, such as
+            `[", as is well known,"]`: targets that outlive an interruption carry over to more rephrases. None: none.
+        texts_per_step: `"memit"`: how many of a fact's texts (the prompt, behind each prefix, with each infix) a step
+            looks at, one after the other in turn. 1 makes texts cost nothing, and some more steps pay. None: all.
         facts_per_step: `"ft"`: facts in each step of Adam (64).
         seed: `"ft"`: of the order in which facts are drawn (0).
         prompt_template: text with `{prompt}` in it, put around every prompt, such as `"Q: {prompt}\\nA:"`.
@@ -235,6 +239,8 @@ class EditorConfig(PreTrainedConfig):
     kl_weight: float = _OF_METHOD
     target_decay: float = _OF_METHOD
     context_prefixes: list[str] | None = None
+    context_infixes: list[str] | None = None
+    texts_per_step: int | None = None
     facts_per_step: int = _OF_METHOD
     seed: int = _OF_METHOD
     prompt_template: str | None = None
@@ -410,11 +416,18 @@ class EditorConfig(PreTrainedConfig):
                 allowed = f"a finite number {'of at least' if _DESCENT_NUMBERS[name] else 'above'} 0"
             if not valid:
                 raise ValueError(f"EditorConfig.{name} is {value!r}; allowed: {allowed}.")
-        contexts = self.context_prefixes
-        if contexts is not None and not (_is_list_of_names(contexts) and self.maker == "memit"):
+        for name in ("context_prefixes", "context_infixes"):
+            texts = getattr(self, name)
+            if texts is not None and not (_is_list_of_names(texts) and self.maker == "memit"):
+                raise ValueError(
+                    f"EditorConfig.{name} is {texts!r}; allowed: None, or with method 'memit' a list of texts that are "
+                    "not empty."
+                )
+        number = self.texts_per_step
+        if number is not None and not (_is_whole(number, 1) and self.maker == "memit"):
             raise ValueError(
-                f"EditorConfig.context_prefixes is {contexts!r}; allowed: None, or with method 'memit' a list of texts "
-                "that are not empty."
+                f"EditorConfig.texts_per_step is {number!r}; allowed: None, or with method 'memit' a whole number of "
+                "at least 1."
             )
 
     def _check_targets(self) -> None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .batches import IGNORED, Tokenizer, TokenSequence
+from .batches import IGNORED, Tokenizer, TokenSequence, find_subject
 from .beginnings import Beginnings
 from .configuration import EditorConfig
 from .errors import ModelMismatchError
@@ -67,40 +67,61 @@ class Request:
     """One fact, tokenised.
 
     Attributes:
-        asked: the prompt with its target, by itself and behind each context.
+        asked: the prompt with its target, by itself and behind each of `context_prefixes`.
+        interrupted: the prompt with its target, with each of `context_infixes` behind its subject. What a causal
+            model has read at the subject is the same, and how it is asked for is not.
         essence: "{subject} is a", which is asked for the token that follows.
     """
 
     asked: list[Lookup]
+    interrupted: list[Lookup]
     essence: Lookup
 
 
-def tokenize_facts(facts: Sequence[Fact], tokenize: Tokenizer, contexts: Sequence[str]) -> list[Request]:
+def tokenize_facts(facts: Sequence[Fact], tokenize: Tokenizer, config: EditorConfig) -> list[Request]:
     """Facts with their subjects found.
 
     Args:
         facts: in any order.
         tokenize: the base model's tokenizer.
-        contexts: texts to put before the prompt, one at a time, beside no text at all.
+        config: `context_prefixes` and `context_infixes`.
 
     Raises:
         FactError: a fact without a subject, or whose prompt does not contain it.
     """
     require_fields(facts, ["subject"], "Method 'memit', which writes a fact where its subject has been read,")
 
-    def lookup(prompt: str, fact: Fact) -> Lookup:
-        position = tokenize.subject_position(prompt, fact.target, fact.subject or "")
-        return Lookup(tokenize(prompt, fact.target), position)
+    def lookup(prompt: str, target: str, subject: str) -> Lookup:
+        return Lookup(tokenize(prompt, target), tokenize.subject_position(prompt, target, subject))
 
     requests = []
     for fact in facts:
-        asked = [lookup(f"{context} {fact.prompt}".lstrip(), fact) for context in ("", *contexts)]
-        essence = lookup(ESSENCE.format(fact.subject), fact)
+        subject = fact.subject or ""
+        prefixes = ("", *(config.context_prefixes or ()))
+        asked = [lookup(f"{prefix} {fact.prompt}".lstrip(), fact.target, subject) for prefix in prefixes]
+        interrupted = []
+        for infix in config.context_infixes or ():
+            beginning, rest = _split_behind(fact.prompt, subject)
+            # The beginning ends with the subject, and an infix may hold another.
+            interrupted.append(lookup(beginning + infix + _after(infix, rest), fact.target, beginning))
+        essence = lookup(ESSENCE.format(subject), fact.target, subject)
         prompt_ids = essence.sequence.prompt_ids
         # Any label: what follows is compared as a distribution.
         only = TokenSequence(prompt_ids, (*[IGNORED] * (len(prompt_ids) - 1), 0))
-        requests.append(Request(asked, replace(essence, sequence=only)))
+        requests.append(Request(asked, interrupted, replace(essence, sequence=only)))
     return requests
+
+
+def _split_behind(prompt: str, subject: str) -> tuple[str, str]:
+    """A prompt's text up to and with its subject, and what follows."""
+    subject = subject.strip()
+    end = find_subject(prompt, subject) + len(subject)
+    return prompt[:end], prompt[end:]
+
+
+def _after(infix: str, rest: str) -> str:
+    """The rest of a prompt behind an infix: a mark that would stand twice in a row stands once."""
+    return rest if infix[-1].isalnum() else rest.removeprefix(infix[-1])
 
 
 def find_moves(
@@ -114,14 +135,15 @@ def find_moves(
 ) -> Tensor:  # (n_facts, hidden_size)
     """The move δ of each fact's hidden state behind `block` (equation 16).
 
-    By Adam, for all facts of a batch at once: δ minimises, over the contexts j of a fact,
+    By Adam, for all facts of a batch at once: δ minimises, over the texts j that ask for a fact,
 
-        mean_j −log p(target | context_j + prompt, h + δ)
+        mean_j −log p(target | text_j, h + δ)
         + kl_weight · KL(p(· | "{subject} is a", h + δ) ‖ p(· | "{subject} is a")) + target_decay · ‖δ‖² / ‖h‖²
 
-    and is kept within ‖δ‖ ≤ clamp_factor · ‖h‖. Each fact's δ is the same whatever facts it shares its batch with: the
-    losses are summed, and Adam looks at every number by itself. Steps are taken in units of the root mean square of
-    h, so that they have one size in any model. What no move changes runs once.
+    and is kept within ‖δ‖ ≤ clamp_factor · ‖h‖. With `texts_per_step` a step looks at so many of the texts, in turn.
+    Each fact's δ is the same whatever facts it shares its batch with: the losses are summed, and Adam looks at every
+    number by itself. Steps are taken in units of the root mean square of h, so that they have one size in any model.
+    What no move changes runs once.
 
     Args:
         model: the base model, inside `frozen`.
@@ -129,7 +151,7 @@ def find_moves(
         requests: the facts.
         states: h, without any context.
         block: name of the last edited block.
-        config: `n_steps`, `edit_lr`, `clamp_factor`, `kl_weight`, `target_decay`.
+        config: `n_steps`, `edit_lr`, `clamp_factor`, `kl_weight`, `target_decay`, `texts_per_step`.
         batch_size: facts a pass. Does not change the result.
 
     Raises:
@@ -153,10 +175,10 @@ def _find_moves_of_batch(
     block: str,
     config: EditorConfig,
 ) -> Tensor:  # (n_facts, hidden_size)
-    asked = [lookup for request in requests for lookup in request.asked]
+    texts = list(zip(*([*request.asked, *request.interrupted] for request in requests), strict=True))
     essences = [request.essence for request in requests]
-    n_contexts = len(asked) // len(requests)
-    answer = _steered_answers(model, tokenize, asked, block)
+    n_chosen = min(config.texts_per_step or len(texts), len(texts))
+    answers = [_steered_answers(model, tokenize, lookups, block) for lookups in texts]
     size = states.shape[1]
     unit = states.norm(dim=1, keepdim=True) / size**0.5  # the root mean square of each h
     moves = torch.zeros_like(states, requires_grad=True)  # in these units
@@ -166,10 +188,11 @@ def _find_moves_of_batch(
         describe = _steered_answers(model, tokenize, essences, block)
         with torch.no_grad():
             before = describe(moves)[0].log_softmax(-1)
-    for _ in range(config.n_steps):
+    for step in range(config.n_steps):
         optimizer.zero_grad()
-        logits, targets = answer((unit * moves).repeat_interleave(n_contexts, dim=0))
-        (F.cross_entropy(logits, targets, reduction="sum") / n_contexts).backward()
+        for chosen in range(step * n_chosen, (step + 1) * n_chosen):
+            logits, targets = answers[chosen % len(texts)](unit * moves)
+            (F.cross_entropy(logits, targets, reduction="sum") / n_chosen).backward()
         loss = config.target_decay * moves.square().mean(dim=1).sum()
         if before is not None:
             after = describe(unit * moves)[0].log_softmax(-1)
@@ -255,7 +278,7 @@ def write_targets(
     """The shifts that write `facts` (algorithm 1 of the paper, `n_passes` times).
 
     With h + δ the targets and h' what the model, as edited so far, has in their place, layer l of the m that are left
-    solves for differences (h + δ − h') / m at its keys; the keys of a fact are averaged over its contexts. Each further
+    solves for differences (h + δ − h') / m at its keys; the keys of a fact are averaged over its prefixes. Each further
     pass seeks targets anew in the model that the passes before it have edited, and adds its shifts to theirs: it mends
     what many facts, solved for together, have spoilt of each other. The model is edited by hooks: no weight is written.
 
@@ -265,7 +288,7 @@ def write_targets(
         facts: with subjects.
         module_names: the layers to edit, in the order they run; each puts out something that is added to the hidden
             state.
-        config: as in `find_moves`, `context_prefixes` and `n_passes`.
+        config: as in `find_moves` and `tokenize_facts`, and `n_passes`.
         penalty: of a module: κ C, (key_size, key_size), see `RidgeLeastSquares`; None for 0.
         ridge: of a module: λ.
         batch_size: facts a pass of the language model. Does not change the result.
@@ -275,7 +298,7 @@ def write_targets(
         ModelMismatchError: the modules lie in no list of blocks, or put out something other than a hidden state.
         NumericalError: a state, a target or a solve is not finite.
     """
-    requests = tokenize_facts(facts, tokenize, config.context_prefixes or ())
+    requests = tokenize_facts(facts, tokenize, config)
     block = last_block(model, module_names)
     asked = [lookup for request in requests for lookup in request.asked]
     n_contexts = len(asked) // len(requests)

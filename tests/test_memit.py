@@ -50,6 +50,7 @@ AT_SUBJECT = [
 ]
 FAR = {"n_steps": 30, "clamp_factor": 5.0}
 CONTEXTS = ["It is a city. ", "So"]
+INFIXES = [", a city,", " (as Turin)", " and"]
 
 
 def build(
@@ -108,6 +109,8 @@ def reference_move(
     """δ of one fact and h, one unpadded text a pass, with the updates of Adam written out."""
     module = f"{block}.{MODULES['gpt2' if 'transformer' in block else 'llama']}"
     texts = [f"{context} {fact.prompt}".strip() for context in ("", *(config.context_prefixes or ()))]
+    before_end, behind = fact.prompt.split(str(fact.subject))
+    texts += [f"{before_end}{fact.subject}{infix}{behind}" for infix in config.context_infixes or ()]
     asked = []
     for text in texts:
         prompt = tokenizer(text)["input_ids"]
@@ -126,9 +129,10 @@ def reference_move(
     for step in range(1, config.n_steps + 1):
         scaled = found.clone().requires_grad_()
         loss = config.target_decay * (scaled * unit).norm() ** 2 / state.norm() ** 2
-        for ids, start, at in asked:
+        n_chosen = config.texts_per_step or len(asked)
+        for ids, start, at in [asked[((step - 1) * n_chosen + i) % len(asked)] for i in range(n_chosen)]:
             logits = inputs_and_outputs(model, ids[:-1], module, block, scaled * unit, at)[2]
-            loss = loss - logits[start - 1 :].log_softmax(-1)[range(len(ids) - start), ids[start:]].sum() / len(asked)
+            loss = loss - logits[start - 1 :].log_softmax(-1)[range(len(ids) - start), ids[start:]].sum() / n_chosen
         after = inputs_and_outputs(model, kl_ids, module, block, scaled * unit, kl_at)[2][-1].log_softmax(-1)
         loss = loss + config.kl_weight * (after.exp() * (after - before)).sum()
         gradient = torch.autograd.grad(loss, scaled)[0]
@@ -143,7 +147,7 @@ def moves_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, editor:
              batch_size: int = 32) -> Tensor:  # fmt: skip
     """What `find_moves` finds."""
     tokenize = editor.tokenizer_for(model, tokenizer)
-    requests = tokenize_facts(facts, tokenize, editor.config.context_prefixes or ())
+    requests = tokenize_facts(facts, tokenize, editor.config)
     block = editor.module_names[-1].rsplit(".", 2)[0]
     with frozen(model):
         plain = [request.asked[0] for request in requests]
@@ -165,12 +169,16 @@ def case(
 
 
 @pytest.mark.parametrize("contexts", [None, CONTEXTS])
+@pytest.mark.parametrize(
+    "infixes", [{}, {"context_infixes": INFIXES}, {"context_infixes": INFIXES, "texts_per_step": 2}]
+)
 @pytest.mark.parametrize(("clamp_factor", "kl_weight"), [(0.75, 0.5), (0.1, 0.5), (0.75, 0.0)])
 def test_moves_equal_those_of_single_facts(
     case: tuple[str, PreTrainedModel],
     tokenizer: PreTrainedTokenizerFast,
     make_long_facts: Callable[..., list[Fact]],
     contexts: list[str] | None,
+    infixes: dict[str, Any],
     clamp_factor: float,
     kl_weight: float,
 ) -> None:
@@ -178,7 +186,7 @@ def test_moves_equal_those_of_single_facts(
     kind, model = case
     facts = make_long_facts(3)
     settings = {"context_prefixes": contexts, "clamp_factor": clamp_factor, "kl_weight": kl_weight, "target_decay": 2.0}
-    editor = build(model, tokenizer, covariance=False, **settings)
+    editor = build(model, tokenizer, covariance=False, **settings, **infixes)
     found = moves_of(model, tokenizer, editor, facts)
     lengths = []
     for fact, move in zip(facts, found, strict=True):
@@ -187,6 +195,26 @@ def test_moves_equal_those_of_single_facts(
         lengths.append(float(move.norm() / state.norm()))
     assert max(lengths) <= clamp_factor * (1 + 1e-12)
     assert clamp_factor > 0.5 or max(lengths) == pytest.approx(clamp_factor)  # it is at work
+
+
+@pytest.mark.parametrize(
+    ("prompt", "infix", "expected"),
+    [
+        ("Lyon, that is in", ", a city,", "Lyon, a city, that is in"),
+        ("The country of Lyon is", " (a city)", "The country of Lyon (a city) is"),
+        ("Where is Lyon", " and so", "Where is Lyon and so"),
+        ("lyon, or LYON, is in", ",", "lyon, or LYON, is in"),
+    ],
+)
+def test_infixes_stand_behind_the_subject(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, infix: str, expected: str
+) -> None:
+    """Behind its last occurrence, whose token is found in the new text, and no mark stands twice."""
+    editor = build(model, tokenizer, covariance=False, context_infixes=[infix])
+    tokenize = editor.tokenizer_for(model, tokenizer)
+    request = tokenize_facts([Fact(prompt, "Italy", subject="LYON")], tokenize, editor.config)[0]
+    assert [lookup.sequence for lookup in request.interrupted] == [tokenize(expected, "Italy")]
+    assert [lookup.position for lookup in request.interrupted] == [request.asked[0].position]
 
 
 def test_moves_lower_the_loss(case: tuple[str, PreTrainedModel], tokenizer: PreTrainedTokenizerFast) -> None:
@@ -267,7 +295,7 @@ def test_shifts_equal_a_dense_solve_on_written_weights(
 ) -> None:
     """Given the targets, every layer's S is the textbook solution, for keys of the model as edited so far."""
     kind, model = case
-    editor = build(model, tokenizer, context_prefixes=contexts)
+    editor = build(model, tokenizer, context_prefixes=contexts, context_infixes=INFIXES[:1])  # no part in the keys
     moves = moves_of(model, tokenizer, editor, facts)
     expected = reference_shifts(model, tokenizer, facts, editor, moves, kind)
     shifts = editor.make_edit(model, facts, tokenizer).shifts
@@ -497,6 +525,9 @@ def test_states_that_are_not_finite_name_the_module(
         ({"kl_weight": "a"}, "kl_weight is 'a'; allowed: a finite number of at least 0"),
         ({"target_decay": float("nan")}, "target_decay is nan; allowed: a finite number of at least 0"),
         ({"context_prefixes": [""]}, "context_prefixes is \\[''\\]; allowed: None, or"),
+        ({"context_infixes": "a"}, "context_infixes is 'a'; allowed: None, or with method 'memit' a list of texts"),
+        ({"texts_per_step": 0}, "texts_per_step is 0; allowed: None, or with method 'memit' a whole number"),
+        ({"method": "ft", "texts_per_step": 1}, "texts_per_step is 1; allowed: None"),
         ({"facts_per_step": 3}, "facts_per_step is 3; allowed: nothing, with method 'memit'"),
         ({"n_preserved_keys": 3}, "n_preserved_keys is 3; allowed with method 'memit': 0"),
         ({"method": "malmen", "n_steps": 3}, "n_steps is 3; allowed: nothing, with method 'malmen'"),
