@@ -1,8 +1,9 @@
 """python benchmarks/cost.py
 
 The formulas of docs/cost.md beside what is measured on SmolLM2-135M: operations of `make_edit` and of a training step
-beside PyTorch's own count, seconds of the least squares beside a matrix product's speed, and its memory. Then what the
-formulas say of a million facts on a 70B model. The aim is a ratio of predicted to measured between 0.8 and 1.25.
+beside PyTorch's own count, seconds of the least squares at the speeds of float64 products and factorisations, and its
+memory. Then what the formulas say of a million facts on a 70B model. The aim is a ratio of predicted to measured
+between 0.8 and 1.25.
 """
 
 import argparse
@@ -153,9 +154,11 @@ def compare(folder: Path, n_facts: int) -> list[list[Any]]:
 
 
 def compare_solve(key_size: int, value_size: int) -> list[list[Any]]:
-    """Seconds of the least squares beside those that a matrix product at the same precision would take, and memory."""
-    square = torch.randn(2048, 2048, dtype=torch.float64)
-    n_rows = 8192
+    """Seconds of the least squares at the speeds of float64 products and factorisations of another size, and memory."""
+    size, n_rows = 2048, 8192
+    square = torch.randn(size, size, dtype=torch.float64)
+    positive = square @ square.T + size * torch.eye(size, dtype=torch.float64)
+    right = torch.randn(size, value_size, dtype=torch.float64)
     s = Sizes(0, 0, 0, 1, key_size, value_size, 0, 0, n_rows, 1, 1)
     parts = [(torch.randn(1024, key_size), torch.randn(1024, value_size)) for _ in range(n_rows // 1024)]
     rows = RidgeLeastSquares("layer", n_rows)
@@ -164,12 +167,28 @@ def compare_solve(key_size: int, value_size: int) -> list[list[Any]]:
         for part in parts:
             rows.add(*part)
 
-    before = seconds(lambda: square @ square, 3)
+    def multiply() -> float:
+        return seconds(lambda: square @ square, 3)
+
+    def factorise() -> float:
+        return seconds(lambda: torch.cholesky_solve(right, torch.linalg.cholesky(positive)), 3)
+
+    # Before and after, as the speed of these machines changes by the minute.
+    before = multiply(), factorise()
     folding, solving = seconds(fold), seconds(lambda: rows.solve(1.0, in_place=True))
-    speed = 2 * 2048**3 / ((before + seconds(lambda: square @ square, 3)) / 2)
+    multiplying, factorising = (sum(both) / 2 for both in zip(before, (multiply(), factorise()), strict=True))
+    calibration = Sizes(0, 0, 0, 1, size, value_size, 0, 0, size + 1, 1)
     found = [
-        [f"fold {n_rows} rows into {key_size}²: seconds", fold_flops(s) / speed, folding],
-        [f"solve {key_size} x {value_size}: seconds", solve_flops(s) / speed, solving],
+        [
+            f"fold {n_rows} rows into {key_size}²: seconds",
+            fold_flops(s) / (2 * size**3) * multiplying,
+            folding,
+        ],
+        [
+            f"solve {key_size} x {value_size}: seconds",
+            solve_flops(s) / solve_flops(calibration) * factorising,
+            solving,
+        ],
     ]
     rows = RidgeLeastSquares("layer", n_rows)
     with torch.profiler.profile(profile_memory=True) as profiler:

@@ -51,7 +51,11 @@ class Beginnings:
         sequences = [TokenSequence(ids, (IGNORED,) * len(ids)) for ids in beginnings]
         batch = tokenize.pad(sequences, side="left").to(input_device(model))
         inputs = model_inputs(model, batch) | {cache_name: cache, "use_cache": True}
-        inputs |= {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        if "logits_to_keep" in accepted:
+            # As an index: 1 keeps a slice, whose rows lie apart, and such rows are multiplied with a frozen weight in
+            # a batched product, for which PyTorch copies the weight once a sequence.
+            last = batch.input_ids.shape[1] - 1
+            inputs["logits_to_keep"] = torch.tensor([last], device=batch.input_ids.device)
         model(**inputs)
         layers = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
         if not _is_plain(cache) or any(keys is None or values is None for keys, values in layers):
