@@ -7,7 +7,6 @@ with the same penalty that keeps the shift small and ordinary keys where they ar
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import logging
 
@@ -16,8 +15,9 @@ from .configuration import EditorConfig
 from .errors import NumericalError
 from .facts import Fact
 from .features import FeatureCache
+from .losses import cross_entropy
 from .shifts import Shift, dense
-from .tracing import answer_logits, input_device, shifted
+from .tracing import input_device, own_answer_logits, shifted
 from .trunk import Trunk
 
 # Outputs of the blocks below the edited ones that are kept from pass to pass.
@@ -115,8 +115,8 @@ def _backward(
     for _, batch in tokenize.batches(sequences, batch_size):
         batch = batch.to(input_device(model))
         with trunk.replayed(batch), shifted(model, shifts):
-            logits, targets = answer_logits(model, batch)
-        (F.cross_entropy(logits, targets, reduction="sum") / len(sequences)).backward()
+            logits, targets = own_answer_logits(model, batch)
+        (cross_entropy(logits, targets) / len(sequences)).backward()
         n_missed += int((logits.argmax(-1) != targets).sum())
     return n_missed
 

@@ -210,13 +210,19 @@ class HyperBlock(nn.Module):
 
     def forward(
         self,
-        hidden: Tensor,  # (n, size)
-        index: int,
+        hidden: Tensor,  # (n, size), or (m, n, size)
+        index: int | Tensor,  # or (m,)
     ) -> Tensor:
         # `clamp`, not `relu`: every pre-activation is exactly 0 at the start, where relu's gradient is 0 and clamp's
         # is 1. With relu, A, B and b would never receive a gradient.
         update = (hidden @ self.down @ self.up + self.bias).clamp(min=0)
-        return hidden + self.scale[index] * update + self.shift[index]
+        scale, shift = (_of_rows(own[index]) for own in (self.scale, self.shift))
+        return hidden + scale * update + shift
+
+
+def _of_rows(features: Tensor) -> Tensor:
+    """Features of one layer, or of several, (m, size), where they meet rows (n, size) or (m, n, size)."""
+    return features if features.dim() == 1 else features[:, None]
 
 
 class HyperNetwork(nn.Module):
@@ -280,16 +286,16 @@ class HyperNetwork(nn.Module):
 
     def forward(
         self,
-        keys: Tensor,  # (n, key_size)
-        value_gradients: Tensor,  # (n, value_size)
-        index: int,
+        keys: Tensor,  # (n, key_size), or (m, n, key_size)
+        value_gradients: Tensor,  # (n, value_size), or (m, n, value_size)
+        index: int | Tensor,  # or (m,)
         normaliser: Normaliser | None = None,
-    ) -> tuple[Tensor, Tensor]:  # (n, key_size), (n, value_size)
-        """Pseudo-keys û and pseudo-gradients ĝ for the layer at `index`.
+    ) -> tuple[Tensor, Tensor]:  # as the arguments
+        """Pseudo-keys û and pseudo-gradients ĝ for the layer at `index`, or for m layers at once.
 
         Args:
             keys, value_gradients: U and G.
-            index: the layer's.
+            index: the layer's, or those of m layers.
             normaliser: of statistics to use in place of its own.
         """
         hidden = (normaliser or self.statistics)(torch.cat((keys, value_gradients), dim=-1))
@@ -327,13 +333,13 @@ class HyperNetwork(nn.Module):
 
     def rows(
         self,
-        keys: Tensor,  # (n, key_size)
-        value_gradients: Tensor,  # (n, value_size)
-        index: int,
+        keys: Tensor,  # (n, key_size), or (m, n, key_size)
+        value_gradients: Tensor,  # (n, value_size), or (m, n, value_size)
+        index: int | Tensor,  # or (m,)
         aggregation: str,
         normaliser: Normaliser | None = None,
-    ) -> tuple[Tensor, Tensor]:  # (n, key_size), (n, value_size)
-        """What the aggregation takes in: a left factor P and the value differences D.
+    ) -> tuple[Tensor, Tensor]:  # as the arguments
+        """What the aggregation takes in: a left factor P and the value differences D; of m layers at once, m of each.
 
         `"least_squares"`: P = U, and d_j is the move that a gradient step of size η on a pseudo-pair alone would make,
 
@@ -344,7 +350,7 @@ class HyperNetwork(nn.Module):
         `"sum"` (MEND, arXiv 2110.11309): P = Û and D = −η Ĝ, so that Pᵀ D is the sum of all those steps.
         """
         pseudo_keys, pseudo_gradients = self(keys, value_gradients, index, normaliser)
-        edit_lr = self.log_edit_lr[index].exp()
+        edit_lr = _of_rows(self.log_edit_lr[index].exp()[..., None])
         if aggregation == "sum":
             return pseudo_keys, -edit_lr * pseudo_gradients
         where = keys if self.is_learned else pseudo_keys

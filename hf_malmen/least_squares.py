@@ -86,11 +86,15 @@ class Solution(Protocol):
     def to_shift(self) -> Shift:
         """S as an edit keeps it: float32 on the CPU, as factors where these are small."""
 
+    @property
+    def factors(self) -> tuple[Tensor, Tensor] | None:  # (n, key_size), (n, value_size)
+        """P and D of S = PᵀD with a P that D has no part in, where these are smaller than S; else None."""
+
     def adjoint(
         self,
-        gradient: Tensor,  # (key_size, value_size), ∂L/∂S
+        gradient: Tensor,  # (key_size, value_size), ∂L/∂S; or (n, value_size), ∂L/∂D of `factors`
     ) -> Adjoint:
-        """What ∂L/∂S comes to for the rows and for λ."""
+        """What ∂L/∂S comes to for the rows and for λ. Told by its shape from ∂L/∂D, which has fewer rows."""
 
 
 @dataclass
@@ -99,6 +103,8 @@ class SumSolution:
 
     rows: tuple[Tensor, Tensor] | None  # P (n, key_size), D (n, value_size)
     product: Tensor | None  # (key_size, value_size)
+
+    factors = None  # P comes from the network, as D does
 
     @cached_property
     def shift(self) -> Tensor:  # (key_size, value_size)
@@ -121,6 +127,7 @@ class PrimalSolution:
     shift: Tensor  # (key_size, value_size)
     factor: Tensor  # (key_size, key_size), lower Cholesky factor of UᵀU + A + λI
     rows: tuple[Tensor, Tensor] | None = None  # U (n, key_size), D (n, value_size), where these are few
+    factors = None  # there are more rows than the shift has
 
     def adjoint(self, gradient: Tensor) -> Adjoint:
         multiplier = _solved_in_place(self.factor, gradient.to(self.shift, copy=True))
@@ -157,9 +164,24 @@ class DualSolution:
     def shift(self) -> Tensor:  # (key_size, value_size)
         return self.keys.T @ self.coefficients
 
+    @cached_property
+    def left(self) -> Tensor:  # (n, key_size)
+        """P = (UUᵀ + λI)⁻¹ U, of which S = PᵀD."""
+        return _solved_in_place(self.factor, self.keys.clone())
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor] | None:  # (n, key_size), (n, value_size)
+        # Unlike U and C, safe to round: see `to_shift`.
+        n_rows, (key_size, value_size) = len(self.keys), self.shift_shape
+        is_worth_it = n_rows * (key_size + value_size) < key_size * value_size
+        return (self.left, self.differences) if is_worth_it else None
+
     def adjoint(self, gradient: Tensor) -> Adjoint:
         # U (UᵀU + λI)⁻¹ = (UUᵀ + λI)⁻¹ U, so the rows U M need no k × k matrix, and ⟨M, S⟩ = ⟨U M, C⟩ neither.
-        row_gradients = _solved_in_place(self.factor, self.keys @ gradient.to(self.keys))
+        if self.factors is not None and gradient.shape == self.differences.shape:
+            row_gradients = gradient.to(self.keys)  # U M = P ∂L/∂S = ∂L/∂D
+        else:
+            row_gradients = _solved_in_place(self.factor, self.keys @ gradient.to(self.keys))
         return Adjoint(-(row_gradients * self.coefficients).sum(), row_gradients=row_gradients[self.own])
 
     def to_shift(self) -> Shift:
@@ -174,7 +196,7 @@ class DualSolution:
             selection = torch.eye(len(self.keys), dtype=self.keys.dtype, device=self.keys.device)[:, moved]
             left = _solved_in_place(self.factor, selection).T @ self.keys
         else:
-            left = _solved_in_place(self.factor, self.keys.clone())
+            left = self.left
         return factored(left, self.differences[moved])
 
 

@@ -151,6 +151,47 @@ class EditorNetworks(PreTrainedModel):
         keys, value_gradients = (rows.to(self.device, self.dtype) for rows in (keys, value_gradients))
         return network.rows(keys, value_gradients, index, self.config.aggregation, normaliser)
 
+    def _rows(
+        self,
+        traced: Mapping[str, Trace],
+        editor_batch_size: int,
+        normalisers: Mapping[str, Normaliser] | None = None,
+    ) -> Iterator[tuple[list[str], int, tuple[Tensor, Tensor]]]:
+        """`forward` of all rows of a trace, `editor_batch_size` of them at a time.
+
+        Layers that share a network go through it together where their rows are few: its weights are read once for all.
+
+        Args:
+            traced: by module; not of more modules than the editor has.
+            editor_batch_size: rows a pass, of all layers in it.
+            normalisers: by the shape of their layers, in place of the editor's own.
+
+        Yields:
+            The names of m layers, which of their rows comes first, and the two parts of what `forward` gives for n rows
+            of each: (m, n, key_size), (m, n, value_size). A layer's rows come one after the other.
+        """
+        for group in self._groups(traced, editor_batch_size):
+            network, _ = self.network(group[0])
+            index = torch.tensor([self._places[name][1] for name in group], device=self.device)
+            normaliser = (normalisers or {}).get(self._places[group[0]][0])
+            size = max(1, editor_batch_size // len(group))
+            for start in range(0, len(traced[group[0]].keys), size):
+                part = slice(start, start + size)
+                keys, gradients = (
+                    torch.stack([rows[part].to(self.device, self.dtype) for rows in of_layers])
+                    for of_layers in zip(*((traced[n].keys, traced[n].value_gradients) for n in group), strict=True)
+                )
+                yield group, start, network.rows(keys, gradients, index, self.config.aggregation, normaliser)
+
+    def _groups(self, traced: Mapping[str, Trace], editor_batch_size: int) -> Iterator[list[str]]:
+        """Layers with one network and equally many rows, as many as fit one pass; a layer of more rows is alone."""
+        alike: dict[tuple[str, int], list[str]] = {}
+        for name, entry in traced.items():
+            alike.setdefault((self._places[name][0], len(entry.keys)), []).append(name)
+        for (_, n_rows), names in alike.items():
+            n_layers = max(1, editor_batch_size // max(1, n_rows))
+            yield from (names[i : i + n_layers] for i in range(0, len(names), n_layers))
+
     # Steps of the pipeline, shared by `apply` and the trainer
 
     def trace(
@@ -219,16 +260,16 @@ class EditorNetworks(PreTrainedModel):
         normalisers = {shape: own.normaliser() for shape, own in (statistics or self.statistics).items()}
         with distributed.together():
             for traced in traces:
-                for name, entry in traced.items():
-                    for keys, gradients in _split(entry, editor_batch_size):
-                        aggregators[name].add(*self(keys, gradients, name, normalisers[self._places[name][0]]))
+                for group, _, rows in self._rows(traced, editor_batch_size, normalisers):
+                    for name, *own in zip(group, *rows, strict=True):
+                        aggregators[name].add(*own)
         # Shown only where it takes a while: each training step solves too.
         for name in logging.tqdm(names, desc="Solving", unit=" layers", leave=False, delay=_BAR_DELAY):
-            rows = aggregators.pop(name)
+            own_rows = aggregators.pop(name)
             if distributed.n_processes() > 1:
-                rows.add(*self.no_rows(name))
-                rows.pool()
-            yield name, rows.solve(self.ridge(name), in_place=True)
+                own_rows.add(*self.no_rows(name))
+                own_rows.pool()
+            yield name, own_rows.solve(self.ridge(name), in_place=True)
 
     def aggregators(
         self, names: Sequence[str] | None = None, n_rows: int = 0, *, pooled: bool = False
@@ -356,19 +397,37 @@ class EditorNetworks(PreTrainedModel):
                 of several processes, that of each one's own part of the loss.
         """
         with distributed.gradients_added_up(self.parameters()):
-            for name, gradient in shift_gradients.items():
-                adjoint = solutions[name].adjoint(distributed.add_up(gradient))
-                start = 0
-                if distributed.is_main():  # what is not of rows of facts counts once
-                    start = self._backward_scales(name, adjoint, solutions[name])
-                if not traces:
-                    continue
-                keys = torch.cat([traced[name].keys for traced in traces])
-                gradients = torch.cat([traced[name].value_gradients for traced in traces])
-                for part in _split(Trace(keys, gradients), editor_batch_size):
-                    left, differences = self(*part, name)
-                    adjoint.inner(left, differences, start).backward()
-                    start += len(left)
+            pooled = {name: distributed.add_up(gradient) for name, gradient in shift_gradients.items()}
+            adjoints: dict[str, Adjoint] = {}
+            starts: dict[str, int] = {}
+
+            def enter(name: str) -> None:
+                adjoints[name] = solutions[name].adjoint(pooled[name])
+                # What is not of rows of facts counts once.
+                counted = distributed.is_main()
+                starts[name] = self._backward_scales(name, adjoints[name], solutions[name]) if counted else 0
+
+            joined = {
+                name: Trace(
+                    torch.cat([traced[name].keys for traced in traces]),
+                    torch.cat([traced[name].value_gradients for traced in traces]),
+                )
+                for name in (pooled if traces else ())
+            }
+            for group, start, rows in self._rows(joined, editor_batch_size):
+                if start == 0:
+                    adjoints.clear()  # those of the layers before
+                    for name in group:
+                        enter(name)
+                torch.stack(
+                    [
+                        adjoints[name].inner(left, differences, starts[name] + start)
+                        for name, left, differences in zip(group, *rows, strict=True)
+                    ]
+                ).sum().backward()
+            for name in pooled:
+                if name not in starts:  # no rows of its own
+                    enter(name)
 
     def _backward_scales(self, name: str, adjoint: Adjoint, solution: Solution) -> int:
         """Gradients of log λ and log κ of the module `name`; returns how many rows its preserved keys take."""
@@ -433,10 +492,6 @@ class EditorNetworks(PreTrainedModel):
             yield
         finally:
             nn.Module.to(self, "cpu")
-
-
-def _split(entry: Trace, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(entry.keys.split(size), entry.value_gradients.split(size), strict=True)
 
 
 def _shapes(tensors: Mapping[str, torch.Size]) -> str:

@@ -12,7 +12,7 @@ from .batches import TokenBatch, Tokenizer, TokenSequence
 from .features import FeatureCache, Key, sequence_key
 from .sharding import is_sharded
 from .targets import blocks_of, target_module
-from .tracing import Trace, answer_logits, answer_states, at_answers, input_device, logits_of_states, pass_cost
+from .tracing import Trace, answer_states, at_answers, input_device, logits_of_states, own_answer_logits, pass_cost
 from .trunk import Trunk
 
 logger = logging.get_logger(__name__)
@@ -86,15 +86,15 @@ class FrozenPasses:
         return {name: Trace(*pair) for name, pair in zip(self.module_names, pairs, strict=True)}
 
     @torch.no_grad()
-    def log_probabilities(self, sequences: Sequence[TokenSequence]) -> Tensor:  # (n_answers, vocabulary or n_classes)
-        """Of all that the unedited model could answer, at every answer token of `sequences`, one after the other."""
+    def logits(self, sequences: Sequence[TokenSequence]) -> Tensor:  # (n_answers, vocabulary or n_classes)
+        """Of the unedited model, at every answer token of `sequences`, one after the other, in its own precision."""
         if self._keeps_states is None:
             self._keeps_states = self._states_suffice(min(sequences, key=len))
         self._fill_answers(sequences)
         kept = torch.cat([self._get(self._answer_key(sequence))[0] for sequence in sequences])
         logits = self._logits(kept, sequences) if self._keeps_states else kept
         assert logits is not None  # for the type checker: tried with the first sequence
-        return logits.log_softmax(-1)
+        return logits
 
     def _fill_traces(self, sequences: Sequence[TokenSequence]) -> None:
         for missing, batch in self._missing(sequences, _trace_key):
@@ -111,7 +111,7 @@ class FrozenPasses:
     def _fill_answers(self, sequences: Sequence[TokenSequence]) -> None:
         for missing, batch in self._missing(sequences, self._answer_key):
             with self.answering(batch):
-                kept = answer_states(self.model, batch) if self._keeps_states else answer_logits(self.model, batch)[0]
+                kept = answer_states(self.model, batch) if self._keeps_states else self._answer_logits(batch)
             assert kept is not None  # for the type checker: tried with the first sequence
             counts = [len(sequence.target_ids) for sequence in missing]
             for sequence, rows in zip(missing, kept.split(counts), strict=True):
@@ -121,7 +121,7 @@ class FrozenPasses:
         """Whether the logits follow from what the vocabulary projection reads, as all but classes should."""
         batch = self.tokenize.pad([sequence]).to(input_device(self.model))
         with self.trunk.replayed(batch):
-            states, logits = answer_states(self.model, batch), answer_logits(self.model, batch)[0]
+            states, logits = answer_states(self.model, batch), self._answer_logits(batch)
         found = None if states is None else self._logits(states, [sequence])
         if found is not None and _is_close(found, logits, self.model):
             return True
@@ -150,17 +150,20 @@ class FrozenPasses:
 
         handles = [child.register_forward_hook(look, with_kwargs=True) for child in candidates]
         try:
-            logits = answer_logits(self.model, batch)[0]
+            logits = self._answer_logits(batch)
         finally:
             for handle in handles:
                 handle.remove()
         if fitting:
             with at_answers(fitting, batch):
-                if not _is_close(answer_logits(self.model, batch)[0], logits, self.model):
+                if not _is_close(self._answer_logits(batch), logits, self.model):
                     fitting = []
         if not fitting:
             logger.info("The last block can only run as a whole; running it at every token.")
         return fitting
+
+    def _answer_logits(self, batch: TokenBatch) -> Tensor:
+        return own_answer_logits(self.model, batch)[0]
 
     def _logits(self, states: Tensor, sequences: Sequence[TokenSequence]) -> Tensor | None:
         shortest = self.tokenize.pad([min(sequences, key=len)]).to(input_device(self.model))
@@ -191,6 +194,7 @@ class FrozenPasses:
 
 def _is_close(found: Tensor, expected: Tensor, model: nn.Module) -> bool:
     """Whether two ways to the same logits differ by no more than rounding."""
+    found, expected = found.float(), expected.float()
     tolerance = _TOLERANCE.get(next(model.parameters()).dtype, 1e-4) * expected.std(correction=0)
     return found.shape == expected.shape and bool((found - expected).abs().max() <= tolerance)
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
@@ -19,6 +18,7 @@ from transformers.utils import logging
 
 from .batches import IGNORED, TokenBatch
 from .errors import ModelMismatchError, NumericalError
+from .losses import cross_entropy
 from .targets import target_module
 
 logger = logging.get_logger(__name__)
@@ -40,6 +40,23 @@ class Trace:
     keys: Tensor
     value_gradients: Tensor
     n_rows: int = 0
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A shift S = PᵀD of few rows, for passes that are faster with its factors than with their product.
+
+    Attributes:
+        left: P, (n, key_size).
+        right: D, (n, value_size).
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def to(self, *args: Any) -> "Factors":
+        """As `Tensor.to`."""
+        return Factors(self.left.to(*args), self.right.to(*args))
 
 
 @contextmanager
@@ -80,9 +97,12 @@ def input_device(model: nn.Module) -> torch.device:
 def pass_cost(model: nn.Module) -> int:
     """About how many tokens one more pass of `model` takes as long as; for `Tokenizer.batches`.
 
-    On a CPU that is the vocabulary projection, which every pass reads whole; on a GPU it is the launches.
+    On a CPU that is reading the weights, which takes as long as fewer products the slower these are; on a GPU it is the
+    launches.
     """
-    return 64 if input_device(model).type == "cpu" else 1024
+    if input_device(model).type != "cpu":
+        return 1024
+    return 256 if _is_half(model) and torch.cpu.get_capabilities().get("amx_bf16") else 64
 
 
 def model_inputs(model: nn.Module, batch: TokenBatch) -> dict[str, Any]:
@@ -103,6 +123,14 @@ def model_inputs(model: nn.Module, batch: TokenBatch) -> dict[str, Any]:
 def answer_logits(
     model: nn.Module, batch: TokenBatch, *, whole: bool = False
 ) -> tuple[Tensor, Tensor]:  # (n_answers, vocabulary or n_classes) in float32 or wider, (n_answers,)
+    """`own_answer_logits`, in float32 or wider: a softmax over a vocabulary in half precision is too coarse."""
+    logits, targets = own_answer_logits(model, batch, whole=whole)
+    return _wide(logits), targets
+
+
+def own_answer_logits(
+    model: nn.Module, batch: TokenBatch, *, whole: bool = False
+) -> tuple[Tensor, Tensor]:  # (n_answers, vocabulary or n_classes) in the model's own precision, (n_answers,)
     """Logits of every answer token and those tokens; of a classifier, of every class, and the class.
 
     Rows run through the batch sequence by sequence. The cross-entropy of the two is the loss of all three tasks: a
@@ -124,12 +152,11 @@ def answer_logits(
     elif not states:
         logits = logits[answered]
     elif logits.shape[:2] == states[0].shape[:2]:
-        logits = logits[0]
+        logits = logits.squeeze(0)  # of which the gradient is a view, while that of [0] is a copy
     else:
         logger.info("What follows the vocabulary projection needs the logits of all tokens; computing them in full.")
-        return answer_logits(model, batch, whole=True)
-    # The softmax over a vocabulary in half precision is too coarse to differentiate.
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[answered]
+        return own_answer_logits(model, batch, whole=True)
+    return logits, labels[answered]
 
 
 @torch.no_grad()
@@ -155,7 +182,7 @@ def logits_of_states(
     model: nn.Module,
     states: Tensor,  # (n, hidden_size)
     batch: TokenBatch,
-) -> Tensor | None:  # (n, vocabulary) in float32 or wider
+) -> Tensor | None:  # (n, vocabulary), in the model's own precision
     """The logits that follow from what the vocabulary projection reads. None if they do not come token by token.
 
     Args:
@@ -172,7 +199,11 @@ def logits_of_states(
         handle.remove()
     if logits.shape[:2] != (1, len(states)):
         return None
-    return logits[0].to(torch.promote_types(logits.dtype, torch.float32))
+    return logits[0]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def trace(
@@ -217,8 +248,7 @@ def trace(
         stack.enter_context(torch.enable_grad())
         head = _head(model)
         is_traced = any(target_module(model, name) is head for name in module_names)
-        logits, targets = answer_logits(model, batch, whole=is_traced)
-        loss = F.cross_entropy(logits, targets, reduction="sum")
+        loss = cross_entropy(*own_answer_logits(model, batch, whole=is_traced))
         missing = [name for name in module_names if name not in outputs]
         if missing:
             raise NumericalError(f"The forward pass never reached {', '.join(missing)}; it cannot be edited.")
@@ -257,23 +287,38 @@ def trace(
 
 
 @contextmanager
-def shifted(model: nn.Module, shifts: Mapping[str, Tensor]) -> Iterator[None]:
+def shifted(model: nn.Module, shifts: Mapping[str, Tensor | Factors]) -> Iterator[None]:
     """`model` with `x @ S` added to the outputs of each module: the edited model without touching a weight.
 
     Gradients flow to the shifts. Unlike a write into a half-precision weight, the addition does not round S away.
 
     Args:
         model: the base model.
-        shifts: {module name: S of shape (key_size, value_size)}.
+        shifts: {module name: S of shape (key_size, value_size), or its factors}.
     """
 
     def add(name: str, module_input: Tensor, output: Tensor) -> Tensor:
-        return output + module_input.to(output.device) @ shifts[name].to(output.device, module_input.dtype)
+        shift = shifts[name].to(output.device, module_input.dtype)
+        keys = module_input.to(output.device)
+        if isinstance(shift, Factors):
+            return output + (keys @ shift.left.T) @ shift.right
+        return output + keys @ shift
 
     with ExitStack() as stack:
         for name in shifts:
             stack.enter_context(_hooked(target_module(model, name), name, add))
         yield
+
+
+def as_read(model: nn.Module, shifts: Mapping[str, Tensor | Factors]) -> dict[str, Tensor | Factors]:
+    """Shifts where `shifted` wants them and in the precision that it wants, for several passes. Gradients flow."""
+    found: dict[str, Tensor | Factors] = {}
+    for name, shift in shifts.items():
+        weight = getattr(target_module(model, name), "weight", None)
+        if isinstance(weight, Tensor) and weight.is_floating_point() and weight.device.type != "meta":
+            shift = shift.to(weight.device, weight.dtype)
+        found[name] = shift
+    return found
 
 
 @contextmanager
@@ -362,11 +407,16 @@ def _attention(model: nn.Module, batch: TokenBatch) -> AbstractContextManager[No
 
     In half precision the backward pass of PyTorch's fused attention is up to five times slower there.
     """
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} & {torch.bfloat16, torch.float16}
-    short = batch.input_ids.shape[1] <= _UNFUSED_LENGTH
-    if short and dtypes and torch.is_grad_enabled() and input_device(model).type == "cpu":
+    is_short = batch.input_ids.shape[1] <= _UNFUSED_LENGTH
+    if is_short and torch.is_grad_enabled() and input_device(model).type == "cpu" and _is_half(model):
         return sdpa_kernel(SDPBackend.MATH)
     return nullcontext()
+
+
+def _is_half(model: nn.Module) -> bool:
+    """Whether the first weights of `model` are in half precision."""
+    parameter = next(model.parameters(), None)
+    return parameter is not None and parameter.dtype in (torch.bfloat16, torch.float16)
 
 
 class _EndOfPass(Exception):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -32,13 +31,15 @@ from .batches import TokenBatch, TokenSequence
 from .evaluation import n_measured
 from .facts import Fact, load_facts, require_fields
 from .features import FeatureCache, FeatureFolder, features_fingerprint
+from .least_squares import Solution
+from .losses import cross_entropy, kl_divergence
 from .model_card import EditorRun, write_editor_card
 from .modeling import DEFAULT_BATCH_SIZE, EditorModel
 from .networks import DEFAULT_EDITOR_BATCH_SIZE
 from .passes import FrozenPasses
 from .sharding import forget_sharding, place
 from .targets import plain_model
-from .tracing import Trace, answer_logits, frozen, input_device, pass_cost, shifted
+from .tracing import Factors, Trace, as_read, frozen, input_device, own_answer_logits, pass_cost, shifted
 
 _CARD_SETTINGS = (
     "gradient_accumulation_steps",
@@ -297,34 +298,32 @@ class EditorTrainer(Trainer):
             traces = self._trace(edits, before)
             self.editor.update_statistics(traces)
             solutions = self.editor.solve(traces, self.args.editor_batch_size)
-            dtype = torch.promote_types(self.base_model.dtype, torch.float32)
-            shifts = {
-                name: solution.shift.to(input_device(self.base_model), dtype) for name, solution in solutions.items()
-            }
-            # The loss has the same gradient with respect to the sum of all shifts as to the newest.
-            after = {
-                name: (before[name] + shift if before else shift).clone().requires_grad_(True)
-                for name, shift in shifts.items()
-            }
+            leaves, after = self._leaves(solutions, before)
+            # Of the modules' own precision, once for all passes. Gradients flow on to what they are of.
+            shown = (as_read(self.base_model, before), as_read(self.base_model, after))
             generalization = locality = 0.0
             for age, questions in enumerate(window):
                 weight = self.args.look_back_decay**age
-                losses = self._meta_loss(before, after, *questions, weight)
+                losses = self._meta_loss(*shown, *questions, weight)
                 generalization, locality = generalization + losses[0], locality + losses[1]
-        penalty = self.args.shift_penalty * sum(shift.square().sum().item() for shift in shifts.values())
         share = 1 / self.current_gradient_accumulation_steps
+        penalty = 0.0
         gradients = {}
-        for name, total in after.items():
-            gradients[name] = torch.zeros_like(total) if total.grad is None else share * total.grad
-            if distributed.is_main():  # it counts once
-                gradients[name] += share * 2 * self.args.shift_penalty * shifts[name]
+        for name, leaf in leaves.items():
+            gradients[name] = torch.zeros_like(leaf) if leaf.grad is None else share * leaf.grad
+            if self.args.shift_penalty:  # of a dense shift: see `_leaves`
+                shift = solutions[name].shift.to(leaf)
+                penalty += self.args.shift_penalty * shift.square().sum().item()
+                if distributed.is_main():  # it counts once
+                    gradients[name] += share * 2 * self.args.shift_penalty * shift
         self.editor.backward(traces, solutions, gradients, self.args.editor_batch_size)
         self.editor.preserve(traces)
-        self._sequence.n_sets += 1
-        self._sequence.shifts = {name: total.detach() for name, total in after.items()}
-        self._sequence.sets = window
-        if not self.args.is_sequential or self._sequence.n_sets >= self.current_gradient_accumulation_steps:
-            self._sequence = _Sequence()
+        if self.args.is_sequential:
+            self._sequence.n_sets += 1
+            self._sequence.shifts = {name: leaf.detach() for name, leaf in leaves.items()}
+            self._sequence.sets = window
+            if self._sequence.n_sets >= self.current_gradient_accumulation_steps:
+                self._sequence = _Sequence()
         self._losses.append((generalization, locality))
         loss = generalization + self.args.locality_weight * locality + penalty
         return torch.tensor(loss * share, device=self.args.device)
@@ -407,10 +406,40 @@ class EditorTrainer(Trainer):
                 unrelated.append(self.tokenize(fact.unrelated_prompt, fact.unrelated_answer))
         return rephrases, unrelated
 
+    def _leaves(
+        self, solutions: Mapping[str, Solution], before: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor | Factors]]:
+        """What the meta loss is differentiated with respect to, and the shifts of the edited model that follow from it.
+
+        The value differences D, where the passes read the factors of S = PᵀD, which for few facts is much the faster;
+        else S. Nor is the gradient of S wanted then: P ∂L/∂S = ∂L/∂D is what the adjoint of the solve would ask of it.
+        A sequence adds shifts up, and a penalty is of S: both take S itself.
+
+        Args:
+            solutions: the step's.
+            before: what is added to the weights before the edit, if anything is.
+        """
+        device = input_device(self.base_model)
+        dtype = torch.promote_types(self.base_model.dtype, torch.float32)
+        leaves: dict[str, Tensor] = {}
+        after: dict[str, Tensor | Factors] = {}
+        for name, solution in solutions.items():
+            factors = None if self.args.is_sequential or self.args.shift_penalty else solution.factors
+            if factors is not None:
+                left, right = (factor.to(device, dtype) for factor in factors)
+                leaves[name] = right.detach().requires_grad_(True)
+                after[name] = Factors(left, leaves[name])
+            else:
+                # The loss has the same gradient with respect to the sum of all shifts as to the newest.
+                shift = solution.shift.to(device, dtype)
+                leaves[name] = (before[name] + shift if before else shift.detach()).requires_grad_(True)
+                after[name] = leaves[name]
+        return leaves, after
+
     def _meta_loss(
         self,
-        before: Mapping[str, Tensor],
-        after: Mapping[str, Tensor],
+        before: Mapping[str, Tensor | Factors],
+        after: Mapping[str, Tensor | Factors],
         rephrases: Sequence[TokenSequence],
         unrelated: Sequence[TokenSequence],
         weight: float,
@@ -430,21 +459,20 @@ class EditorTrainer(Trainer):
         divergences: list[Tensor] = []
         for _, batch in self._batches(_own(rephrases)):
             with shifted(self.base_model, after), self.passes.answering(batch):
-                logits, targets = answer_logits(self.base_model, batch)
-                loss = weight * F.cross_entropy(logits, targets, reduction="sum") / _n_answer_tokens(rephrases)
+                surprise = cross_entropy(*own_answer_logits(self.base_model, batch))
+                loss = weight * surprise / _n_answer_tokens(rephrases)
                 loss.backward()
             losses.append(loss.detach())
         asked = _own(unrelated)
         for chosen, batch in self._batches(asked):
             if before:
                 with torch.no_grad(), shifted(self.base_model, before), self.passes.answering(batch):
-                    old = answer_logits(self.base_model, batch)[0].log_softmax(-1)
+                    old = own_answer_logits(self.base_model, batch)[0]
             else:
-                old = self.passes.log_probabilities([asked[i] for i in chosen])
+                old = self.passes.logits([asked[i] for i in chosen])
             with shifted(self.base_model, after), self.passes.answering(batch):
-                new = answer_logits(self.base_model, batch)[0].log_softmax(-1)
-                divergence = F.kl_div(new, old, reduction="sum", log_target=True) / _n_answer_tokens(unrelated)
-                divergence = weight * divergence
+                new = own_answer_logits(self.base_model, batch)[0]
+                divergence = weight * kl_divergence(new, old) / _n_answer_tokens(unrelated)
                 (self.args.locality_weight * divergence).backward()
             divergences.append(divergence.detach())
         totals = [sum(part.item() for part in parts) for parts in (losses, divergences)]

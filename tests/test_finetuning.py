@@ -177,7 +177,7 @@ def test_model_is_as_found(
         def fail(*_: Any, **__: Any) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr("hf_malmen.finetuning.F.cross_entropy", fail)
+        patch.setattr("hf_malmen.finetuning.cross_entropy", fail)
         with pytest.raises(KeyboardInterrupt):
             editor.make_edit(model, facts, tokenizer)
     assert state() == before
