@@ -89,10 +89,12 @@ def step_flops(s: Sizes) -> dict[str, float]:
 
     Blocks below the edited ones run once a sequence, three in all. Those above run forward four times and backward
     three, the vocabulary likewise; the hyper-network runs forward twice and backward once; weight shifts take part in
-    three shifted passes, of which two are differentiated with respect to S.
+    two passes that are differentiated with respect to S, or, where its factors are smaller, to the second of them.
     """
     model = 2 * s.facts * (s.tokens * (3 * s.weights + 4 * s.top) + 7 * s.rows * s.vocabulary)
-    shifts = 2 * 3 * 2 * s.layers * s.facts * s.tokens * s.key_size * s.value_size
+    k, v, n = s.key_size, s.value_size, s.n_solved
+    each = 4 * n * (2 * k + 3 * v) if n * (k + v) < k * v else 12 * k * v
+    shifts = each * s.layers * s.facts * s.tokens
     return {"model": model + shifts, "editor": 4 * apply_flops(s)["editor"]}
 
 

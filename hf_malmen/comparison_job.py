@@ -159,7 +159,7 @@ def run_cell(base: Base, comparison: Comparison, job: Job) -> dict[str, Any]:
     loaded = base.peak_memory()
     began = time.perf_counter()
     turns = {"facts_per_turn": amount.facts_per_turn, "accumulate": job.settings.get("accumulate", False)}
-    edit = editor.apply(base.model, test, base.tokenizer, **turns)
+    edit = editor.apply(base.model, test, base.tokenizer, batch_size=comparison.evaluation.batch_size, **turns)
     _wait(base.device)
     seconds, peak = time.perf_counter() - began, base.peak_memory()
     edit.undo()

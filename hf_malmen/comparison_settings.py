@@ -23,7 +23,7 @@ class EvaluationSettings:
         max_facts: edited facts that are scored teacher-forced, at most.
         max_generated: of these, facts that are scored by free generation too, at most; 0: none.
         rephrases_per_fact: rephrases of each fact that are asked, at most.
-        batch_size: sequences a pass. Does not change the result.
+        batch_size: sequences a pass, of edits too. Does not change the result.
     """
 
     max_facts: int = 1024

@@ -24,9 +24,10 @@ from .configuration import EditorConfig
 from .errors import ModelMismatchError
 from .facts import Fact, require_fields
 from .least_squares import RidgeLeastSquares
+from .losses import cross_entropy
 from .shifts import Shift, add, materialise
 from .targets import last_block, target_module
-from .tracing import answer_logits, input_device, read_keys, run_until, shifted, steered
+from .tracing import input_device, own_answer_logits, read_keys, run_until, shifted, steered
 from .trunk import started_behind
 
 # What a model is asked about a subject beside the fact, and should go on answering alike: what kind of thing it is.
@@ -187,15 +188,15 @@ def _find_moves_of_batch(
     if config.kl_weight:  # without it these passes, a third or more of all, have no part in the result
         describe = _steered_answers(model, tokenize, essences, block)
         with torch.no_grad():
-            before = describe(moves)[0].log_softmax(-1)
+            before = _log_probabilities(describe(moves)[0])
     for step in range(config.n_steps):
         optimizer.zero_grad()
         for chosen in range(step * n_chosen, (step + 1) * n_chosen):
             logits, targets = answers[chosen % len(texts)](unit * moves)
-            (F.cross_entropy(logits, targets, reduction="sum") / n_chosen).backward()
+            (cross_entropy(logits, targets) / n_chosen).backward()
         loss = config.target_decay * moves.square().mean(dim=1).sum()
         if before is not None:
-            after = describe(unit * moves)[0].log_softmax(-1)
+            after = _log_probabilities(describe(unit * moves)[0])
             loss = loss + config.kl_weight * F.kl_div(
                 before, after, log_target=True, reduction="sum"
             )  # after || before
@@ -231,9 +232,13 @@ def _steered_answers(
             started_behind(model, block, reached),
             steered(target_module(model, block), torch.arange(len(lookups)), positions, moves),
         ):
-            return answer_logits(model, batch)
+            return own_answer_logits(model, batch)
 
     return answers
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 def read_lookups(

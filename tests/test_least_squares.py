@@ -93,6 +93,25 @@ def test_dual_and_primal_agree(n: int) -> None:
     assert float(from_dual.ridge_gradient) == pytest.approx(float(from_primal.ridge_gradient), rel=1e-9)
 
 
+@pytest.mark.parametrize("n", [1, 2, 4, 5])
+def test_factors_of_few_rows(n: int) -> None:
+    """S = PᵀD while P and D are smaller than S, and ∂L/∂D = P ∂L/∂S is all that the adjoint asks for."""
+    keys, differences = rows(n)
+    solution = solve(keys, differences, 0.3).solve(0.3)
+    if n * (KEY_SIZE + VALUE_SIZE) >= KEY_SIZE * VALUE_SIZE:
+        assert solution.factors is None
+        return
+    assert solution.factors is not None
+    left, right = solution.factors
+    assert relative_error(left.T @ right, augmented(keys, differences, 0.3)) < 1e-10
+    gradient = torch.randn(KEY_SIZE, VALUE_SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    of_rows, of_shift = solution.adjoint(left @ gradient), solution.adjoint(gradient)
+    assert relative_error(pulled_rows(of_rows, keys), pulled_rows(of_shift, keys)) < 1e-10
+    assert of_rows.ridge_gradient is not None
+    assert of_shift.ridge_gradient is not None
+    assert float(of_rows.ridge_gradient) == pytest.approx(float(of_shift.ridge_gradient), rel=1e-9)
+
+
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(sizes=st.lists(st.integers(1, 2 * KEY_SIZE), min_size=1, max_size=8), seed=st.integers(0, 1000))
 def test_grouping_and_order_of_rows_do_not_matter(sizes: list[int], seed: int) -> None:

@@ -17,6 +17,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_malmen import EditorModel, EditorTrainer, Fact
+from hf_malmen.least_squares import DualSolution
 
 from .zoo import KINDS, Given, Kind
 
@@ -229,6 +230,39 @@ def test_gradient_equals_end_to_end_autograd(
             torch.testing.assert_close(gradients_of(editor)[name], wanted[name], rtol=1e-8, atol=0)
     missing = {name for name, gradient in expected.gradients.items() if gradient is None}
     assert missing == {name for name in expected.gradients if "log_ridge" in name and config.get("method") == "mend"}
+
+
+@pytest.mark.parametrize("preserved", [0, 9])
+def test_passes_of_few_facts_read_the_factors_of_a_shift(
+    preserved: int,
+    make_llama: Callable[..., PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+    make_long_facts: Callable[..., list[Fact]],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By its factors or as a whole, a shift has the same loss and the same gradient of every parameter."""
+    seen: list[bool] = []
+    factors = DualSolution.factors.fget
+    losses, gradients = [], []
+    for is_factored in (True, False):
+        model, facts = make_llama(torch.float64), make_long_facts(2)
+        editor = make_editor(model, layers_to_transform=BLOCKS, n_preserved_keys=preserved, preservation=5.0)
+        trainer = make_trainer(editor, model, facts, locality_weight=LOCALITY_WEIGHT)
+
+        def given(solution: DualSolution, is_factored: bool = is_factored) -> tuple[Tensor, Tensor] | None:
+            found: tuple[Tensor, Tensor] | None = factors(solution)  # type: ignore[misc] # a property
+            seen.append(found is not None)
+            return found if is_factored else None
+
+        monkeypatch.setattr(DualSolution, "factors", property(given))
+        losses.append(step(trainer, facts))
+        gradients.append(gradients_of(editor))
+    assert seen
+    assert all(seen)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert_same(*gradients, 1e-9)
 
 
 @pytest.mark.parametrize("preserved", [0, 9])
