@@ -23,6 +23,7 @@ from transformers.utils import logging
 import hf_malmen
 from hf_malmen import EditorModel, EditorTrainer, EditorTrainingArguments
 from hf_malmen.least_squares import RidgeLeastSquares, state_bytes
+from hf_malmen.networks import DEFAULT_EDITOR_BATCH_SIZE
 from hf_malmen.tables import table
 from hf_malmen.tracing import pass_cost
 
@@ -88,14 +89,16 @@ def step_flops(s: Sizes) -> dict[str, float]:
     """Operations of a training step on facts not seen before, with a rephrase and an unrelated prompt a fact.
 
     Blocks below the edited ones run once a sequence, three in all. Those above run forward four times and backward
-    three, the vocabulary likewise; the hyper-network runs forward twice and backward once; weight shifts take part in
-    two passes that are differentiated with respect to S, or, where its factors are smaller, to the second of them.
+    three, the vocabulary likewise; the hyper-network runs forward twice, or once where all rows of all layers fit one
+    pass, and backward once; weight shifts take part in two passes that are differentiated with respect to S, or, where
+    its factors are smaller, to the second of them.
     """
     model = 2 * s.facts * (s.tokens * (3 * s.weights + 4 * s.top) + 7 * s.rows * s.vocabulary)
     k, v, n = s.key_size, s.value_size, s.n_solved
     each = 4 * n * (2 * k + 3 * v) if n * (k + v) < k * v else 12 * k * v
     shifts = each * s.layers * s.facts * s.tokens
-    return {"model": model + shifts, "editor": 4 * apply_flops(s)["editor"]}
+    is_remembered = s.layers * s.facts * s.rows <= DEFAULT_EDITOR_BATCH_SIZE
+    return {"model": model + shifts, "editor": (3 if is_remembered else 4) * apply_flops(s)["editor"]}
 
 
 def sizes_of(model: Any, editor: EditorModel, facts: int, tokens: float, rows: float) -> Sizes:

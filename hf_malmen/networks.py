@@ -19,6 +19,9 @@ from .least_squares import Adjoint, RidgeLeastSquares, RowSum, Solution, aggrega
 from .tracing import Trace, trace
 
 DEFAULT_EDITOR_BATCH_SIZE = 1024
+# Names of m layers that share a network, which of their rows comes first, and what they aggregate for n rows of each:
+# (m, n, key_size), (m, n, value_size).
+RowPass = tuple[list[str], int, tuple[Tensor, Tensor]]
 # Seconds of solving after which a bar says how far it is.
 _BAR_DELAY = 2.0
 
@@ -156,7 +159,7 @@ class EditorNetworks(PreTrainedModel):
         traced: Mapping[str, Trace],
         editor_batch_size: int,
         normalisers: Mapping[str, Normaliser] | None = None,
-    ) -> Iterator[tuple[list[str], int, tuple[Tensor, Tensor]]]:
+    ) -> Iterator[RowPass]:
         """`forward` of all rows of a trace, `editor_batch_size` of them at a time.
 
         Layers that share a network go through it together where their rows are few: its weights are read once for all.
@@ -167,8 +170,7 @@ class EditorNetworks(PreTrainedModel):
             normalisers: by the shape of their layers, in place of the editor's own.
 
         Yields:
-            The names of m layers, which of their rows comes first, and the two parts of what `forward` gives for n rows
-            of each: (m, n, key_size), (m, n, value_size). A layer's rows come one after the other.
+            The passes; a layer's rows come one after the other.
         """
         for group in self._groups(traced, editor_batch_size):
             network, _ = self.network(group[0])
@@ -214,11 +216,25 @@ class EditorNetworks(PreTrainedModel):
                 traced = trace(model, batch, names or self.module_names, self.config.traced_tokens)
             yield traced
 
+    @torch.enable_grad()
+    def row_passes(
+        self, traces: Sequence[Mapping[str, Trace]], editor_batch_size: int = DEFAULT_EDITOR_BATCH_SIZE
+    ) -> list[RowPass] | None:
+        """What `solve` and `backward` both need, with its graph, where all rows of all layers fit one pass; else None.
+
+        Args:
+            traces, editor_batch_size: as for both.
+        """
+        if len(traces) != 1 or sum(len(entry.keys) for entry in traces[0].values()) > editor_batch_size:
+            return None
+        return list(self._rows(traces[0], editor_batch_size))
+
     def solve(
         self,
         traces: Iterable[Mapping[str, Trace]],
         editor_batch_size: int = DEFAULT_EDITOR_BATCH_SIZE,
         statistics: Mapping[str, RunningStatistics] | None = None,
+        passes: Sequence[RowPass] | None = None,
     ) -> dict[str, Solution]:
         """Weight shifts of all target modules from the traces of all facts (paper section 4.1).
 
@@ -228,11 +244,12 @@ class EditorNetworks(PreTrainedModel):
             traces: one mapping a language-model batch; consumed one at a time. A process may have none.
             editor_batch_size: tokens a pass of the hyper-network. Does not change the result.
             statistics: by the shape of their layers, in place of the editor's own; see `statistics_after`.
+            passes: of these traces, from `row_passes`, in place of running the hyper-network.
 
         Raises:
             NumericalError: a solve fails or is not finite; names the module.
         """
-        return dict(self.solutions(traces, editor_batch_size, statistics))
+        return dict(self.solutions(traces, editor_batch_size, statistics, passes=passes))
 
     @torch.no_grad()
     def solutions(
@@ -242,11 +259,12 @@ class EditorNetworks(PreTrainedModel):
         statistics: Mapping[str, RunningStatistics] | None = None,
         names: Sequence[str] | None = None,
         n_rows: int = 0,
+        passes: Sequence[RowPass] | None = None,
     ) -> Iterator[tuple[str, Solution]]:
         """`solve`, one module after the other: what a solution holds is free again when the next one is asked for.
 
         Args:
-            traces, editor_batch_size, statistics: as for `solve`.
+            traces, editor_batch_size, statistics, passes: as for `solve`.
             names: which modules; None: all.
             n_rows: how many rows of facts a module is about to get, if that is known. Memory depends on it, not the
                 result.
@@ -260,9 +278,9 @@ class EditorNetworks(PreTrainedModel):
         normalisers = {shape: own.normaliser() for shape, own in (statistics or self.statistics).items()}
         with distributed.together():
             for traced in traces:
-                for group, _, rows in self._rows(traced, editor_batch_size, normalisers):
-                    for name, *own in zip(group, *rows, strict=True):
-                        aggregators[name].add(*own)
+                for group, _, rows in passes or self._rows(traced, editor_batch_size, normalisers):
+                    for name, left, differences in zip(group, *rows, strict=True):
+                        aggregators[name].add(left.detach(), differences.detach())
         # Shown only where it takes a while: each training step solves too.
         for name in logging.tqdm(names, desc="Solving", unit=" layers", leave=False, delay=_BAR_DELAY):
             own_rows = aggregators.pop(name)
@@ -383,18 +401,21 @@ class EditorNetworks(PreTrainedModel):
         solutions: Mapping[str, Solution],
         shift_gradients: Mapping[str, Tensor],
         editor_batch_size: int = DEFAULT_EDITOR_BATCH_SIZE,
+        passes: Sequence[RowPass] | None = None,
     ) -> None:
         """Turn ∂L/∂S of every module into gradients of the editor's parameters, added to those that are there.
 
-        The hyper-network runs again, `editor_batch_size` tokens at a time, with the adjoint of the solve as the
+        The hyper-network is replayed, `editor_batch_size` tokens at a time, with the adjoint of the solve as the
         gradient of its rows (paper section 4.3). Several processes call it together: each replays its own rows, and all
         get the gradients of the sum of their losses.
 
         Args:
             traces: what `solve` was given.
             solutions: what `solve` returned.
-            shift_gradients: {module name: ∂L/∂S of shape (key_size, value_size)}, the same modules on every process;
-                of several processes, that of each one's own part of the loss.
+            shift_gradients: {module name: ∂L/∂S of shape (key_size, value_size), or ∂L/∂D of `Solution.factors`}, the
+                same modules on every process; of several processes, that of each one's own part of the loss.
+            editor_batch_size: tokens a pass of the hyper-network. Does not change the result.
+            passes: what `solve` was given; used up. None: the hyper-network runs again.
         """
         with distributed.gradients_added_up(self.parameters()):
             pooled = {name: distributed.add_up(gradient) for name, gradient in shift_gradients.items()}
@@ -414,7 +435,7 @@ class EditorNetworks(PreTrainedModel):
                 )
                 for name in (pooled if traces else ())
             }
-            for group, start, rows in self._rows(joined, editor_batch_size):
+            for group, start, rows in passes or self._rows(joined, editor_batch_size):
                 if start == 0:
                     adjoints.clear()  # those of the layers before
                     for name in group:

@@ -297,7 +297,8 @@ class EditorTrainer(Trainer):
             self.passes.begin_step(edits, *(_joined(window, part) for part in (0, 1)))
             traces = self._trace(edits, before)
             self.editor.update_statistics(traces)
-            solutions = self.editor.solve(traces, self.args.editor_batch_size)
+            passes = self.editor.row_passes(traces, self.args.editor_batch_size)
+            solutions = self.editor.solve(traces, self.args.editor_batch_size, passes=passes)
             leaves, after = self._leaves(solutions, before)
             # Of the modules' own precision, once for all passes. Gradients flow on to what they are of.
             shown = (as_read(self.base_model, before), as_read(self.base_model, after))
@@ -316,7 +317,7 @@ class EditorTrainer(Trainer):
                 penalty += self.args.shift_penalty * shift.square().sum().item()
                 if distributed.is_main():  # it counts once
                     gradients[name] += share * 2 * self.args.shift_penalty * shift
-        self.editor.backward(traces, solutions, gradients, self.args.editor_batch_size)
+        self.editor.backward(traces, solutions, gradients, self.args.editor_batch_size, passes)
         self.editor.preserve(traces)
         if self.args.is_sequential:
             self._sequence.n_sets += 1
