@@ -113,11 +113,11 @@ METHODS: dict[str, Method] = {
             "rank": 0,
             "n_blocks": 0,
             "ridge": 1e-2,
-            "preservation": 1e3,
+            "preservation": 2e3,
             "n_steps": 10,
-            "n_passes": 1,
+            "n_passes": 2,
             "edit_lr": 0.5,
-            "clamp_factor": 0.75,
+            "clamp_factor": 0.5,
             "kl_weight": 0.0625,
             "target_decay": 0.1,
         },
@@ -181,7 +181,7 @@ class EditorConfig(PreTrainedConfig):
         preservation: initial κ, the weight of that request, learned per layer: the least squares minimises
             ‖U S − D‖² + λ ‖S‖² + (κ / n_preserved_keys) ‖K₀ S‖². With a key covariance C (see
             `EditorModel.collect_covariance`) the weight of κ tr(Sᵀ C S), which is the same with all keys collected as
-            K₀. None takes the method's own: 100; with `"memit"` 1000, with `"ft"` 1.
+            K₀. None takes the method's own: 100; with `"memit"` 2000, with `"ft"` 1.
         token_selection: traced tokens, `"answer"`, `"all"` or `"subject"`; `None` takes the method's own. `"answer"`
             is, for a causal language model, the tokens that predict a target token; for an encoder-decoder, all tokens
             of the side that a layer sits in; for a classifier, the token that its head reads. `"subject"` is the last
@@ -193,8 +193,9 @@ class EditorConfig(PreTrainedConfig):
         n_steps: how often the loss of each fact is differentiated, of methods that descend on it: steps to its target
             (`"memit"`: 10), passes over all facts (`"ft"`: 10).
         n_passes: `"memit"`: how often targets are sought and written, each time in the model as the passes before have
-            left it (1). A second one mends what many facts spoil of each other, for as much time again.
-        clamp_factor: `"memit"`: a target is at most so many times the hidden state's length away from it (0.75).
+            left it (2). A second one mends what many facts spoil of each other, for as much time again.
+        clamp_factor: `"memit"`: a target is at most so many times the hidden state's length away from it (0.5, for two
+            passes; 0.75 does more in one).
         kl_weight: `"memit"`: of the divergence between what follows "{subject} is a" before and after (0.0625).
         target_decay: `"memit"`: of the squared length of the way to the target, relative to the hidden state's (0.1).
         context_prefixes: `"memit"`: texts that each prompt is also asked behind while its target is sought, such as

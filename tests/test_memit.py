@@ -57,7 +57,7 @@ def build(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, covariance: bool = True, **config: Any
 ) -> EditorModel:
     """An editor for two blocks in the middle."""
-    settings = {"layers_to_transform": LAYERS, "n_steps": 4, "preservation": 3.0} | config
+    settings = {"layers_to_transform": LAYERS, "n_steps": 4, "n_passes": 1, "preservation": 3.0} | config
     editor = EditorModel.from_base(model, EditorConfig(method="memit", **settings)).to(model.dtype)
     if covariance:
         editor.collect_covariance(model, TEXTS, tokenizer)
