@@ -1,13 +1,15 @@
 """python benchmarks/cost.py
 
 The formulas of docs/cost.md beside what is measured on SmolLM2-135M: operations of `make_edit` and of a training step
-beside PyTorch's own count, seconds of the least squares at the speeds of float64 products and factorisations, and its
+beside PyTorch's own count, seconds of the least squares at the speeds of a float64 product and of another solve, and its
 memory. Then what the formulas say of a million facts on a 70B model. The aim is a ratio of predicted to measured
 between 0.8 and 1.25.
 """
 
 import argparse
 import dataclasses
+import math
+import statistics
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from transformers.utils import logging
 
 import hf_malmen
 from hf_malmen import EditorModel, EditorTrainer, EditorTrainingArguments
+from hf_malmen.hypernetwork import HyperNetwork
 from hf_malmen.least_squares import RidgeLeastSquares, state_bytes
 from hf_malmen.networks import DEFAULT_EDITOR_BATCH_SIZE
 from hf_malmen.tables import table
@@ -74,9 +77,10 @@ def apply_flops(s: Sizes) -> dict[str, float]:
 
 
 def fold_flops(s: Sizes) -> float:
-    """UᵀU, of which half is computed, and UᵀD; or UUᵀ where rows are fewer than key features."""
+    """UᵀU, in strips of which each begins at the diagonal, and UᵀD; or UUᵀ where rows are fewer than key features."""
     k, v, n = s.key_size, s.value_size, s.n_solved
-    return s.layers * (n * (k**2 + 2 * k * v) if n > k else 2 * n**2 * k)
+    strips = math.ceil(k / max(512, k // 8))
+    return s.layers * (n * (k**2 * (1 + 1 / strips) + 2 * k * v) if n > k else 2 * n**2 * k)
 
 
 def solve_flops(s: Sizes) -> float:
@@ -123,12 +127,12 @@ def sizes_of(model: Any, editor: EditorModel, facts: int, tokens: float, rows: f
     )
 
 
-def counted(model: Any, editor: EditorModel, function: Any) -> float:
+def counted(model: Any, function: Any) -> float:
     """GFLOP of a call in the base model and the hyper-networks, both ways, as PyTorch counts matrix products."""
     with FlopCounterMode(display=False) as counter:
         function()
     counts = counter.get_flop_counts()
-    return sum(sum(counts[type(module).__name__].values()) for module in (model, editor)) / 1e9
+    return sum(sum(counts[kind.__name__].values()) for kind in (type(model), HyperNetwork)) / 1e9
 
 
 def compare(folder: Path, n_facts: int) -> list[list[Any]]:
@@ -143,7 +147,7 @@ def compare(folder: Path, n_facts: int) -> list[list[Any]]:
 
     s = sizes_of(model, editor, n_facts, tokens(None), sum(len(edit.target_ids) for edit in edits) / n_facts)
     options = {"batch_size": BATCH}
-    measured = counted(model, editor, lambda: editor.make_edit(model, facts[:n_facts], tokenizer, **options))
+    measured = counted(model, lambda: editor.make_edit(model, facts[:n_facts], tokenizer, **options))
     predicted = apply_flops(s)
     found = [["apply: GFLOP of model and editor", (predicted["model"] + predicted["editor"]) / 1e9, measured]]
     with tempfile.TemporaryDirectory() as work:
@@ -152,37 +156,38 @@ def compare(folder: Path, n_facts: int) -> list[list[Any]]:
         )
         trainer = EditorTrainer(editor, model, arguments, facts, None, tokenizer)
         trainer.current_gradient_accumulation_steps = 1
-        measured = counted(model, editor, lambda: trainer.training_step(editor, {"facts": facts[:n_facts]}))
+        measured = counted(model, lambda: trainer.training_step(editor, {"facts": facts[:n_facts]}))
     predicted = step_flops(dataclasses.replace(s, tokens=tokens(pass_cost(model))))
     found.append(["step: GFLOP of model and editor", sum(predicted.values()) / 1e9, measured])
     return found + compare_solve(s.key_size, s.value_size)
 
 
 def compare_solve(key_size: int, value_size: int) -> list[list[Any]]:
-    """Seconds of the least squares at the speeds of float64 products and factorisations of another size, and memory."""
+    """Seconds of the least squares at the speeds of a float64 product and of a solve of another size, and memory."""
     size, n_rows = 2048, 8192
     square = torch.randn(size, size, dtype=torch.float64)
-    positive = square @ square.T + size * torch.eye(size, dtype=torch.float64)
-    right = torch.randn(size, value_size, dtype=torch.float64)
-    s = Sizes(0, 0, 0, 1, key_size, value_size, 0, 0, n_rows, 1, 1)
-    parts = [(torch.randn(1024, key_size), torch.randn(1024, value_size)) for _ in range(n_rows // 1024)]
-    rows = RidgeLeastSquares("layer", n_rows)
 
-    def fold() -> None:
-        for part in parts:
-            rows.add(*part)
+    def sizes(key_size: int) -> Sizes:
+        return Sizes(0, 0, 0, 1, key_size, value_size, 0, 0, n_rows, 0, 1)
 
-    def multiply() -> float:
-        return seconds(lambda: square @ square, 3)
+    def fold_and_solve(key_size: int) -> tuple[float, float]:
+        """Seconds of both, medians of some."""
+        parts = [(torch.randn(1024, key_size), torch.randn(1024, value_size)) for _ in range(n_rows // 1024)]
+        folding, solving = [], []
+        for _ in range(5):
+            rows = RidgeLeastSquares("layer", n_rows)
+            folding.append(seconds(lambda rows=rows: [rows.add(*part) for part in parts]))
+            solving.append(seconds(lambda rows=rows: rows.solve(1.0, in_place=True)))
+        return statistics.median(folding), statistics.median(solving)
 
-    def factorise() -> float:
-        return seconds(lambda: torch.cholesky_solve(right, torch.linalg.cholesky(positive)), 3)
+    def calibrate() -> tuple[float, float]:
+        return seconds(lambda: square @ square, 5), fold_and_solve(size)[1]
 
     # Before and after, as the speed of these machines changes by the minute.
-    before = multiply(), factorise()
-    folding, solving = seconds(fold), seconds(lambda: rows.solve(1.0, in_place=True))
-    multiplying, factorising = (sum(both) / 2 for both in zip(before, (multiply(), factorise()), strict=True))
-    calibration = Sizes(0, 0, 0, 1, size, value_size, 0, 0, size + 1, 1)
+    before = calibrate()
+    folding, solving = fold_and_solve(key_size)
+    multiplying, calibrating = (sum(both) / 2 for both in zip(before, calibrate(), strict=True))
+    s = sizes(key_size)
     found = [
         [
             f"fold {n_rows} rows into {key_size}²: seconds",
@@ -191,10 +196,11 @@ def compare_solve(key_size: int, value_size: int) -> list[list[Any]]:
         ],
         [
             f"solve {key_size} x {value_size}: seconds",
-            solve_flops(s) / solve_flops(calibration) * factorising,
+            solve_flops(s) / solve_flops(sizes(size)) * calibrating,
             solving,
         ],
     ]
+    parts = [(torch.randn(1024, key_size), torch.randn(1024, value_size)) for _ in range(n_rows // 1024)]
     rows = RidgeLeastSquares("layer", n_rows)
     with torch.profiler.profile(profile_memory=True) as profiler:
         for keys, differences in parts:
