@@ -106,6 +106,7 @@ METHODS: dict[str, Method] = {
         "Meng et al., ICLR 2023, arXiv 2210.07229",
         is_trained=False,
         maker="memit",
+        statistics="following",
         key_covariance="required",
         blocks="early",
         task_types=("CAUSAL_LM",),
@@ -189,7 +190,9 @@ class EditorConfig(PreTrainedConfig):
             there, in early and middle layers, whatever wording follows.
         statistics: `None` takes the method's own. `"frozen"`: an edit is standardised by the statistics that training
             or `EditorModel.warm_up` left. `"following"`: an edit's own rows are merged into a copy of them first, and
-            the copy goes on to the next turn of `facts_per_turn`. Either way an edit never changes the editor.
+            the copy goes on to the next turn of `facts_per_turn`. Either way an edit never changes the editor. With
+            `"memit"`, `"following"`: an edit is also asked to change nothing at the keys of the facts that edits before
+            it have written, so that turns do not undo each other.
         n_steps: how often the loss of each fact is differentiated, of methods that descend on it: steps to its target
             (`"memit"`: 10), passes over all facts (`"ft"`: 10).
         n_passes: `"memit"`: how often targets are sought and written, each time in the model as the passes before have

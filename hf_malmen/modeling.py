@@ -25,10 +25,10 @@ from .errors import CheckpointError, ModelMismatchError, UntrainedEditorWarning
 from .evaluation import Evaluation, measure_edit
 from .facts import Fact, FactStream, load_facts
 from .hub import cached_commit, push_folder
-from .makers import MAKERS, EditRequest
+from .makers import MAKERS, EditRequest, statistics_like
 from .memory import parse_memory
 from .model_card import HUB_RESULTS_FILE, N_FACTS_SHOWN, PLOT_FILE, RESULTS_FILE, EditorRun, write_editor_card
-from .networks import DEFAULT_EDITOR_BATCH_SIZE, EditorNetworks, pack_statistics
+from .networks import DEFAULT_EDITOR_BATCH_SIZE, EditorNetworks
 from .records import CARD_FILE
 from .sequential import fingerprint_before_edits, make_next_edit, statistics_in_force
 from .sharding import place
@@ -190,7 +190,7 @@ class EditorModel(EditorNetworks):
         model = base_of(model)
         self.check_ready(model)
         if statistics is None and self.config.follows_edits:
-            statistics = statistics_in_force(model, pack_statistics(self.statistics))
+            statistics = statistics_in_force(model, statistics_like(self))
         reader = FactReader(source, self.tokenizer_for(model, tokenizer), N_FACTS_SHOWN)
         request = EditRequest(model, reader, batch_size, editor_batch_size, statistics, limit)
         with frozen(model), self.beside(input_device(model)):

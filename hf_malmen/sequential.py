@@ -107,11 +107,18 @@ def statistics_in_force(model: nn.Module, like: Mapping[str, Tensor]) -> dict[st
 
     Args:
         model: the live model.
-        like: the editor's own: those of other names or shapes are of another kind, and do not count.
+        like: as the editor's own: those of other names or shapes are of another kind, and do not count. A first
+            dimension of 0 fits any number of rows.
     """
-    wanted = {name: tensor.shape for name, tensor in like.items()}
+
+    def fits(statistics: Mapping[str, Tensor]) -> bool:
+        return statistics.keys() == like.keys() and all(
+            tensor.shape[1:] == like[name].shape[1:] and like[name].shape[:1] in (tensor.shape[:1], (0,))
+            for name, tensor in statistics.items()
+        )
+
     for edit in reversed(edits_in_force(model)):
-        if {name: tensor.shape for name, tensor in edit.state.statistics.items()} == wanted:
+        if fits(edit.state.statistics):
             return edit.state.statistics
     return {}
 

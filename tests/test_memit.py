@@ -26,7 +26,7 @@ from hf_malmen import (
     NumericalError,
 )
 from hf_malmen.batches import Tokenizer
-from hf_malmen.memit import find_moves, read_lookups, tokenize_facts
+from hf_malmen.memit import find_moves, keys_beside, read_lookups, tokenize_facts
 from hf_malmen.targets import find_targets
 from hf_malmen.tracing import frozen
 
@@ -245,9 +245,11 @@ def reference_shifts(
     editor: EditorModel,
     moves: Tensor,
     kind: str,
+    written: dict[str, Tensor] | None = None,
+    covariance_of: PreTrainedModel | None = None,
 ) -> dict[str, Tensor]:
     """Layer by layer on a copy whose weights are written, with a dense solve of the normal equations."""
-    model = deepcopy(model)
+    unedited, model = covariance_of or model, deepcopy(model)
     block, contexts = BLOCKS[kind].format(LAYERS[-1]), ("", *(editor.config.context_prefixes or ()))
 
     @torch.no_grad()
@@ -268,7 +270,7 @@ def reference_shifts(
         for text in TEXTS:
             if ids := tokenizer(text)["input_ids"]:
                 with torch.no_grad():
-                    rows.append(inputs_and_outputs(model, ids, name, block)[0])
+                    rows.append(inputs_and_outputs(unedited, ids, name, block)[0])
         stacked = torch.cat(rows)
         second_moments[name] = stacked.T @ stacked / len(stacked)
     goals = [look(fact, names[0])[1] + move for fact, move in zip(facts, moves, strict=True)]
@@ -280,6 +282,8 @@ def reference_shifts(
         residuals /= len(names) - i
         penalty = editor.config.preservation * second_moments[name]
         penalty += editor.config.ridge * torch.eye(keys.shape[1], dtype=keys.dtype)
+        for row in (written or {}).get(name, []):
+            penalty += torch.outer(row, row)
         shifts[name] = torch.linalg.solve(keys.T @ keys + penalty, keys.T @ residuals)
         weight = model.get_submodule(name).weight
         weight.data += shifts[name] if kind == "gpt2" else shifts[name].T
@@ -371,6 +375,88 @@ def test_edits_take_in_every_kind_of_block(kind: str, tokenizer: PreTrainedToken
     editor.collect_covariance(model, TEXTS, tokenizer)
     scores = editor.evaluate(model, AT_SUBJECT, tokenizer)
     assert scores["edit_success"] > 0.9 > 0.5 > scores["edit_success_before"]
+
+
+# Keys of facts written before
+
+
+def test_keys_written_before_are_left_where_they_are(
+    case: tuple[str, PreTrainedModel], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The second edit's S is the textbook solution with the first one's keys, as they are in the edited model, added to
+    the penalty, and moves them less than one that does not follow them."""
+    kind, model = case
+    unedited = deepcopy(model)
+    editor = build(model, tokenizer, fingerprint_policy="ignore", **FAR)
+    frozen_editor = build(model, tokenizer, statistics="frozen", **FAR)
+    first = editor.apply(model, AT_SUBJECT[:3], tokenizer)
+    block = BLOCKS[kind].format(LAYERS[-1])
+    written = {}
+    for name in editor.module_names:
+        with torch.no_grad():
+            looked = [
+                inputs_and_outputs(model, tokenizer(fact.prompt)["input_ids"], name, block)[0][-1]
+                for fact in AT_SUBJECT[:3]
+            ]
+        written[name] = torch.stack(looked)
+        torch.testing.assert_close(first.statistics[f"{name}.written_keys"], written[name], rtol=1e-6, atol=1e-8)
+    moves = moves_of(model, tokenizer, editor, AT_SUBJECT[3:])
+    expected = reference_shifts(model, tokenizer, AT_SUBJECT[3:], editor, moves, kind, written, unedited)
+    found = editor.make_edit(model, AT_SUBJECT[3:], tokenizer).shifts
+    forgetful = frozen_editor.make_edit(model, AT_SUBJECT[3:], tokenizer)
+    assert forgetful.statistics == {}
+    for name, shift in expected.items():
+        assert float((found[name] - shift).norm()) <= 1e-5 * float(shift.norm())
+        assert (written[name] @ shift).norm() < 0.7 * (written[name] @ forgetful.shifts[name].double()).norm()
+
+
+def test_keys_near_a_new_one_give_way() -> None:
+    """In proportion to the new one's length."""
+    rows = torch.tensor([[1.0, 0, 0], [0, 2, 0], [0, 0, 3], [0, 1, 1]])
+    new = torch.tensor([[0.0, 2.5, 0], [0, 0, -3]])  # 0.5 away from the second row, which is less than 0.3 of 2.5
+    assert torch.equal(keys_beside(rows, new), rows[[0, 2, 3]])
+    assert torch.equal(keys_beside(rows, torch.tensor([[50.0, -50, 0]])), rows)
+    assert keys_beside(rows[:0], new).shape == (0, 3)
+
+
+def test_fact_given_another_target_takes_the_place_of_its_key(
+    make_llama: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """It is written as if its key had never been, and the key is kept once."""
+    model = make_llama(torch.float64)
+    editor, frozen_editor = build(model, tokenizer, **FAR), build(model, tokenizer, statistics="frozen", **FAR)
+    editor.apply(model, AT_SUBJECT[:1], tokenizer)
+    again = [replace(AT_SUBJECT[0], target="Japan")]
+    expected = frozen_editor.make_edit(model, again, tokenizer).shifts
+    found = editor.make_edit(model, again, tokenizer)
+    for name, shift in expected.items():
+        assert float((found.shifts[name] - shift).norm()) <= 1e-5 * float(shift.norm())
+        assert len(found.statistics[f"{name}.written_keys"]) == 1
+
+
+def test_written_keys_go_on_after_a_restart(
+    tmp_path: Path, make_llama: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Two turns, a restart from disk and one more turn equal three turns."""
+    model = make_llama()
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    editor = build(model, tokenizer)
+    whole = editor.apply(model, AT_SUBJECT, tokenizer, facts_per_turn=2)
+    wanted = {name: model.get_submodule(name).weight.detach().clone() for name in editor.module_names}
+    whole.undo()
+    first = editor.make_edit(model, AT_SUBJECT[:4], tokenizer)
+    editor.save_pretrained(tmp_path / "editor")
+    editor.apply(str(tmp_path / "base"), AT_SUBJECT[:4], output_dir=tmp_path / "edited", facts_per_turn=2)
+    again = EditorModel.from_pretrained(tmp_path / "editor")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "edited")
+    last = again.apply(reloaded, AT_SUBJECT[4:], tokenizer)
+    for name, weight in wanted.items():
+        scale = float((weight - load_file(tmp_path / "base" / "model.safetensors")[f"{name}.weight"]).norm())
+        assert float((reloaded.get_submodule(name).weight.detach() - weight).norm()) <= 1e-4 * scale
+        keys = f"{name}.written_keys"
+        assert len(last.statistics[keys]) == len(AT_SUBJECT) > len(first.statistics[keys]) == 4
+        torch.testing.assert_close(last.statistics[keys], whole.statistics[keys], rtol=1e-4, atol=1e-6)
 
 
 # What users do with it
