@@ -1,8 +1,8 @@
 """python benchmarks/cost.py
 
 The formulas of docs/cost.md beside what is measured on SmolLM2-135M: operations of `make_edit` and of a training step
-beside PyTorch's own count, seconds of the least squares at the speeds of a float64 product and of another solve, and its
-memory. Then what the formulas say of a million facts on a 70B model. The aim is a ratio of predicted to measured
+beside PyTorch's own count, seconds of the least squares at the speeds of a float64 product and of another solve, and
+its memory. Then what the formulas say of a million facts on a 70B model. The aim is a ratio of predicted to measured
 between 0.8 and 1.25.
 """
 
