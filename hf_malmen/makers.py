@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -19,8 +20,7 @@ from .shifts import Shift
 from .streaming import FactReader
 from .tracing import Trace, input_device
 
-# Of the statistics that MEMIT's edits leave: behind a module's name, the keys of facts written into it.
-_WRITTEN = ".written_keys"
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class EditRequest:
         reader: what to write, as facts and as token sequences.
         batch_size: facts a pass of the language model.
         editor_batch_size: tokens a pass of the hyper-network.
-        statistics: that earlier edits of the model left, as in `MadeShifts`; None: there are none.
+        statistics: that earlier edits of the model left, as `pack_statistics` makes them; None: there are none.
+        written: keys that the facts of edits in force were written at, as in `EditState`.
         max_memory: bytes that the solve of some layers may take; None: as many as that of all takes.
     """
 
@@ -41,6 +42,7 @@ class EditRequest:
     batch_size: int
     editor_batch_size: int = DEFAULT_EDITOR_BATCH_SIZE
     statistics: Mapping[str, Tensor] | None = None
+    written: Mapping[str, Tensor] = field(default_factory=dict)
     max_memory: int | None = None
 
     def traces(self, editor: EditorNetworks, names: Sequence[str] | None = None) -> Iterator[dict[str, Trace]]:
@@ -56,23 +58,13 @@ class MadeShifts:
 
     Attributes:
         shifts: {module name: its shift}.
-        statistics: that have followed the edit: as `pack_statistics` makes them, or MEMIT's `"{module}.written_keys"`;
-            empty where there are none.
+        statistics: that have followed the edit, as `pack_statistics` makes them; empty where there are none.
+        written: keys that the facts were written at, where later edits are to leave them where they are.
     """
 
     shifts: dict[str, Shift]
     statistics: dict[str, Tensor] = field(default_factory=dict)
-
-
-def statistics_like(editor: EditorNetworks) -> dict[str, Tensor]:
-    """Statistics as an edit of this editor leaves them, by which those of earlier edits are known.
-
-    A first dimension of 0 stands for any number of rows.
-    """
-    if editor.config.maker != "memit":
-        return pack_statistics(editor.statistics)
-    shapes = {name: editor.config.shape_of(name) for name in editor.module_names}
-    return {f"{name}{_WRITTEN}": torch.empty(0, key_size) for name, (key_size, _) in shapes.items()}
+    written: dict[str, Tensor] = field(default_factory=dict)
 
 
 def _from_rows(editor: EditorNetworks, request: EditRequest) -> MadeShifts:
@@ -112,8 +104,19 @@ def _from_targets(editor: EditorNetworks, request: EditRequest) -> MadeShifts:
             f"Method {editor.config.method!r} weighs an edit against the covariance of ordinary keys, and this editor "
             "has none yet. Call editor.collect_covariance(model, texts) first; save_pretrained keeps it."
         )
-    earlier = request.statistics or {}
-    shifts, written = write_targets(
+    shifts, written = _from_facts(write_targets, editor, request)(written=request.written)
+    return MadeShifts(shifts, written={name: keys.cpu() for name, keys in written.items()})
+
+
+def _from_fine_tuning(editor: EditorNetworks, request: EditRequest) -> MadeShifts:
+    """By descent on the edit loss itself. All facts are held, as they are read several times."""
+    return MadeShifts(_from_facts(fine_tune, editor, request)())
+
+
+def _from_facts(make: Callable[..., Made], editor: EditorNetworks, request: EditRequest) -> Callable[..., Made]:
+    """What both ways that read the facts themselves are told, and how they weigh the edit."""
+    return partial(
+        make,
         request.model,
         request.reader.tokenize,
         list(request.reader.facts()),
@@ -122,24 +125,6 @@ def _from_targets(editor: EditorNetworks, request: EditRequest) -> MadeShifts:
         penalty=editor.key_penalty,
         ridge=editor.ridge,
         batch_size=request.batch_size,
-        written={name.removesuffix(_WRITTEN): rows for name, rows in earlier.items() if name.endswith(_WRITTEN)},
-    )
-    return MadeShifts(shifts, {f"{name}{_WRITTEN}": rows.cpu() for name, rows in written.items()})
-
-
-def _from_fine_tuning(editor: EditorNetworks, request: EditRequest) -> MadeShifts:
-    """By descent on the edit loss itself. All facts are held, as they are read several times."""
-    return MadeShifts(
-        fine_tune(
-            request.model,
-            request.reader.tokenize,
-            list(request.reader.facts()),
-            editor.module_names,
-            editor.config,
-            penalty=editor.key_penalty,
-            ridge=editor.ridge,
-            batch_size=request.batch_size,
-        )
     )
 
 

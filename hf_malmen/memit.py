@@ -284,7 +284,7 @@ def write_targets(
     penalty: Callable[[str], Tensor | None],
     ridge: Callable[[str], float],
     batch_size: int,
-    written: Mapping[str, Tensor] | None = None,
+    written: Mapping[str, Tensor],
 ) -> tuple[dict[str, Shift], dict[str, Tensor]]:
     """The shifts that write `facts` (algorithm 1 of the paper, `n_passes` times).
 
@@ -306,10 +306,10 @@ def write_targets(
         penalty: of a module: κ C, (key_size, key_size), see `RidgeLeastSquares`; None for 0.
         ridge: of a module: λ.
         batch_size: facts a pass of the language model. Does not change the result.
-        written: {module: (n, key_size)}, keys of facts that earlier edits have written; None: of none.
+        written: {module: (n, key_size)}, keys that the facts of earlier edits were written at.
 
     Returns:
-        The shifts; and the keys of all facts written by now, empty where they are not followed.
+        The shifts; and the keys that these facts were written at, or nothing where those are not followed.
 
     Raises:
         FactError: a fact without a subject, or whose prompt does not contain it.
@@ -343,7 +343,9 @@ def write_targets(
             keys, states = read(module_names, {})
             _check_sizes(config, module_names, states.shape[1])
             if not shifts:  # before this edit, as the earlier ones left them
-                still = {name: keys_beside(rows.to(keys[name]), keys[name]) for name, rows in (written or {}).items()}
+                still = {
+                    name: keys_beside(written[name].to(rows), rows) for name, rows in keys.items() if name in written
+                }
             with _in_force(model, shifts):
                 goals = states + find_moves(model, tokenize, requests, states, block, config, batch_size, bar.update)
             newest: dict[str, Shift] = {}
@@ -353,10 +355,8 @@ def write_targets(
                     keys |= own
                 newest[name] = solve(name, keys[name], (goals - states) / n_left)
             shifts = _added(shifts, newest)
-    if not config.follows_edits:
-        return shifts, {}
-    # As the last solve of each layer found them, with the layers below it edited.
-    return shifts, {name: torch.cat((still[name], rows)) if name in still else rows for name, rows in keys.items()}
+    # The keys are as the last solve of each layer found them, with the layers below it edited.
+    return shifts, keys if config.follows_edits else {}
 
 
 def keys_beside(

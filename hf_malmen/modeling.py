@@ -25,12 +25,12 @@ from .errors import CheckpointError, ModelMismatchError, UntrainedEditorWarning
 from .evaluation import Evaluation, measure_edit
 from .facts import Fact, FactStream, load_facts
 from .hub import cached_commit, push_folder
-from .makers import MAKERS, EditRequest, statistics_like
+from .makers import MAKERS, EditRequest
 from .memory import parse_memory
 from .model_card import HUB_RESULTS_FILE, N_FACTS_SHOWN, PLOT_FILE, RESULTS_FILE, EditorRun, write_editor_card
-from .networks import DEFAULT_EDITOR_BATCH_SIZE, EditorNetworks
+from .networks import DEFAULT_EDITOR_BATCH_SIZE, EditorNetworks, pack_statistics
 from .records import CARD_FILE
-from .sequential import fingerprint_before_edits, make_next_edit, statistics_in_force
+from .sequential import fingerprint_before_edits, keys_in_force, make_next_edit, statistics_in_force
 from .sharding import place
 from .shifts import Shift
 from .side_effects import load_texts
@@ -190,13 +190,14 @@ class EditorModel(EditorNetworks):
         model = base_of(model)
         self.check_ready(model)
         if statistics is None and self.config.follows_edits:
-            statistics = statistics_in_force(model, statistics_like(self))
+            statistics = statistics_in_force(model, pack_statistics(self.statistics))
         reader = FactReader(source, self.tokenizer_for(model, tokenizer), N_FACTS_SHOWN)
-        request = EditRequest(model, reader, batch_size, editor_batch_size, statistics, limit)
+        written = keys_in_force(model) if self.config.follows_edits else {}
+        request = EditRequest(model, reader, batch_size, editor_batch_size, statistics, written, limit)
         with frozen(model), self.beside(input_device(model)):
             made = MAKERS[self.config.maker](self, request)
         edit = self.wrap(made.shifts, model, reader.kept, reader.n_facts or 0)
-        edit.state = EditState(statistics=dict(made.statistics))
+        edit.state = EditState(statistics=dict(made.statistics), written=dict(made.written))
         return edit
 
     def wrap(self, shifts: Mapping[str, Shift], model: nn.Module, facts: Sequence[Fact], n_facts: int) -> Edit:

@@ -29,7 +29,7 @@ from .records import EDITS_FOLDER, Record, read_history, read_ledger
 from .sharding import copy_of, overwrite, whole
 from .shards import raw
 from .shifts import Shift, dense
-from .state import EditState, Products, RowCollector, Rows
+from .state import EditState, Products, RowCollector, Rows, all_written
 from .targets import is_fan_in_fan_out, module_shape, plain_model, target_module, weight_of
 from .tracing import frozen, input_device
 
@@ -107,20 +107,18 @@ def statistics_in_force(model: nn.Module, like: Mapping[str, Tensor]) -> dict[st
 
     Args:
         model: the live model.
-        like: as the editor's own: those of other names or shapes are of another kind, and do not count. A first
-            dimension of 0 fits any number of rows.
+        like: the editor's own: those of other names or shapes are of another kind, and do not count.
     """
-
-    def fits(statistics: Mapping[str, Tensor]) -> bool:
-        return statistics.keys() == like.keys() and all(
-            tensor.shape[1:] == like[name].shape[1:] and like[name].shape[:1] in (tensor.shape[:1], (0,))
-            for name, tensor in statistics.items()
-        )
-
+    wanted = {name: tensor.shape for name, tensor in like.items()}
     for edit in reversed(edits_in_force(model)):
-        if fits(edit.state.statistics):
+        if {name: tensor.shape for name, tensor in edit.state.statistics.items()} == wanted:
             return edit.state.statistics
     return {}
+
+
+def keys_in_force(model: nn.Module) -> dict[str, Tensor]:
+    """Keys that the facts of edits in force were written at, {module name: (n, key_size)}; see `EditState.written`."""
+    return all_written(edit.state for edit in edits_in_force(model))
 
 
 def fingerprint_before_edits(model: nn.Module, names: Iterable[str]) -> str | None:

@@ -1,10 +1,11 @@
 """`EditState`: what follows the edits, kept with each edit so that editing goes on where it was.
 
-Two things do. Running statistics of methods that let them follow the edits: those after this edit. And, of an
-accumulated edit, its own rows of the least squares: of all edits in force together they give the solve over all facts.
+Three things do. Running statistics of methods that let them follow the edits: those after this edit. Of an accumulated
+edit, its own rows of the least squares: of all edits in force together they give the solve over all facts. And of an
+edit by MEMIT the keys of its facts, which later edits leave where they are.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,20 +61,24 @@ class EditState:
         editor: fingerprint of the editor whose rows they are (`sequential.editor_fingerprint`); None: there are none.
         statistics: running statistics after the edit, by names that their editor chooses. Empty where they are frozen.
         rows: {module name: this edit's own rows}, of an accumulated edit; else empty.
+        written: {module name: (n, key_size)}, the keys that this edit's own facts were written at; empty where later
+            edits need not know them.
     """
 
     editor: str | None = None
     statistics: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Rows | Products] = field(default_factory=dict)
+    written: dict[str, Tensor] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.statistics or self.rows)
+        return bool(self.statistics or self.rows or self.written)
 
     def save(self, folder: Path) -> None:
         """Write `state.safetensors` into an edit's folder, or nothing if there is no state."""
         if not self:
             return
         tensors = {f"statistics/{name}": tensor for name, tensor in self.statistics.items()}
+        tensors |= {f"written/{name}": keys for name, keys in self.written.items()}
         for name, rows in self.rows.items():
             for role, value in vars(rows).items():
                 if value is not None:
@@ -103,18 +108,21 @@ class EditState:
                 "Upgrade: pip install -U hf_malmen."
             )
         statistics: dict[str, Tensor] = {}
+        written: dict[str, Tensor] = {}
         parts: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition("/")
             module, _, role = rest.rpartition("/")
             if kind == "statistics":
                 statistics[rest] = tensor
+            elif kind == "written":
+                written[rest] = tensor
             elif kind == "rows":
                 parts.setdefault(module, {})[role] = tensor
             else:
                 raise ModelMismatchError(f"{path} holds {name}, which belongs to no state of an edit. It is damaged.")
         rows = {module: _parse(roles, module, path) for module, roles in sorted(parts.items())}
-        return cls(metadata.get("editor") or None, statistics, rows)
+        return cls(metadata.get("editor") or None, statistics, rows, written)
 
     def then(self, other: "EditState", n_facts: int) -> "EditState":
         """The state of one edit that does what this one's and, after it, `other`'s do.
@@ -125,7 +133,17 @@ class EditState:
         rows: dict[str, Rows | Products] = {}
         if self.rows.keys() == other.rows.keys() and self.editor == other.editor:  # else it is not accumulated
             rows = {name: _joined(own, other.rows[name], n_facts) for name, own in self.rows.items()}
-        return EditState(self.editor if rows else None, dict(other.statistics or self.statistics), rows)
+        statistics = dict(other.statistics or self.statistics)
+        return EditState(self.editor if rows else None, statistics, rows, all_written([self, other]))
+
+
+def all_written(states: Iterable[EditState]) -> dict[str, Tensor]:
+    """The keys of the facts of several edits, the first one's first: {module name: (n, key_size)}."""
+    parts: dict[str, list[Tensor]] = {}
+    for state in states:
+        for name, keys in state.written.items():
+            parts.setdefault(name, []).append(keys)
+    return {name: torch.cat(keys) for name, keys in parts.items()}
 
 
 class RowCollector:

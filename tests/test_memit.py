@@ -27,6 +27,7 @@ from hf_malmen import (
 )
 from hf_malmen.batches import Tokenizer
 from hf_malmen.memit import find_moves, keys_beside, read_lookups, tokenize_facts
+from hf_malmen.sequential import keys_in_force
 from hf_malmen.targets import find_targets
 from hf_malmen.tracing import frozen
 
@@ -399,12 +400,12 @@ def test_keys_written_before_are_left_where_they_are(
                 for fact in AT_SUBJECT[:3]
             ]
         written[name] = torch.stack(looked)
-        torch.testing.assert_close(first.statistics[f"{name}.written_keys"], written[name], rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(first.state.written[name], written[name], rtol=1e-6, atol=1e-8)
     moves = moves_of(model, tokenizer, editor, AT_SUBJECT[3:])
     expected = reference_shifts(model, tokenizer, AT_SUBJECT[3:], editor, moves, kind, written, unedited)
     found = editor.make_edit(model, AT_SUBJECT[3:], tokenizer).shifts
     forgetful = frozen_editor.make_edit(model, AT_SUBJECT[3:], tokenizer)
-    assert forgetful.statistics == {}
+    assert not forgetful.state
     for name, shift in expected.items():
         assert float((found[name] - shift).norm()) <= 1e-5 * float(shift.norm())
         assert (written[name] @ shift).norm() < 0.7 * (written[name] @ forgetful.shifts[name].double()).norm()
@@ -422,7 +423,7 @@ def test_keys_near_a_new_one_give_way() -> None:
 def test_fact_given_another_target_takes_the_place_of_its_key(
     make_llama: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """It is written as if its key had never been, and the key is kept once."""
+    """It is written as if its key had never been."""
     model = make_llama(torch.float64)
     editor, frozen_editor = build(model, tokenizer, **FAR), build(model, tokenizer, statistics="frozen", **FAR)
     editor.apply(model, AT_SUBJECT[:1], tokenizer)
@@ -431,7 +432,18 @@ def test_fact_given_another_target_takes_the_place_of_its_key(
     found = editor.make_edit(model, again, tokenizer)
     for name, shift in expected.items():
         assert float((found.shifts[name] - shift).norm()) <= 1e-5 * float(shift.norm())
-        assert len(found.statistics[f"{name}.written_keys"]) == 1
+
+
+def test_keys_of_an_editor_of_other_layers_count_where_both_write(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """A layer that only the first of them edits has no part in the second one's edit."""
+    build(model, tokenizer).apply(model, AT_SUBJECT[:3], tokenizer)
+    other = build(model, tokenizer, layers_to_transform=[2, 3], fingerprint_policy="ignore")
+    edit = other.apply(model, AT_SUBJECT[3:], tokenizer)
+    counts = [len(keys) for keys in keys_in_force(model).values()]
+    assert edit.state.written.keys() == set(other.module_names)
+    assert counts == [3, 6, 3]
 
 
 def test_written_keys_go_on_after_a_restart(
@@ -445,7 +457,6 @@ def test_written_keys_go_on_after_a_restart(
     whole = editor.apply(model, AT_SUBJECT, tokenizer, facts_per_turn=2)
     wanted = {name: model.get_submodule(name).weight.detach().clone() for name in editor.module_names}
     whole.undo()
-    first = editor.make_edit(model, AT_SUBJECT[:4], tokenizer)
     editor.save_pretrained(tmp_path / "editor")
     editor.apply(str(tmp_path / "base"), AT_SUBJECT[:4], output_dir=tmp_path / "edited", facts_per_turn=2)
     again = EditorModel.from_pretrained(tmp_path / "editor")
@@ -454,9 +465,10 @@ def test_written_keys_go_on_after_a_restart(
     for name, weight in wanted.items():
         scale = float((weight - load_file(tmp_path / "base" / "model.safetensors")[f"{name}.weight"]).norm())
         assert float((reloaded.get_submodule(name).weight.detach() - weight).norm()) <= 1e-4 * scale
-        keys = f"{name}.written_keys"
-        assert len(last.statistics[keys]) == len(AT_SUBJECT) > len(first.statistics[keys]) == 4
-        torch.testing.assert_close(last.statistics[keys], whole.statistics[keys], rtol=1e-4, atol=1e-6)
+        assert len(last.state.written[name]) == 2  # its own, for undo to take back with it
+        torch.testing.assert_close(keys_in_force(reloaded)[name], whole.state.written[name], rtol=1e-4, atol=1e-6)
+    last.undo()
+    assert {len(keys) for keys in keys_in_force(reloaded).values()} == {4}
 
 
 # What users do with it
