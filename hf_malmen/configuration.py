@@ -205,8 +205,11 @@ class EditorConfig(PreTrainedConfig):
             `["It is known that"]`; each costs as much time as the prompt itself. None: none.
         context_infixes: `"memit"`: texts that each prompt is also asked with, put right behind its subject, such as
             `[", as is well known,"]`: targets that outlive an interruption carry over to more rephrases. None: none.
-        texts_per_step: `"memit"`: how many of a fact's texts (the prompt, behind each prefix, with each infix) a step
-            looks at, one after the other in turn. 1 makes texts cost nothing, and some more steps pay. None: all.
+        n_word_dropouts: `"memit"`: that many more texts, each the prompt without some 40 % of the words between its
+            subject and its last one, every second with one of `context_infixes`. None: none.
+        texts_per_step: `"memit"`: how many of a fact's texts (the prompt, behind each prefix, with each infix, without
+            some words) a step looks at, one after the other in turn. 1 makes texts cost nothing, and some more steps
+            pay. None: all.
         facts_per_step: `"ft"`: facts in each step of Adam (64).
         seed: `"ft"`: of the order in which facts are drawn (0).
         prompt_template: text with `{prompt}` in it, put around every prompt, such as `"Q: {prompt}\\nA:"`.
@@ -244,6 +247,7 @@ class EditorConfig(PreTrainedConfig):
     target_decay: float = _OF_METHOD
     context_prefixes: list[str] | None = None
     context_infixes: list[str] | None = None
+    n_word_dropouts: int | None = None
     texts_per_step: int | None = None
     facts_per_step: int = _OF_METHOD
     seed: int = _OF_METHOD
@@ -427,12 +431,13 @@ class EditorConfig(PreTrainedConfig):
                     f"EditorConfig.{name} is {texts!r}; allowed: None, or with method 'memit' a list of texts that are "
                     "not empty."
                 )
-        number = self.texts_per_step
-        if number is not None and not (_is_whole(number, 1) and self.maker == "memit"):
-            raise ValueError(
-                f"EditorConfig.texts_per_step is {number!r}; allowed: None, or with method 'memit' a whole number of "
-                "at least 1."
-            )
+        for name in ("n_word_dropouts", "texts_per_step"):
+            number = getattr(self, name)
+            if number is not None and not (_is_whole(number, 1) and self.maker == "memit"):
+                raise ValueError(
+                    f"EditorConfig.{name} is {number!r}; allowed: None, or with method 'memit' a whole number of at "
+                    "least 1."
+                )
 
     def _check_targets(self) -> None:
         targets = self.target_modules

@@ -12,6 +12,7 @@ next layer makes up for the difference; blocks that normalise the sum (post-norm
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from random import Random
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ from .trunk import started_behind
 
 # What a model is asked about a subject beside the fact, and should go on answering alike: what kind of thing it is.
 ESSENCE = "{} is a"
+# How many of the words behind a subject a text of `n_word_dropouts` leaves out, on average.
+_WORD_DROPOUT = 0.4
 # A key of an earlier edit within this distance of a new fact's, relative to the new one's length, is of the same
 # subject in the same words: those of other subjects lie further off, in all but one of some hundred cases.
 _SAME_KEY = 0.3
@@ -73,13 +76,14 @@ class Request:
 
     Attributes:
         asked: the prompt with its target, by itself and behind each of `context_prefixes`.
-        interrupted: the prompt with its target, with each of `context_infixes` behind its subject. What a causal
-            model has read at the subject is the same, and how it is asked for is not.
+        varied: the prompt with its target, with each of `context_infixes` behind its subject, and `n_word_dropouts`
+            times without some of the words there. What a causal model has read at the subject is the same, and how it
+            is asked for is not.
         essence: "{subject} is a", which is asked for the token that follows.
     """
 
     asked: list[Lookup]
-    interrupted: list[Lookup]
+    varied: list[Lookup]
     essence: Lookup
 
 
@@ -89,7 +93,7 @@ def tokenize_facts(facts: Sequence[Fact], tokenize: Tokenizer, config: EditorCon
     Args:
         facts: in any order.
         tokenize: the base model's tokenizer.
-        config: `context_prefixes` and `context_infixes`.
+        config: `context_prefixes`, `context_infixes` and `n_word_dropouts`.
 
     Raises:
         FactError: a fact without a subject, or whose prompt does not contain it.
@@ -104,16 +108,14 @@ def tokenize_facts(facts: Sequence[Fact], tokenize: Tokenizer, config: EditorCon
         subject = fact.subject or ""
         prefixes = ("", *(config.context_prefixes or ()))
         asked = [lookup(f"{prefix} {fact.prompt}".lstrip(), fact.target, subject) for prefix in prefixes]
-        interrupted = []
-        for infix in config.context_infixes or ():
-            beginning, rest = _split_behind(fact.prompt, subject)
-            # The beginning ends with the subject, and an infix may hold another.
-            interrupted.append(lookup(beginning + infix + _after(infix, rest), fact.target, beginning))
+        beginning, rest = _split_behind(fact.prompt, subject)
+        # The beginning ends with the subject, and an infix may hold another.
+        varied = [lookup(beginning + other, fact.target, beginning) for other in _variants(fact.prompt, rest, config)]
         essence = lookup(ESSENCE.format(subject), fact.target, subject)
         prompt_ids = essence.sequence.prompt_ids
         # Any label: what follows is compared as a distribution.
         only = TokenSequence(prompt_ids, (*[IGNORED] * (len(prompt_ids) - 1), 0))
-        requests.append(Request(asked, interrupted, replace(essence, sequence=only)))
+        requests.append(Request(asked, varied, replace(essence, sequence=only)))
     return requests
 
 
@@ -122,6 +124,24 @@ def _split_behind(prompt: str, subject: str) -> tuple[str, str]:
     subject = subject.strip()
     end = find_subject(prompt, subject) + len(subject)
     return prompt[:end], prompt[end:]
+
+
+def _variants(prompt: str, rest: str, config: EditorConfig) -> list[str]:
+    """What stands behind a subject in the other texts of its prompt, in place of `rest`.
+
+    Words are drawn from the prompt alone, so that a fact's targets do not hang on the facts beside it.
+    """
+    infixes = config.context_infixes or []
+    variants = [infix + _after(infix, rest) for infix in infixes]
+    draw = Random(prompt)
+    for i in range(config.n_word_dropouts or 0):
+        # Before the first space is what the subject runs into ("'s", or nothing); the last word leads to the answer.
+        first, *middle = rest.split(" ")
+        kept = [word for word in middle[:-1] if draw.random() >= _WORD_DROPOUT]
+        shorter = " ".join([first, *kept, *middle[-1:]])
+        infix = infixes[i // 2 % len(infixes)] if infixes and i % 2 else ""  # both at once carry over best
+        variants.append(infix + _after(infix, shorter) if infix else shorter)
+    return variants
 
 
 def _after(infix: str, rest: str) -> str:
@@ -181,7 +201,7 @@ def _find_moves_of_batch(
     block: str,
     config: EditorConfig,
 ) -> Tensor:  # (n_facts, hidden_size)
-    texts = list(zip(*([*request.asked, *request.interrupted] for request in requests), strict=True))
+    texts = list(zip(*([*request.asked, *request.varied] for request in requests), strict=True))
     essences = [request.essence for request in requests]
     n_chosen = min(config.texts_per_step or len(texts), len(texts))
     answers = [_steered_answers(model, tokenize, lookups, block) for lookups in texts]

@@ -26,7 +26,7 @@ from hf_malmen import (
     NumericalError,
 )
 from hf_malmen.batches import Tokenizer
-from hf_malmen.memit import find_moves, keys_beside, read_lookups, tokenize_facts
+from hf_malmen.memit import _variants, find_moves, keys_beside, read_lookups, tokenize_facts
 from hf_malmen.sequential import keys_in_force
 from hf_malmen.targets import find_targets
 from hf_malmen.tracing import frozen
@@ -112,6 +112,10 @@ def reference_move(
     texts = [f"{context} {fact.prompt}".strip() for context in ("", *(config.context_prefixes or ()))]
     before_end, behind = fact.prompt.split(str(fact.subject))
     texts += [f"{before_end}{fact.subject}{infix}{behind}" for infix in config.context_infixes or ()]
+    texts += [
+        f"{before_end}{fact.subject}{variant}"
+        for variant in _variants(fact.prompt, behind, config)[len(config.context_infixes or ()) :]
+    ]  # which words these have is tested by itself
     asked = []
     for text in texts:
         prompt = tokenizer(text)["input_ids"]
@@ -171,7 +175,13 @@ def case(
 
 @pytest.mark.parametrize("contexts", [None, CONTEXTS])
 @pytest.mark.parametrize(
-    "infixes", [{}, {"context_infixes": INFIXES}, {"context_infixes": INFIXES, "texts_per_step": 2}]
+    "infixes",
+    [
+        {},
+        {"context_infixes": INFIXES},
+        {"context_infixes": INFIXES, "texts_per_step": 2},
+        {"context_infixes": INFIXES, "n_word_dropouts": 3, "texts_per_step": 2},
+    ],
 )
 @pytest.mark.parametrize(("clamp_factor", "kl_weight"), [(0.75, 0.5), (0.1, 0.5), (0.75, 0.0)])
 def test_moves_equal_those_of_single_facts(
@@ -214,8 +224,36 @@ def test_infixes_stand_behind_the_subject(
     editor = build(model, tokenizer, covariance=False, context_infixes=[infix])
     tokenize = editor.tokenizer_for(model, tokenizer)
     request = tokenize_facts([Fact(prompt, "Italy", subject="LYON")], tokenize, editor.config)[0]
-    assert [lookup.sequence for lookup in request.interrupted] == [tokenize(expected, "Italy")]
-    assert [lookup.position for lookup in request.interrupted] == [request.asked[0].position]
+    assert [lookup.sequence for lookup in request.varied] == [tokenize(expected, "Italy")]
+    assert [lookup.position for lookup in request.varied] == [request.asked[0].position]
+
+
+def test_word_dropouts_leave_out_words_behind_the_subject(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """All but the last one, in order, drawn from the prompt alone; every second text has an infix too."""
+    editor = build(model, tokenizer, covariance=False, context_infixes=[", a city,", " (a town)"], n_word_dropouts=40)
+    tokenize = editor.tokenizer_for(model, tokenizer)
+    words = ["that", "is", "in", "the", "country", "of"]
+    facts = [
+        Fact(f"The city Lyon, {' '.join(words)}", "Italy", subject="Lyon"),
+        Fact("Where is Lyon", "Italy", subject="Lyon"),
+    ]
+    request, short = tokenize_facts(facts, tokenize, editor.config)
+    assert len(request.varied) == 2 + 40
+    assert request == tokenize_facts([*facts[1:], facts[0]], tokenize, editor.config)[1]
+    assert {lookup.position for lookup in request.varied} == {request.asked[0].position}
+    subsets = {
+        " ".join([word for i, word in enumerate(words[:-1]) if mask >> i & 1] + words[-1:]) for mask in range(2**5)
+    }
+    n_words = []
+    for i, lookup in enumerate(request.varied[2:]):
+        infix = ("", ", a city,", "", " (a town),")[i % 4]
+        tails = {tokenize(f"The city Lyon{infix or ','} {subset}", "Italy"): len(subset.split()) for subset in subsets}
+        n_words.append(tails[lookup.sequence])
+    assert min(n_words) < 3 < max(n_words)
+    assert 0.3 < sum(len(words) - n for n in n_words) / (5 * len(n_words)) < 0.5  # of those that may be left out
+    assert {lookup.sequence for lookup in short.varied[2::2]} == {short.asked[0].sequence}
 
 
 def test_moves_lower_the_loss(case: tuple[str, PreTrainedModel], tokenizer: PreTrainedTokenizerFast) -> None:
@@ -624,6 +662,7 @@ def test_states_that_are_not_finite_name_the_module(
         ({"target_decay": float("nan")}, "target_decay is nan; allowed: a finite number of at least 0"),
         ({"context_prefixes": [""]}, "context_prefixes is \\[''\\]; allowed: None, or"),
         ({"context_infixes": "a"}, "context_infixes is 'a'; allowed: None, or with method 'memit' a list of texts"),
+        ({"n_word_dropouts": 0}, "n_word_dropouts is 0; allowed: None, or with method 'memit' a whole number"),
         ({"texts_per_step": 0}, "texts_per_step is 0; allowed: None, or with method 'memit' a whole number"),
         ({"method": "ft", "texts_per_step": 1}, "texts_per_step is 1; allowed: None"),
         ({"facts_per_step": 3}, "facts_per_step is 3; allowed: nothing, with method 'memit'"),
