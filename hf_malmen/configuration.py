@@ -115,8 +115,10 @@ METHODS: dict[str, Method] = {
             "n_blocks": 0,
             "ridge": 1e-2,
             "preservation": 2e3,
-            "n_steps": 10,
+            "n_steps": 12,
             "n_passes": 2,
+            "n_word_dropouts": 6,
+            "texts_per_step": 1,
             "edit_lr": 0.5,
             "clamp_factor": 0.5,
             "kl_weight": 0.0625,
@@ -147,7 +149,14 @@ METHODS: dict[str, Method] = {
 _DEFAULTS = {"rank": 512, "n_blocks": 2, "edit_lr": 1e-6, "ridge": 1.0, "preservation": 100.0}
 # Fields of methods that find something by gradient descent on the facts: {name: the least value of a whole number, or
 # whether a number may be 0}. Of any other method they are None.
-_DESCENT_COUNTS = {"n_steps": 1, "n_passes": 1, "facts_per_step": 1, "seed": 0}
+_DESCENT_COUNTS = {
+    "n_steps": 1,
+    "n_passes": 1,
+    "n_word_dropouts": 0,
+    "texts_per_step": 0,
+    "facts_per_step": 1,
+    "seed": 0,
+}
 _DESCENT_NUMBERS = {"clamp_factor": False, "kl_weight": True, "target_decay": True}
 
 
@@ -194,7 +203,7 @@ class EditorConfig(PreTrainedConfig):
             `"memit"`, `"following"`: an edit is also asked to change nothing at the keys of the facts that edits before
             it have written, so that turns do not undo each other.
         n_steps: how often the loss of each fact is differentiated, of methods that descend on it: steps to its target
-            (`"memit"`: 10), passes over all facts (`"ft"`: 10).
+            (`"memit"`: 12), passes over all facts (`"ft"`: 10).
         n_passes: `"memit"`: how often targets are sought and written, each time in the model as the passes before have
             left it (2). A second one mends what many facts spoil of each other, for as much time again.
         clamp_factor: `"memit"`: a target is at most so many times the hidden state's length away from it (0.5, for two
@@ -205,11 +214,10 @@ class EditorConfig(PreTrainedConfig):
             `["It is known that"]`; each costs as much time as the prompt itself. None: none.
         context_infixes: `"memit"`: texts that each prompt is also asked with, put right behind its subject, such as
             `[", as is well known,"]`: targets that outlive an interruption carry over to more rephrases. None: none.
-        n_word_dropouts: `"memit"`: that many more texts, each the prompt without some 40 % of the words between its
-            subject and its last one, every second with one of `context_infixes`. None: none.
+        n_word_dropouts: `"memit"`: in how many more texts a prompt is asked without some 40 % of the words between its
+            subject and its last one, every second text with one of `context_infixes` (6).
         texts_per_step: `"memit"`: how many of a fact's texts (the prompt, behind each prefix, with each infix, without
-            some words) a step looks at, one after the other in turn. 1 makes texts cost nothing, and some more steps
-            pay. None: all.
+            some words) a step looks at, one after the other in turn (1, which makes texts cost nothing). 0: all.
         facts_per_step: `"ft"`: facts in each step of Adam (64).
         seed: `"ft"`: of the order in which facts are drawn (0).
         prompt_template: text with `{prompt}` in it, put around every prompt, such as `"Q: {prompt}\\nA:"`.
@@ -247,8 +255,8 @@ class EditorConfig(PreTrainedConfig):
     target_decay: float = _OF_METHOD
     context_prefixes: list[str] | None = None
     context_infixes: list[str] | None = None
-    n_word_dropouts: int | None = None
-    texts_per_step: int | None = None
+    n_word_dropouts: int = _OF_METHOD
+    texts_per_step: int = _OF_METHOD
     facts_per_step: int = _OF_METHOD
     seed: int = _OF_METHOD
     prompt_template: str | None = None
@@ -430,13 +438,6 @@ class EditorConfig(PreTrainedConfig):
                 raise ValueError(
                     f"EditorConfig.{name} is {texts!r}; allowed: None, or with method 'memit' a list of texts that are "
                     "not empty."
-                )
-        for name in ("n_word_dropouts", "texts_per_step"):
-            number = getattr(self, name)
-            if number is not None and not (_is_whole(number, 1) and self.maker == "memit"):
-                raise ValueError(
-                    f"EditorConfig.{name} is {number!r}; allowed: None, or with method 'memit' a whole number of at "
-                    "least 1."
                 )
 
     def _check_targets(self) -> None:

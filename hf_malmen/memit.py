@@ -134,7 +134,7 @@ def _variants(prompt: str, rest: str, config: EditorConfig) -> list[str]:
     infixes = config.context_infixes or []
     variants = [infix + _after(infix, rest) for infix in infixes]
     draw = Random(prompt)
-    for i in range(config.n_word_dropouts or 0):
+    for i in range(config.n_word_dropouts):
         # Before the first space is what the subject runs into ("'s", or nothing); the last word leads to the answer.
         first, *middle = rest.split(" ")
         kept = [word for word in middle[:-1] if draw.random() >= _WORD_DROPOUT]
@@ -166,7 +166,7 @@ def find_moves(
         mean_j −log p(target | text_j, h + δ)
         + kl_weight · KL(p(· | "{subject} is a", h + δ) ‖ p(· | "{subject} is a")) + target_decay · ‖δ‖² / ‖h‖²
 
-    and is kept within ‖δ‖ ≤ clamp_factor · ‖h‖. With `texts_per_step` a step looks at so many of the texts, in turn.
+    and is kept within ‖δ‖ ≤ clamp_factor · ‖h‖. A step looks at `texts_per_step` of the texts, in turn.
     Each fact's δ is the same whatever facts it shares its batch with: the losses are summed, and Adam looks at every
     number by itself. Steps are taken in units of the root mean square of h, so that they have one size in any model.
     What no move changes runs once.

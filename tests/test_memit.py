@@ -58,7 +58,8 @@ def build(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, covariance: bool = True, **config: Any
 ) -> EditorModel:
     """An editor for two blocks in the middle."""
-    settings = {"layers_to_transform": LAYERS, "n_steps": 4, "n_passes": 1, "preservation": 3.0} | config
+    texts = {"n_word_dropouts": 0, "texts_per_step": 0}  # the prompt, in all steps, where nothing else is asked for
+    settings = {"layers_to_transform": LAYERS, "n_steps": 4, "n_passes": 1, "preservation": 3.0} | texts | config
     editor = EditorModel.from_base(model, EditorConfig(method="memit", **settings)).to(model.dtype)
     if covariance:
         editor.collect_covariance(model, TEXTS, tokenizer)
@@ -662,9 +663,9 @@ def test_states_that_are_not_finite_name_the_module(
         ({"target_decay": float("nan")}, "target_decay is nan; allowed: a finite number of at least 0"),
         ({"context_prefixes": [""]}, "context_prefixes is \\[''\\]; allowed: None, or"),
         ({"context_infixes": "a"}, "context_infixes is 'a'; allowed: None, or with method 'memit' a list of texts"),
-        ({"n_word_dropouts": 0}, "n_word_dropouts is 0; allowed: None, or with method 'memit' a whole number"),
-        ({"texts_per_step": 0}, "texts_per_step is 0; allowed: None, or with method 'memit' a whole number"),
-        ({"method": "ft", "texts_per_step": 1}, "texts_per_step is 1; allowed: None"),
+        ({"n_word_dropouts": -1}, "n_word_dropouts is -1; allowed: a whole number of at least 0"),
+        ({"texts_per_step": 0.5}, "texts_per_step is 0.5; allowed: a whole number of at least 0"),
+        ({"method": "ft", "texts_per_step": 1}, "texts_per_step is 1; allowed: nothing, with method 'ft'"),
         ({"facts_per_step": 3}, "facts_per_step is 3; allowed: nothing, with method 'memit'"),
         ({"n_preserved_keys": 3}, "n_preserved_keys is 3; allowed with method 'memit': 0"),
         ({"method": "malmen", "n_steps": 3}, "n_steps is 3; allowed: nothing, with method 'malmen'"),
