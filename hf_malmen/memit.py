@@ -136,7 +136,7 @@ def _variants(prompt: str, rest: str, config: EditorConfig) -> list[str]:
     draw = Random(prompt)
     for i in range(config.n_word_dropouts):
         # Before the first space is what the subject runs into ("'s", or nothing); the last word leads to the answer.
-        first, *middle = rest.split(" ")
+        first, *middle = rest.rstrip().split(" ")
         kept = [word for word in middle[:-1] if draw.random() >= _WORD_DROPOUT]
         shorter = " ".join([first, *kept, *middle[-1:]])
         infix = infixes[i // 2 % len(infixes)] if infixes and i % 2 else ""  # both at once carry over best

@@ -237,7 +237,7 @@ def test_word_dropouts_leave_out_words_behind_the_subject(
     tokenize = editor.tokenizer_for(model, tokenizer)
     words = ["that", "is", "in", "the", "country", "of"]
     facts = [
-        Fact(f"The city Lyon, {' '.join(words)}", "Italy", subject="Lyon"),
+        Fact(f"The city Lyon, {' '.join(words)} ", "Italy", subject="Lyon"),  # ends with a word, not with a space
         Fact("Where is Lyon", "Italy", subject="Lyon"),
     ]
     request, short = tokenize_facts(facts, tokenize, editor.config)
