@@ -114,13 +114,15 @@ METHODS: dict[str, Method] = {
             "rank": 0,
             "n_blocks": 0,
             "ridge": 1e-2,
-            "preservation": 2e3,
+            "preservation": 2.5e3,
             "n_steps": 12,
             "n_passes": 2,
+            "n_solves": 8,
+            "relaxation": 0.4,
             "n_word_dropouts": 6,
             "texts_per_step": 1,
             "edit_lr": 0.5,
-            "clamp_factor": 0.5,
+            "clamp_factor": 0.6,
             "kl_weight": 0.0625,
             "target_decay": 0.1,
         },
@@ -152,12 +154,13 @@ _DEFAULTS = {"rank": 512, "n_blocks": 2, "edit_lr": 1e-6, "ridge": 1.0, "preserv
 _DESCENT_COUNTS = {
     "n_steps": 1,
     "n_passes": 1,
+    "n_solves": 1,
     "n_word_dropouts": 0,
     "texts_per_step": 0,
     "facts_per_step": 1,
     "seed": 0,
 }
-_DESCENT_NUMBERS = {"clamp_factor": False, "kl_weight": True, "target_decay": True}
+_DESCENT_NUMBERS = {"relaxation": False, "clamp_factor": False, "kl_weight": True, "target_decay": True}
 
 
 class EditorConfig(PreTrainedConfig):
@@ -191,7 +194,7 @@ class EditorConfig(PreTrainedConfig):
         preservation: initial κ, the weight of that request, learned per layer: the least squares minimises
             ‖U S − D‖² + λ ‖S‖² + (κ / n_preserved_keys) ‖K₀ S‖². With a key covariance C (see
             `EditorModel.collect_covariance`) the weight of κ tr(Sᵀ C S), which is the same with all keys collected as
-            K₀. None takes the method's own: 100; with `"memit"` 2000, with `"ft"` 1.
+            K₀. None takes the method's own: 100; with `"memit"` 2500, with `"ft"` 1.
         token_selection: traced tokens, `"answer"`, `"all"` or `"subject"`; `None` takes the method's own. `"answer"`
             is, for a causal language model, the tokens that predict a target token; for an encoder-decoder, all tokens
             of the side that a layer sits in; for a classifier, the token that its head reads. `"subject"` is the last
@@ -204,10 +207,12 @@ class EditorConfig(PreTrainedConfig):
             it have written, so that turns do not undo each other.
         n_steps: how often the loss of each fact is differentiated, of methods that descend on it: steps to its target
             (`"memit"`: 12), passes over all facts (`"ft"`: 10).
-        n_passes: `"memit"`: how often targets are sought and written, each time in the model as the passes before have
-            left it (2). A second one mends what many facts spoil of each other, for as much time again.
-        clamp_factor: `"memit"`: a target is at most so many times the hidden state's length away from it (0.5, for two
-            passes; 0.75 does more in one).
+        n_passes: `"memit"`: how often targets are sought and written (2): first of all facts, then of those that the
+            model, as the passes before have edited it, does not answer yet, with steps and moves half as long.
+        n_solves: `"memit"`: in how many steps the layers, all together, write the targets of a pass (8). With 1 and a
+            `relaxation` of 1: one least squares at the keys of the model as it is.
+        relaxation: `"memit"`: the part of what is left of the way that each of these steps asks for (0.4).
+        clamp_factor: `"memit"`: a target is at most so many times the hidden state's length away from it (0.6).
         kl_weight: `"memit"`: of the divergence between what follows "{subject} is a" before and after (0.0625).
         target_decay: `"memit"`: of the squared length of the way to the target, relative to the hidden state's (0.1).
         context_prefixes: `"memit"`: texts that each prompt is also asked behind while its target is sought, such as
@@ -250,6 +255,8 @@ class EditorConfig(PreTrainedConfig):
     statistics: str | None = None
     n_steps: int = _OF_METHOD
     n_passes: int = _OF_METHOD
+    n_solves: int = _OF_METHOD
+    relaxation: float = _OF_METHOD
     clamp_factor: float = _OF_METHOD
     kl_weight: float = _OF_METHOD
     target_decay: float = _OF_METHOD

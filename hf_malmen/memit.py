@@ -2,11 +2,11 @@
 several layers by least squares against the second moment of ordinary keys.
 
 A fact is looked up where a causal model has just read its subject. There a move δ of the hidden state is sought, behind
-the last edited block, that makes the model give the target (equation 16 of the paper). Then the edited layers, from
-the first to the last, each take an even share of what is left of the way from the hidden state to h + δ (equation 20).
+the last edited block, that makes the model give the target (equation 16 of the paper). Then the edited layers
+are solved for together, so that what they put out adds up to the way from the hidden state to h + δ.
 
 This takes what a layer puts out for a part of the hidden state. Where a block normalises it first (Gemma, OLMo 2) the
-next layer makes up for the difference; blocks that normalise the sum (post-norm, as in OPT-350M) take edits less well.
+next step makes up for the difference; blocks that normalise the sum (post-norm, as in OPT-350M) take edits less well.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,8 @@ from .beginnings import Beginnings
 from .configuration import EditorConfig
 from .errors import ModelMismatchError
 from .facts import Fact, require_fields
-from .least_squares import RidgeLeastSquares
+from .joint_least_squares import JointLeastSquares
+from .least_squares import SOLVE_DTYPE, solve_device
 from .losses import cross_entropy
 from .shifts import Shift, add, materialise
 from .targets import last_block, target_module
@@ -158,6 +159,7 @@ def find_moves(
     config: EditorConfig,
     batch_size: int,
     progress: Callable[[int], Any] = lambda _: None,
+    share: float = 1.0,
 ) -> Tensor:  # (n_facts, hidden_size)
     """The move δ of each fact's hidden state behind `block` (equation 16).
 
@@ -180,6 +182,7 @@ def find_moves(
         config: `n_steps`, `edit_lr`, `clamp_factor`, `kl_weight`, `target_decay`, `texts_per_step`.
         batch_size: facts a pass. Does not change the result.
         progress: is told how many facts are done, batch by batch.
+        share: of `edit_lr` and `clamp_factor`: how long steps and moves are, where less is left to go.
 
     Raises:
         NumericalError: a loss is not finite.
@@ -188,7 +191,7 @@ def find_moves(
     prompts = [request.asked[0].sequence for request in requests]
     for chosen, _ in tokenize.batches(prompts, batch_size):
         batch = [requests[i] for i in chosen]
-        moves[chosen] = _find_moves_of_batch(model, tokenize, batch, states[chosen], block, config)
+        moves[chosen] = _find_moves_of_batch(model, tokenize, batch, states[chosen], block, config, share)
         progress(len(chosen))
     return moves
 
@@ -200,6 +203,7 @@ def _find_moves_of_batch(
     states: Tensor,  # (n_facts, hidden_size)
     block: str,
     config: EditorConfig,
+    share: float,
 ) -> Tensor:  # (n_facts, hidden_size)
     texts = list(zip(*([*request.asked, *request.varied] for request in requests), strict=True))
     essences = [request.essence for request in requests]
@@ -208,7 +212,7 @@ def _find_moves_of_batch(
     size = states.shape[1]
     unit = states.norm(dim=1, keepdim=True) / size**0.5  # the root mean square of each h
     moves = torch.zeros_like(states, requires_grad=True)  # in these units
-    optimizer = torch.optim.Adam([moves], lr=config.edit_lr)
+    optimizer = torch.optim.Adam([moves], lr=share * config.edit_lr)
     before: Tensor | None = None
     if config.kl_weight:  # without it these passes, a third or more of all, have no part in the result
         describe = _steered_answers(model, tokenize, essences, block)
@@ -228,7 +232,7 @@ def _find_moves_of_batch(
         loss.backward()
         optimizer.step()
         with torch.no_grad():
-            moves *= (config.clamp_factor * size**0.5 / moves.norm(dim=1, keepdim=True)).clamp(max=1)
+            moves *= (share * config.clamp_factor * size**0.5 / moves.norm(dim=1, keepdim=True)).clamp(max=1)
     return (unit * moves).detach()
 
 
@@ -306,12 +310,21 @@ def write_targets(
     batch_size: int,
     written: Mapping[str, Tensor],
 ) -> tuple[dict[str, Shift], dict[str, Tensor]]:
-    """The shifts that write `facts` (algorithm 1 of the paper, `n_passes` times).
+    """The shifts that write `facts`.
 
-    With h + δ the targets and h' what the model, as edited so far, has in their place, layer l of the m that are left
-    solves for differences (h + δ − h') / m at its keys; the keys of a fact are averaged over its prefixes. Each further
-    pass seeks targets anew in the model that the passes before it have edited, and adds its shifts to theirs: it mends
-    what many facts, solved for together, have spoilt of each other. The model is edited by hooks: no weight is written.
+    What the layers put out adds up in the hidden state h, so that they are solved for together, in steps: with h + δ
+    the targets, h' what the model, as edited so far, has in their place, and U_l its keys there,
+
+        S ← argmin ‖Σ_l U_l S'_l − (Σ_l U_l S_l + ω (h + δ − h'))‖² + ω Σ_l tr(S'_lᵀ (κ C_l + λI) S'_l)
+
+    `n_solves` times from S = 0, with ω = `relaxation`: an edited layer changes the keys of those above it, so that to
+    go the whole way at once misses. The keys of a fact are averaged over its prefixes. The paper (algorithm 1) solves
+    for one layer after the other instead, each for an even share of what is left to go.
+
+    Each further pass seeks targets anew of the facts that the model, as the passes before it have edited it, does not
+    answer, keeps the others where they are, and adds its shifts: it mends what many facts, solved for together, have
+    spoilt of each other. Less is left to go, so that steps and moves of pass p are 1/p as long. The model is edited by
+    hooks: no weight is written.
 
     Where the keys of written facts are followed, an edit also asks that nothing changes at those of the edits before it
     (`keys_beside`), so that a model can be edited for long.
@@ -322,7 +335,7 @@ def write_targets(
         facts: with subjects.
         module_names: the layers to edit, in the order they run; each puts out something that is added to the hidden
             state.
-        config: as in `find_moves` and `tokenize_facts`, `n_passes` and `statistics`.
+        config: as in `find_moves` and `tokenize_facts`, `n_passes`, `n_solves`, `relaxation` and `statistics`.
         penalty: of a module: κ C, (key_size, key_size), see `RidgeLeastSquares`; None for 0.
         ridge: of a module: λ.
         batch_size: facts a pass of the language model. Does not change the result.
@@ -341,42 +354,85 @@ def write_targets(
     asked = [lookup for request in requests for lookup in request.asked]
     n_contexts = len(asked) // len(requests)
     shifts: dict[str, Shift] = {}
-    still: dict[str, Tensor] = {}  # keys that this edit leaves where they are
 
-    def read(names: Sequence[str], newest: Mapping[str, Shift]) -> tuple[dict[str, Tensor], Tensor]:
+    def read(newest: Mapping[str, Shift]) -> tuple[dict[str, Tensor], Tensor]:
         with _in_force(model, shifts, newest):
-            keys, hidden = read_lookups(model, tokenize, asked, names, block, batch_size)
+            keys, hidden = read_lookups(model, tokenize, asked, module_names, block, batch_size)
         return {name: rows.unflatten(0, (-1, n_contexts)).mean(1) for name, rows in keys.items()}, hidden[::n_contexts]
 
-    def solve(name: str, keys: Tensor, differences: Tensor) -> Shift:
-        matrix = penalty(name)
-        if name in still:  # in the penalty and not as rows, so that an edit has no more factors than facts
-            rows = still[name].double()
-            matrix = rows.T @ rows if matrix is None else matrix.to(rows).addmm(rows.T, rows)
-        solver = RidgeLeastSquares(name, penalty=matrix)
-        solver.add(keys, differences)
-        return solver.solve(ridge(name), in_place=True).to_shift()
+    def seek(states: Tensor, sought: Sequence[int], share: float) -> Tensor:
+        goals = states.clone()  # a fact that is not sought stays
+        chosen = [requests[i] for i in sought]
+        title = f"Finding targets, pass {number}"
+        with (
+            _in_force(model, shifts),
+            logging.tqdm(total=len(sought), desc=title, unit=" facts", leave=False) as bar,
+        ):
+            goals[sought] += find_moves(
+                model, tokenize, chosen, states[sought], block, config, batch_size, bar.update, share
+            )
+        return goals
 
-    total = len(requests) * config.n_passes
-    with logging.tqdm(total=total, desc="Finding targets", unit=" facts", leave=False) as bar:
-        for _ in range(config.n_passes):
-            keys, states = read(module_names, {})
+    def solve(keys: Mapping[str, Tensor], states: Tensor, goals: Tensor) -> dict[str, Shift]:
+        newest: dict[str, Shift] = {}
+        for _ in logging.tqdm(range(config.n_solves), desc=f"Writing, pass {number}", unit=" solves", leave=False):
+            if newest:
+                keys, states = read(newest)
+            wanted = config.relaxation * (goals - states)
+            for name, shift in newest.items():
+                wanted += keys[name] @ materialise(shift, True).to(keys[name])
+            newest = solver.solve(keys, wanted, config.relaxation)
+        return newest
+
+    for number in range(1, config.n_passes + 1):
+        keys, states = read({})
+        if number == 1:
             _check_sizes(config, module_names, states.shape[1])
-            if not shifts:  # before this edit, as the earlier ones left them
-                still = {
-                    name: keys_beside(written[name].to(rows), rows) for name, rows in keys.items() if name in written
-                }
+            solver = JointLeastSquares(_penalties(module_names, keys, penalty, ridge, written))
+            sought = list(range(len(requests)))
+        else:
             with _in_force(model, shifts):
-                goals = states + find_moves(model, tokenize, requests, states, block, config, batch_size, bar.update)
-            newest: dict[str, Shift] = {}
-            for n_left, name in zip(range(len(module_names), 0, -1), module_names, strict=True):
-                if newest:
-                    own, states = read([name], newest)
-                    keys |= own
-                newest[name] = solve(name, keys[name], (goals - states) / n_left)
-            shifts = _added(shifts, newest)
-    # The keys are as the last solve of each layer found them, with the layers below it edited.
-    return shifts, keys if config.follows_edits else {}
+                prompts = [request.asked[0].sequence for request in requests]
+                sought = (~find_answered(model, tokenize, prompts, batch_size)).nonzero().flatten().tolist()
+        if sought:
+            shifts = _added(shifts, solve(keys, states, seek(states, sought, share=1 / number)))
+    return shifts, read({})[0] if config.follows_edits else {}
+
+
+def _penalties(
+    module_names: Sequence[str],
+    keys: Mapping[str, Tensor],
+    penalty: Callable[[str], Tensor | None],
+    ridge: Callable[[str], float],
+    written: Mapping[str, Tensor],
+) -> dict[str, Tensor]:  # {module name: (key_size, key_size)}
+    """What the shift of each layer is weighed against: κ C + λI, and the keys of earlier facts, which are to stay."""
+    penalties = {}
+    for name in module_names:
+        rows = keys[name].to(solve_device(keys[name].device), SOLVE_DTYPE)
+        matrix = ridge(name) * torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+        ordinary = penalty(name)
+        if ordinary is not None:
+            matrix += ordinary.to(matrix)
+        if name in written:  # here and not as rows, so that an edit has no more factors than facts
+            staying = keys_beside(written[name].to(rows), rows)
+            matrix.addmm_(staying.T, staying)
+        penalties[name] = matrix
+    return penalties
+
+
+@torch.no_grad()
+def find_answered(
+    model: nn.Module, tokenize: Tokenizer, prompts: Sequence[TokenSequence], batch_size: int
+) -> Tensor:  # (n_prompts,), bool
+    """Which prompts the model answers with their targets: every token of it is the most likely one."""
+    found = torch.zeros(len(prompts), dtype=torch.bool)
+    for chosen, batch in tokenize.batches(prompts, batch_size):
+        logits, targets = own_answer_logits(model, batch.to(input_device(model)))
+        is_right = (logits.argmax(-1) == targets).cpu()
+        counts = (batch.labels != IGNORED).sum(dim=1).tolist()
+        found[chosen] = torch.stack([tokens.all() for tokens in is_right.split(counts)])
+    return found
 
 
 def keys_beside(

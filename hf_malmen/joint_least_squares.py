@@ -1,0 +1,69 @@
+"""One least squares for several layers that write into the same hidden state: what they put out adds up."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .errors import NumericalError
+from .least_squares import SOLVE_DTYPE, DualSolution, RidgeLeastSquares, solve_device
+from .shifts import Shift, dense, factored, is_small
+
+
+class JointLeastSquares:
+    """S₁ … S_m = argmin ‖Σ_l U_l S_l − D‖² + ρ Σ_l tr(S_lᵀ A_l S_l).
+
+    With A = LLᵀ this is a ridge regression, at λ = ρ, on the whitened keys L⁻¹u of all layers side by side: n × n for
+    up to as many rows as the layers have key features in all, and beyond that as large as all key features.
+
+    Args:
+        penalties: {module name: A, (key_size, key_size), symmetric and positive definite}. Left as they are.
+
+    Raises:
+        NumericalError: a penalty is not positive definite; names the module.
+    """
+
+    def __init__(self, penalties: Mapping[str, Tensor]) -> None:
+        self._factors: dict[str, Tensor] = {}
+        for name, penalty in penalties.items():
+            factor, info = torch.linalg.cholesky_ex(penalty.to(solve_device(penalty.device), SOLVE_DTYPE))
+            if info.item() != 0 or not torch.isfinite(factor.diagonal()).all():
+                raise NumericalError(
+                    f"{name}: what an edit is weighed against is not positive definite. Raise EditorConfig.ridge, or "
+                    "leave this layer out of target_modules."
+                )
+            self._factors[name] = factor
+
+    def solve(
+        self,
+        keys: Mapping[str, Tensor],  # {module name: U, (n, key_size)}
+        differences: Tensor,  # D, (n, value_size)
+        weight: float = 1.0,
+    ) -> dict[str, Shift]:
+        """The minimiser at ρ = `weight`: {module name: S}, as factors over the n rows where these are small.
+
+        Raises:
+            NumericalError: a row that is not finite.
+        """
+        whitened = [
+            torch.linalg.solve_triangular(factor, keys[name].to(factor).T, upper=False).T
+            for name, factor in self._factors.items()
+        ]
+        solver = RidgeLeastSquares(", ".join(self._factors))
+        solver.add(torch.cat(whitened, dim=1), differences.to(whitened[0]))
+        solution = solver.solve(weight, in_place=True)
+        sizes = [rows.shape[1] for rows in whitened]
+        shape = (max(sizes), differences.shape[1])
+        # P of S = PᵀD has rows, S has columns: either is split by layers, and put back from whitened to ordinary keys.
+        if isinstance(solution, DualSolution) and is_small(len(differences), *shape):
+            parts = zip(self._factors.items(), solution.left.split(sizes, dim=1), strict=True)
+            return {name: factored(_unwhitened(factor, p.T).T, solution.differences) for (name, factor), p in parts}
+        parts = zip(self._factors.items(), solution.shift.split(sizes), strict=True)
+        return {name: dense(_unwhitened(factor, s)) for (name, factor), s in parts}
+
+
+def _unwhitened(
+    factor: Tensor,  # L, (key_size, key_size), lower
+    columns: Tensor,  # (key_size, m)
+) -> Tensor:  # L⁻ᵀ columns, (key_size, m)
+    return torch.linalg.solve_triangular(factor.T, columns, upper=True)
