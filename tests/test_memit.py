@@ -25,8 +25,8 @@ from hf_malmen import (
     ModelMismatchError,
     NumericalError,
 )
-from hf_malmen.batches import Tokenizer
-from hf_malmen.memit import _variants, find_moves, keys_beside, read_lookups, tokenize_facts
+from hf_malmen.batches import IGNORED, Tokenizer, TokenSequence
+from hf_malmen.memit import _variants, find_answered, find_moves, keys_beside, read_lookups, tokenize_facts
 from hf_malmen.sequential import keys_in_force
 from hf_malmen.targets import find_targets
 from hf_malmen.tracing import frozen
@@ -384,6 +384,31 @@ def test_second_pass_is_an_edit_of_the_edited_model(
     for name, shift in found.items():
         assert float((shift - first[name] - second[name]).norm()) <= 1e-5 * float(shift.norm())
         assert float(second[name].norm()) > 1e-3 * float(first[name].norm())  # there was something left to do
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_answered_is_what_every_token_of_the_target_is_predicted(
+    case: tuple[str, PreTrainedModel], tokenizer: PreTrainedTokenizerFast, batch_size: int
+) -> None:
+    """Greedy continuations of two tokens are answered; with either of the two replaced they are not."""
+    _, model = case
+    sequences, expected = [], []
+    for fact in AT_SUBJECT:
+        prompt = tokenizer(fact.prompt)["input_ids"]
+        whole = model.generate(torch.tensor([prompt]), max_new_tokens=2, min_new_tokens=2, do_sample=False)[0].tolist()
+        first, second = whole[len(prompt) :]
+        for tokens, is_answered in (
+            ((first, second), True),
+            ((first, second + 1), False),
+            ((first + 1, second), False),
+            ((first,), True),
+        ):
+            labels = (*[IGNORED] * (len(prompt) - 1), *tokens)
+            # What the model reads: with the first token replaced by another, still the first.
+            sequences.append(TokenSequence((*prompt, first)[: len(labels)], labels))
+            expected.append(is_answered)
+    found = find_answered(model, Tokenizer(tokenizer, EditorConfig()), sequences, batch_size)
+    assert found.tolist() == expected
 
 
 def test_nothing_is_sought_again_where_all_facts_are_answered(

@@ -474,8 +474,13 @@ def test_trunk_of_other_architectures(
     "name",
     ["llama", "gpt2", "gptj", "gemma2", "opt, projected", "mpt", "qwen3_moe", "bert", "llama, classes", "t5", "bart"],
 )
+# In float32 up to 1e-6 on most CPUs, and 1.7e-6 on one without AVX512; float64 shows that it is rounding (some
+# models compute norms and attention in float32 even then).
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.float64, 1e-6)])
 def test_what_is_kept_does_not_change_the_gradient(
     name: str,
+    dtype: torch.dtype,
+    tolerance: float,
     tokenizer: PreTrainedTokenizerFast,
     make_long_facts: Callable[..., list[Fact]],
     make_editor: Callable[..., EditorModel],
@@ -483,13 +488,13 @@ def test_what_is_kept_does_not_change_the_gradient(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """In float32 the gradients of a first and of later epochs, from memory and from disk, are those of plain passes.
+    """The gradients of a first and of later epochs, from memory and from disk, are those of plain passes.
 
     Plain: no memory, no trunk, vocabulary projection and last block at every token, facts traced and unrelated prompts
     answered anew at every step.
     """
     kind = KINDS[name]
-    model, facts = kind.build(torch.float32), kind.facts(make_long_facts(7))
+    model, facts = kind.build(dtype), kind.facts(make_long_facts(7))
     results: dict[str, list[dict[str, Tensor]]] = {}
     for way in ("kept", "to disk", "from disk", "plain"):
         editor = make_editor(model, n_preserved_keys=5, **kind.config)
@@ -513,7 +518,7 @@ def test_what_is_kept_does_not_change_the_gradient(
         results[way] = per_step
     for way in ("kept", "to disk", "from disk"):
         for found, expected in zip(results[way], results["plain"], strict=True):
-            assert_same(found, expected, 1e-6)
+            assert_same(found, expected, tolerance)
 
 
 def test_later_epochs_run_the_base_model_for_the_shifted_passes_alone(
