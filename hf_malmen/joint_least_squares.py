@@ -18,6 +18,8 @@ class JointLeastSquares:
 
     Args:
         penalties: {module name: A, (key_size, key_size), symmetric and positive definite}. Left as they are.
+            A = κ C, where C = KᵀK / m is the second moment of m other keys, costs κ times the mean squared move of what
+            the layer puts out for them (MEMIT, arXiv 2210.07229, equation 14).
 
     Raises:
         NumericalError: a penalty is not positive definite; names the module.

@@ -122,11 +122,10 @@ class SumSolution:
 
 @dataclass
 class PrimalSolution:
-    """S = (UᵀU + A + λI)⁻¹ UᵀD from its k × k factor; A is the penalty, if there is one."""
+    """S = (UᵀU + λI)⁻¹ UᵀD from its k × k factor."""
 
     shift: Tensor  # (key_size, value_size)
-    factor: Tensor  # (key_size, key_size), lower Cholesky factor of UᵀU + A + λI
-    rows: tuple[Tensor, Tensor] | None = None  # U (n, key_size), D (n, value_size), where these are few
+    factor: Tensor  # (key_size, key_size), lower Cholesky factor of UᵀU + λI
     factors = None  # there are more rows than the shift has
 
     def adjoint(self, gradient: Tensor) -> Adjoint:
@@ -134,11 +133,7 @@ class PrimalSolution:
         return Adjoint(-torch.tensordot(multiplier, self.shift), multiplier=multiplier)
 
     def to_shift(self) -> Shift:
-        """S, or the factors of S = PᵀD with P = U (UᵀU + A + λI)⁻¹ where there are few rows."""
-        if self.rows is None or not is_small(len(self.rows[0]), *self.shift.shape):
-            return dense(self.shift)
-        keys, differences = self.rows
-        return factored(torch.cholesky_solve(keys.T, self.factor).T, differences)
+        return dense(self.shift)
 
 
 @dataclass
@@ -274,23 +269,18 @@ class RowSum:
 
 
 class RidgeLeastSquares:
-    """Aggregation `"least_squares"`: S = argmin ‖U S − D‖² + λ ‖S‖² + tr(Sᵀ A S) over all rows added.
+    """Aggregation `"least_squares"`: S = argmin ‖U S − D‖² + λ ‖S‖² over all rows added.
 
-    Up to k rows are kept and solved in the dual (n × n), unless there is a penalty A, which makes it k × k. Beyond
-    that, rows are folded into UᵀU and UᵀD, so memory does not grow with the number of facts. UᵀU is symmetric: only its
-    upper triangle is computed, in half of the time.
+    Up to k rows are kept and solved in the dual (n × n). Beyond that, rows are folded into UᵀU and UᵀD, so memory does
+    not grow with the number of facts. UᵀU is symmetric: only its upper triangle is computed, in half of the time.
 
     Args:
         name: the layer, for error messages.
         n_expected: how many rows will come, if that is known: more than k are folded from the first on.
-        penalty: A, (key_size, key_size), symmetric and positive semidefinite, left as it is; None for 0. With
-            A = κ C, where C = KᵀK / m is the second moment of m other keys, it costs κ times the mean squared move of
-            what the layer puts out for them (MEMIT, arXiv 2210.07229, equation 14).
     """
 
-    def __init__(self, name: str, n_expected: int = 0, penalty: Tensor | None = None) -> None:
+    def __init__(self, name: str, n_expected: int = 0) -> None:
         self.name = name
-        self._penalty = penalty
         self.n_rows = 0
         self._n_expected = n_expected
         self._n_kept = 0
@@ -367,22 +357,16 @@ class RidgeLeastSquares:
         if keys is not None and differences is not None:
             _require_finite(keys, self.name, "its keys")
             _require_finite(differences, self.name, "its value differences")
-            if self._penalty is None:
-                return DualSolution(keys, differences, self._factor(keys @ keys.T, ridge, n_rows), self._own)
-            gram, moment, rows = keys.T @ keys, keys.T @ differences, (keys, differences)
-        else:
-            assert gram is not None  # for the type checker: both are set in _fold
-            assert moment is not None
-            # Where a key is not finite, neither is its square.
-            _require_finite(gram.diagonal(), self.name, "the product of its keys")
-            _require_finite(moment, self.name, "the product of keys and value differences")
-            if not in_place:
-                gram, moment = gram.clone(), moment.clone()
-            rows = None
-        if self._penalty is not None:
-            gram += self._penalty.to(gram)
+            return DualSolution(keys, differences, self._factor(keys @ keys.T, ridge, n_rows), self._own)
+        assert gram is not None  # for the type checker: both are set in _fold
+        assert moment is not None
+        # Where a key is not finite, neither is its square.
+        _require_finite(gram.diagonal(), self.name, "the product of its keys")
+        _require_finite(moment, self.name, "the product of keys and value differences")
+        if not in_place:
+            gram, moment = gram.clone(), moment.clone()
         factor = self._factor(gram, ridge, n_rows)
-        return PrimalSolution(_solved_in_place(factor, moment), factor, rows)
+        return PrimalSolution(_solved_in_place(factor, moment), factor)
 
     def _fold(self) -> None:
         for keys, differences in self._folds():

@@ -336,7 +336,7 @@ def write_targets(
         module_names: the layers to edit, in the order they run; each puts out something that is added to the hidden
             state.
         config: as in `find_moves` and `tokenize_facts`, `n_passes`, `n_solves`, `relaxation` and `statistics`.
-        penalty: of a module: κ C, (key_size, key_size), see `RidgeLeastSquares`; None for 0.
+        penalty: of a module: κ C, (key_size, key_size), see `JointLeastSquares`; None for 0.
         ridge: of a module: λ.
         batch_size: facts a pass of the language model. Does not change the result.
         written: {module: (n, key_size)}, keys that the facts of earlier edits were written at.

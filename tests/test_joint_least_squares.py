@@ -6,7 +6,6 @@ from torch import Tensor
 
 from hf_malmen import NumericalError
 from hf_malmen.joint_least_squares import JointLeastSquares
-from hf_malmen.least_squares import RidgeLeastSquares
 from hf_malmen.shifts import FactoredShift, materialise
 
 SIZES = {"first": 12, "second": 12, "third": 7}
@@ -35,16 +34,6 @@ def test_equals_a_dense_least_squares(n_rows: int) -> None:
     assert list(found) == list(SIZES)
     for shift, solution in zip(found.values(), expected, strict=True):
         torch.testing.assert_close(materialise(shift, True).double(), solution, rtol=1e-5, atol=1e-6)
-
-
-def test_one_layer_is_ridge_least_squares_with_a_penalty() -> None:
-    """The same minimum, found in the dual here and in the primal there."""
-    keys, differences, penalties = case(9)
-    solver = RidgeLeastSquares("first", penalty=penalties["first"])
-    solver.add(keys["first"], differences)
-    expected = solver.solve(1e-12).shift
-    found = JointLeastSquares({"first": penalties["first"]}).solve(keys, differences)["first"]
-    torch.testing.assert_close(materialise(found, True).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_few_rows_are_kept_as_factors() -> None:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from hf_malmen import NumericalError
 from hf_malmen.least_squares import Adjoint, DualSolution, PrimalSolution, RidgeLeastSquares, RowSum, aggregator
-from hf_malmen.shifts import DenseShift, FactoredShift, materialise
 
 KEY_SIZE, VALUE_SIZE = 12, 7
 LAYER = "model.layers.3.mlp.down_proj"
@@ -219,45 +218,6 @@ def test_outliers_keep_seven_digits(n: int) -> None:
     # The errors of a float32 solve: what this precision is for.
     gram = keys.T @ keys + torch.eye(KEY_SIZE)
     assert relative_error(torch.linalg.solve(gram, keys.T @ differences.float()), expected) > 1e-5
-
-
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("n", [1, 5, KEY_SIZE, 3 * KEY_SIZE])
-def test_penalty_is_that_of_rows_without_a_difference(n: int, in_place: bool) -> None:
-    """A = κ KᵀK / m is the same as m more rows √(κ / m) K whose value differences are zero; A is left as it is."""
-    keys, differences = rows(n)
-    others, _ = rows(30, seed=5)
-    still = others * math.sqrt(4.0 / len(others))
-    expected = augmented(torch.cat((keys, still)), torch.cat((differences, torch.zeros(30, VALUE_SIZE))), 0.1)
-    penalty = still.T @ still
-    kept = penalty.clone()
-    aggregation = RidgeLeastSquares(LAYER, penalty=penalty)
-    aggregation.add(keys, differences)
-    solution = aggregation.solve(0.1, in_place=in_place)
-    assert isinstance(solution, PrimalSolution)
-    assert relative_error(solution.shift, expected) < 1e-10
-    assert torch.equal(penalty, kept)
-    shift = solution.to_shift()
-    assert isinstance(shift, FactoredShift if n <= KEY_SIZE else DenseShift)  # few rows are a LoRA as they stand
-    assert relative_error(materialise(shift, True), expected) < 1e-5
-
-
-def test_adjoint_of_a_penalised_solve_equals_autograd() -> None:
-    """A stands beside λ I."""
-    keys, differences = rows(5, seed=3)
-    others, _ = rows(30, seed=5)
-    leaf, ridge = differences.clone().requires_grad_(), torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
-    identity = torch.eye(KEY_SIZE, dtype=torch.float64)
-    dense = torch.linalg.solve(keys.T @ keys + others.T @ others + ridge * identity, keys.T @ leaf)
-    dense.retain_grad()
-    (dense.norm() ** 3).backward()
-    assert dense.grad is not None and leaf.grad is not None and ridge.grad is not None
-    aggregation = RidgeLeastSquares(LAYER, penalty=others.T @ others)
-    aggregation.add(keys, differences)
-    adjoint = aggregation.solve(0.7).adjoint(dense.grad)
-    assert relative_error(pulled_rows(adjoint, keys), leaf.grad) < 1e-10
-    assert adjoint.ridge_gradient is not None
-    assert float(adjoint.ridge_gradient) == pytest.approx(float(ridge.grad), rel=1e-9)
 
 
 def test_repeated_keys_are_solved() -> None:

@@ -714,6 +714,8 @@ def test_states_that_are_not_finite_name_the_module(
     ("settings", "message"),
     [
         ({"n_steps": 0}, "n_steps is 0; allowed: a whole number of at least 1"),
+        ({"n_solves": 0}, "n_solves is 0; allowed: a whole number of at least 1"),
+        ({"relaxation": 0}, "relaxation is 0; allowed: a finite number above 0"),
         ({"edit_lr": 0}, "edit_lr is 0; allowed: a finite number above 0"),
         ({"clamp_factor": -1.0}, "clamp_factor is -1.0; allowed: a finite number above 0"),
         ({"kl_weight": "a"}, "kl_weight is 'a'; allowed: a finite number of at least 0"),
