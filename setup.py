@@ -63,6 +63,7 @@ setup(
         "evaluate>=0.4.6",
         "safetensors>=0.8",
         "pyarrow>=26",
+        "psutil>=7",
         "jinja2>=3.1",
         "matplotlib>=3.9",
         "pyyaml>=6",
@@ -74,7 +75,7 @@ setup(
         "demo": DEMO,
         "harness": HARNESS,
         "test": TEST + DEMO + HARNESS,
-        "dev": [*TEST, *DEMO, *HARNESS, "mypy>=2.4", "ruff>=0.17", "types-PyYAML"],
+        "dev": [*TEST, *DEMO, *HARNESS, "mypy>=2.4", "ruff>=0.17", "types-PyYAML", "types-psutil"],
     },
     entry_points={"console_scripts": ["hf-malmen=hf_malmen.cli:main"]},
 )

@@ -2,14 +2,18 @@
 
 Models of Llama-3-8B's, Mistral-7B's and GPT-J-6B's shape with random weights, in bfloat16 on a GPU, without network. Of
 each: `make_edit` for 1,000 and 20,000 facts of 20 tokens, and a training step of 1,024 facts. Each beside its floor
-(see floor.py), with its share of the card's peak FLOP/s and its peak memory. Every model has a process of its own.
+(see floor.py), with its share of the card's peak FLOP/s and its peak memory. Every model has a process of its own. Then
+the least squares of one layer of GPT-J's width by itself, in float64: folding the rows of 20,000 facts, and the solve.
 
 The aims: 20,000 facts on a 7B model within 60 s and 24 GB; a training step of 1,024 facts on a GPT-J within 20 s and
-40 GB. `--device cpu --tiny` runs all of it in a minute, on tiny models and few facts, to see that it works.
+40 GB. `--device cpu --tiny` runs all of it in a minute, on tiny models and few facts, to see that it works. Whether a
+GPU computes what a CPU does is what gpu_check.py tells.
 """
 
 import argparse
 import json
+import subprocess
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -23,6 +27,7 @@ from transformers.utils import logging
 
 import hf_malmen
 from hf_malmen import EditorConfig, EditorModel, EditorTrainer, EditorTrainingArguments, load_facts
+from hf_malmen.least_squares import RidgeLeastSquares
 from hf_malmen.tables import table
 
 MODELS = ("llama-3-8b", "mistral-7b", "gptj-6b")
@@ -138,6 +143,29 @@ def measure_step(
     }
 
 
+def measure_solve(options: argparse.Namespace) -> dict[str, Any]:
+    """The least squares of one layer of GPT-J's width: the rows of the most facts folded, then solved."""
+    key_size, value_size = (160, 64) if options.tiny else (16384, 4096)
+    n_rows = 3 * max(options.facts)  # three answer tokens a fact
+    measured = Measured(options.device)
+    batch = [torch.randn(min(1024, n_rows), size, device=options.device) for size in (key_size, value_size)]
+
+    def folded(n: int) -> RidgeLeastSquares:
+        rows = RidgeLeastSquares("layer", n_rows + key_size)
+        for _ in range(-(-n // len(batch[0]))):
+            rows.add(*batch)
+        return rows
+
+    folded(len(batch[0])).solve(1.0, in_place=True)  # warms up
+    found: list[RidgeLeastSquares] = []
+    fold = measured(lambda: found.append(folded(n_rows)))
+    solve = measured(lambda: found.pop().solve(1.0, in_place=True))
+    # UᵀU has half as many numbers to compute as it has entries; a multiplication and an addition each.
+    fold["flops"] = n_rows * (key_size**2 + 2 * key_size * value_size)
+    solve["flops"] = key_size**3 / 3 + 2 * key_size**2 * value_size
+    return {f"fold {n_rows} rows of {key_size} x {value_size}": fold, "solve": solve}
+
+
 def check_aims(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Each aim of which the measurement is there, and whether it was met."""
     found = []
@@ -159,12 +187,17 @@ def report(results: dict[str, Any], peak_tflops: float | None) -> str:
             numbers = [f"{one['seconds']:.2f}", f"{one['floor']:.2f}", f"{one['floor'] / one['seconds']:.2f}"]
             rows.append([model, what, *numbers, f"{tflops:.1f}", share, f"{one['peak bytes'] / 1e9:.1f}"])
     header = ["model", "facts", "seconds", "floor", "of the floor", "TFLOP/s", "of the peak", "peak GB"]
+    solve = [
+        [what, f"{one['seconds']:.2f}", f"{one['flops'] / one['seconds'] / 1e12:.1f}", f"{one['peak bytes'] / 1e9:.1f}"]
+        for what, one in results["solve"].items()
+    ]
     lines = [
         f"{aim['model']}, {aim['what']}: within {aim['seconds']:.0f} s and {aim['bytes'] / 1e9:.0f} GB: "
         f"{'met' if aim['met'] else 'missed'}"
         for aim in results["aims"]
     ]
-    return "\n".join([table(header, rows), "", *lines])
+    tables = [table(header, rows), "", table(["least squares", "seconds", "float64 TFLOP/s", "peak GB"], solve)]
+    return "\n".join([*tables, "", *lines, *(f"{name}: failed, see above" for name in results["failed"])])
 
 
 def main() -> None:
@@ -175,11 +208,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="shapes to measure")
     parser.add_argument("--facts", type=int, nargs="+", help="facts to apply at once; default: 1000 20000")
     parser.add_argument("--step-facts", type=int, help="facts of a training step; default: 1024")
-    parser.add_argument("--batch-size", type=int, default=64, help="facts a pass of the language model")
-    parser.add_argument("--max-memory", default="6GiB", help="for the least squares of the layers solved together")
+    parser.add_argument("--batch-size", type=int, default=128, help="facts a pass of the language model")
+    parser.add_argument("--max-memory", default="5GiB", help="for the least squares of the layers solved together")
     parser.add_argument("--peak-tflops", type=float, help="the card's, in bfloat16; known for some cards")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    parser.add_argument("--one", choices=MODELS, help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=(*MODELS, "solve"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.facts = options.facts or ([48, 96] if options.tiny else [1000, 20000])
     options.step_facts = options.step_facts or (16 if options.tiny else 1024)
@@ -189,20 +222,29 @@ def main() -> None:
     logging.disable_progress_bar()
     warnings.simplefilter("ignore", hf_malmen.UntrainedEditorWarning)  # its speed is what is measured
     if options.one:
-        print(json.dumps(measure(options, options.one)))
+        print(json.dumps(measure_solve(options) if options.one == "solve" else measure(options, options.one)))
         return
     common = ["--device", options.device, "--batch-size", options.batch_size, "--max-memory", options.max_memory]
     common += ["--facts", *options.facts, "--step-facts", options.step_facts] + ["--tiny"] * options.tiny
-    results: dict[str, Any] = {"environment": environment(), "tiny": options.tiny, "models": {}}
-    for name in options.models:
-        results["models"][name] = in_new_process(__file__, "--one", name, *map(str, common))
-    results["aims"] = [] if options.tiny else check_aims(results["models"])
+    results: dict[str, Any] = {"environment": environment(), "tiny": options.tiny, "models": {}, "solve": {}}
+    results |= {"aims": [], "failed": []}
     card = results["environment"]["gpu"] or ""
     peak = options.peak_tflops or next((value for key, value in PEAK_TFLOPS.items() if key in card), None)
     results["peak_tflops"] = peak
+    for name in ("solve", *options.models):
+        try:
+            found = in_new_process(__file__, "--one", name, *map(str, common))
+        except subprocess.CalledProcessError:  # it has said why; the others may work
+            results["failed"].append(name)
+        else:
+            (results if name == "solve" else results["models"])[name] = found
+            results["aims"] = [] if options.tiny else check_aims(results["models"])
+            print(f"{name}: done", file=sys.stderr)
+        if options.json:  # each time, as these take a while
+            write_json(options.json, results)
     print(f"{results['environment']}\n\n{report(results, peak)}")
-    if options.json:
-        write_json(options.json, results)
+    if results["failed"]:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def facts(n: int, n_tokens: int) -> Iterator[dict[str, Any]]:
-    """Facts of `n_tokens` read tokens each, of which three answers: with a rephrase and an unrelated prompt."""
+    """Facts of `n_tokens` read tokens, three of them answers: with a subject, a rephrase and an unrelated prompt."""
     draw = random.Random(0)
 
     def words(count: int) -> str:
@@ -84,8 +84,10 @@ def facts(n: int, n_tokens: int) -> Iterator[dict[str, Any]]:
 
     length = n_tokens + 1 - _TARGET_TOKENS  # the last token of a target is not read
     for _ in range(n):
+        prompt = words(length)
         yield {
-            "prompt": words(length),
+            "prompt": prompt,
+            "subject": " ".join(prompt.split()[2:5]),
             "target": words(_TARGET_TOKENS),
             "rephrases": [words(length)],
             "unrelated_prompt": words(length),

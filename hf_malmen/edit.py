@@ -512,7 +512,7 @@ def check_fingerprint(
     policy: str,
     subject: str,
     base: str,
-) -> None:
+) -> str | None:
     """Compare the model's target weights with those `subject` was made for.
 
     Edits in force on the model do not count: the weights they replaced are compared.
@@ -525,13 +525,19 @@ def check_fingerprint(
         subject: who asks, for the message.
         base: the base model and revision that it wants, for the message.
 
+    Returns:
+        The fingerprint of the weights compared; None where nothing was.
+
     Raises:
         ModelMismatchError: they differ and the policy is `"error"`.
     """
     if policy not in FINGERPRINT_POLICIES:
         raise ValueError(f"The fingerprint policy is {policy!r}; allowed: {', '.join(FINGERPRINT_POLICIES)}.")
-    if expected is None or policy == "ignore" or base_fingerprint(model, names) == expected:
-        return
+    if expected is None or policy == "ignore":
+        return None
+    found = base_fingerprint(model, names)
+    if found == expected:
+        return found
     message = (
         f"{subject} was made for a base model whose target weights differ from this one's (fingerprint "
         f"{expected[:12]}...). Its facts may not be written well. Load {base}."
@@ -539,6 +545,7 @@ def check_fingerprint(
     if policy == "error":
         raise ModelMismatchError(message)
     warnings.warn(message, FingerprintWarning, stacklevel=3)
+    return found
 
 
 def live_edits(model: nn.Module) -> list[Edit]:

@@ -89,7 +89,7 @@ def _from_rows(editor: EditorNetworks, request: EditRequest) -> MadeShifts:
         statistics = editor.statistics_after(traces, request.statistics)
     shifts: dict[str, Shift] = {}
     first = (lambda _: iter(held)) if held is not None else (lambda names: request.traces(editor, names))
-    with closing(traces_by_group(groups, first, n_bytes)) as parts:
+    with closing(traces_by_group(groups, first, n_bytes, editor.device)) as parts:
         for names, traced in parts:
             for name, solution in editor.solutions(traced, request.editor_batch_size, statistics, names, n_rows):
                 shifts[name] = solution.to_shift()

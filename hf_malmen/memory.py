@@ -1,14 +1,19 @@
-"""Keeping the solve within a given memory: layers in groups, and what the later groups need on disk meanwhile."""
+"""Keeping the solve within a given memory: layers in groups, and what the later groups need elsewhere meanwhile."""
 
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
+import psutil
+import torch
 from accelerate.utils import convert_file_size_to_int
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers.utils import logging
 
 from .tracing import Trace
@@ -16,8 +21,11 @@ from .tracing import Trace
 logger = logging.get_logger(__name__)
 
 _KEYS, _GRADIENTS = ":keys", ":value_gradients"
-# Of the free space of the temporary folder, how much may be taken: others write there too.
+# Of the free space of the temporary folder and of the host's free memory, how much may be taken: others want some too.
 _SHARE_OF_DISK = 0.8
+_SHARE_OF_HOST = 0.5
+# Batches that are under way to where they wait, or back.
+_UNDER_WAY = 2
 
 Traces = Iterator[Mapping[str, Trace]]  # one mapping a batch
 
@@ -73,25 +81,28 @@ def plan_groups(sizes: Mapping[str, int], max_memory: int | None) -> list[list[s
 
 
 def traces_by_group(
-    groups: Sequence[Sequence[str]], trace: Callable[[Sequence[str]], Traces], n_bytes: int
+    groups: Sequence[Sequence[str]], trace: Callable[[Sequence[str]], Traces], n_bytes: int, device: torch.device
 ) -> Generator[tuple[list[str], Traces], None, None]:
     """Each group of layers with the traces of all facts, one group after the other.
 
-    With several groups, the language model runs once, and keys and value gradients of the later groups wait on disk as
-    safetensors in a temporary folder: a fact's rows are some hundred kB for a 7B model, a millisecond of a disk's time,
-    and its passes are some 10¹¹ operations, at least as much of a GPU's time and seconds of a CPU's. Where the folder
-    has no room (`TMPDIR` sets it), the language model runs again for each group. The traces are the same either way.
+    With several groups, the language model runs once, and keys and value gradients of the later groups wait, beside a
+    GPU in the host's memory if it has room, else on disk, as safetensors in a temporary folder. A fact's rows are some
+    hundred kB for a 7B model, a millisecond of a disk's time, and its passes are some 10¹¹ operations: a millisecond of
+    a GPU's time, during which the rows of the batch before are copied, and seconds of a CPU's. Where the folder has no
+    room either (`TMPDIR` sets it), the language model runs again for each group. The traces are the same in each way.
 
     Args:
         groups: of module names. Each group's traces are consumed before the next group is asked for.
         trace: a pass over all facts that traces these modules.
         n_bytes: the most that the traces of all groups but the first take.
+        device: where the traces are made, and the solve takes place whose memory is limited.
     """
     if len(groups) == 1:
         yield list(groups[0]), trace(groups[0])
         return
+    on_host = device.type != "cpu" and n_bytes <= _SHARE_OF_HOST * psutil.virtual_memory().available
     free = shutil.disk_usage(tempfile.gettempdir()).free
-    if n_bytes > _SHARE_OF_DISK * free:
+    if not on_host and n_bytes > _SHARE_OF_DISK * free:
         logger.warning(
             f"Tracing again for each of {len(groups)} groups of layers: keeping what was traced takes up to "
             f"{n_bytes / 2**30:.3g} GiB, and {tempfile.gettempdir()} has {free / 2**30:.3g} GiB left. Set TMPDIR to a "
@@ -101,35 +112,91 @@ def traces_by_group(
             yield list(names), trace(names)
         return
     with tempfile.TemporaryDirectory(prefix="hf_malmen-") as folder:
-        spill = _Spill(Path(folder), [name for names in groups[1:] for name in names])
-        yield list(groups[0]), spill.written(trace([name for names in groups for name in names]))
+        later = [name for names in groups[1:] for name in names]
+        waiting = _Waiting(later, None if on_host else Path(folder))
+        yield list(groups[0]), waiting.filled(trace([name for names in groups for name in names]))
         for names in groups[1:]:
-            yield list(names), spill.read(names)
+            yield list(names), waiting.read(names)
 
 
-class _Spill:
-    """Traces of some layers on disk, one file a batch."""
+class _Waiting:
+    """Traces of some layers in the host's memory, or on disk, one file a batch.
 
-    def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        self.folder, self.names = folder, names
+    A thread of its own copies, writes and reads them, while the language model runs over the next batches and the rows
+    of those before are solved for.
+
+    Args:
+        names: of the layers.
+        folder: on disk; None: in memory.
+    """
+
+    def __init__(self, names: Sequence[str], folder: Path | None) -> None:
+        self.names, self.folder = names, folder
         self.n_batches = 0
+        self._held: dict[str, Tensor] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def written(self, traces: Traces) -> Traces:
-        """The traces of the other layers, while those of these layers are written."""
-        for traced in traces:
-            tensors = {}
-            for name in self.names:
-                tensors[name + _KEYS] = traced[name].keys.cpu().contiguous()
-                tensors[name + _GRADIENTS] = traced[name].value_gradients.cpu().contiguous()
-            save_file(tensors, self._file(self.n_batches))
-            self.n_batches += 1
-            yield {name: entry for name, entry in traced.items() if name not in self.names}
+    def filled(self, traces: Traces) -> Traces:
+        """The traces of the other layers, while those of these layers are put to where they wait."""
+        under_way: deque[Future[None]] = deque()
+        with ThreadPoolExecutor(max_workers=1) as worker:
+            for traced in traces:
+                tensors = {}
+                for name in self.names:
+                    tensors[name + _KEYS] = traced[name].keys
+                    tensors[name + _GRADIENTS] = traced[name].value_gradients
+                under_way.append(worker.submit(self._put, self.n_batches, tensors, _done_so_far(tensors)))
+                self.n_batches += 1
+                if len(under_way) > _UNDER_WAY:
+                    under_way.popleft().result()
+                yield {name: entry for name, entry in traced.items() if name not in self.names}
+            for put in under_way:
+                put.result()
 
     def read(self, names: Sequence[str]) -> Traces:
-        """The traces of some of these layers, batch by batch."""
-        for number in range(self.n_batches):
-            with safe_open(self._file(number), framework="pt") as file:
-                yield {name: Trace(file.get_tensor(name + _KEYS), file.get_tensor(name + _GRADIENTS)) for name in names}
+        """The traces of some of these layers, batch by batch; in memory they are held no longer."""
+        under_way: deque[Future[dict[str, Trace]]] = deque()
+        with ThreadPoolExecutor(max_workers=1) as worker:
+            for number in range(self.n_batches):
+                under_way.append(worker.submit(self._get, number, names))
+                if len(under_way) > _UNDER_WAY:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+
+    def _put(self, number: int, tensors: dict[str, Tensor], done: dict[torch.device, torch.cuda.Event]) -> None:
+        """Copy a batch's tensors, apart from what their devices go on with once they are `done`."""
+        copies = {}
+        for key, tensor in tensors.items():
+            with self._apart(tensor.device, done.get(tensor.device)):
+                copies[key] = tensor.cpu().contiguous()
+        if self.folder is None:
+            self._held |= {f"{number} {key}": copy for key, copy in copies.items()}
+        else:
+            save_file(copies, self._file(number))
+
+    def _get(self, number: int, names: Sequence[str]) -> dict[str, Trace]:
+        if self.folder is None:
+            pop = self._held.pop
+            return {name: Trace(pop(f"{number} {name}{_KEYS}"), pop(f"{number} {name}{_GRADIENTS}")) for name in names}
+        with safe_open(self._file(number), framework="pt") as file:
+            return {name: Trace(file.get_tensor(name + _KEYS), file.get_tensor(name + _GRADIENTS)) for name in names}
+
+    def _apart(self, device: torch.device, done: torch.cuda.Event | None) -> AbstractContextManager[object]:
+        """A context whose copies wait for `done` and for nothing that came after it."""
+        if done is None:
+            return nullcontext()
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        self._streams[device].wait_event(done)
+        return torch.cuda.stream(self._streams[device])
 
     def _file(self, number: int) -> Path:
+        assert self.folder is not None  # for the type checker: asked of traces on disk
         return self.folder / f"{number:08}.safetensors"
+
+
+def _done_so_far(tensors: Mapping[str, Tensor]) -> dict[torch.device, torch.cuda.Event]:
+    """By GPU of these tensors, when all that it was asked to do is done, their values with it."""
+    devices = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
+    return {device: torch.cuda.current_stream(device).record_event() for device in devices}

@@ -188,7 +188,7 @@ class EditorModel(EditorNetworks):
         limit = parse_memory(max_memory)
         source = _facts(facts)
         model = base_of(model)
-        self.check_ready(model)
+        found = self.check_ready(model)
         if statistics is None and self.config.follows_edits:
             statistics = statistics_in_force(model, pack_statistics(self.statistics))
         reader = FactReader(source, self.tokenizer_for(model, tokenizer), N_FACTS_SHOWN)
@@ -196,11 +196,19 @@ class EditorModel(EditorNetworks):
         request = EditRequest(model, reader, batch_size, editor_batch_size, statistics, written, limit)
         with frozen(model), self.beside(input_device(model)):
             made = MAKERS[self.config.maker](self, request)
-        edit = self.wrap(made.shifts, model, reader.kept, reader.n_facts or 0)
+        edit = self.wrap(made.shifts, model, reader.kept, reader.n_facts or 0, fingerprint=found)
         edit.state = EditState(statistics=dict(made.statistics), written=dict(made.written))
         return edit
 
-    def wrap(self, shifts: Mapping[str, Shift], model: nn.Module, facts: Sequence[Fact], n_facts: int) -> Edit:
+    def wrap(
+        self,
+        shifts: Mapping[str, Shift],
+        model: nn.Module,
+        facts: Sequence[Fact],
+        n_facts: int,
+        *,
+        fingerprint: str | None = None,
+    ) -> Edit:
         """Shifts for `model` as an edit that says where it comes from.
 
         Args:
@@ -208,6 +216,7 @@ class EditorModel(EditorNetworks):
             model: the base model.
             facts: those that the edit keeps.
             n_facts: how many it writes.
+            fingerprint: of the model's target weights before any edit; None: not known, so that they are read for it.
         """
         return Edit(
             shifts,
@@ -216,7 +225,7 @@ class EditorModel(EditorNetworks):
             n_facts=n_facts,
             base_model_name_or_path=self.config.base_model_name_or_path,
             base_model_revision=self.config.base_model_revision,
-            base_model_fingerprint=base_fingerprint(model, self.module_names),
+            base_model_fingerprint=fingerprint or base_fingerprint(model, self.module_names),
             task_type=self.config.task_type,
             editor={
                 "method": self.config.method,
@@ -492,7 +501,7 @@ class EditorModel(EditorNetworks):
         edit = self.make_edit(model, facts, tokenizer, batch_size=batch_size)
         return measure_edit(model, edit, facts, tokenize, batch_size=batch_size, **settings)
 
-    def check_base(self, model: nn.Module) -> None:
+    def check_base(self, model: nn.Module) -> str | None:
         """Check that this editor fits `model`.
 
         The weights compared are those before any edit: those in force on the live model, and those of the edited
@@ -501,6 +510,9 @@ class EditorModel(EditorNetworks):
         Args:
             model: the base model.
 
+        Returns:
+            The fingerprint of these weights, where it had to be found.
+
         Raises:
             ModelMismatchError: the model has another task; a target is missing, cannot be edited, or has another shape
                 or orientation; or its weights differ and `fingerprint_policy` is `"error"`.
@@ -508,7 +520,7 @@ class EditorModel(EditorNetworks):
         model = plain_model(model)
         check_layers(model, self.config)
         fingerprint = self.config.base_model_fingerprint
-        check_fingerprint(
+        return check_fingerprint(
             model,
             None
             if fingerprint is None or fingerprint == fingerprint_before_edits(model, self.module_names)
@@ -520,15 +532,19 @@ class EditorModel(EditorNetworks):
             f"{self.config.base_model_revision or 'unknown'}",
         )
 
-    def check_ready(self, model: nn.Module) -> None:
+    def check_ready(self, model: nn.Module) -> str | None:
         """`check_base`, and a warning where this editor has seen nothing yet.
+
+        Returns:
+            As `check_base`.
 
         Raises:
             ModelMismatchError: as `check_base`.
         """
-        self.check_base(model)
+        found = self.check_base(model)
         if self.config.key_covariance is None and not self.is_trained:  # without a covariance there is no edit at all
             _warn_untrained(self.config)
+        return found
 
     def tokenizer_for(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Tokenizer:
         """The base model's tokenizer, in this editor's prompt format and with the model's length limit.

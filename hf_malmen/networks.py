@@ -180,7 +180,8 @@ class EditorNetworks(PreTrainedModel):
             for start in range(0, len(traced[group[0]].keys), size):
                 part = slice(start, start + size)
                 keys, gradients = (
-                    torch.stack([rows[part].to(self.device, self.dtype) for rows in of_layers])
+                    # Not in one call, which would convert first, and copy twice as much to a GPU.
+                    torch.stack([rows[part].to(self.device).to(self.dtype) for rows in of_layers])
                     for of_layers in zip(*((traced[n].keys, traced[n].value_gradients) for n in group), strict=True)
                 )
                 yield group, start, network.rows(keys, gradients, index, self.config.aggregation, normaliser)

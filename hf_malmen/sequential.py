@@ -297,7 +297,7 @@ def _make_accumulated(
     maker = editor_fingerprint(editor)
     _require_accumulable(editor, maker, edits)
     plain = _plain(model)
-    editor.check_ready(plain)
+    fingerprint = editor.check_ready(plain)
     tokenize = editor.tokenizer_for(plain, tokenizer)
     with editor.beside(input_device(plain)), unedited(plain, editor.module_names) as found:
         n_facts, own = _trace_rows(editor, plain, tokenize, facts, batch_size)
@@ -321,7 +321,7 @@ def _make_accumulated(
                 shifts[name] = dense(_difference(plain, name, solution.shift, found[name]))
             else:
                 shifts[name] = solution.to_shift()
-    edit = editor.wrap(shifts, plain, kept, n_facts)
+    edit = editor.wrap(shifts, plain, kept, n_facts, fingerprint=fingerprint)
     edit.state = EditState(maker, {}, own)
     return edit
 

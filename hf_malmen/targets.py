@@ -20,6 +20,8 @@ DEFAULT_N_BLOCKS = 6
 # How many are edited where a subject is still being read: as many as MEMIT edits in models of 28 to 48 blocks.
 N_EARLY_BLOCKS = 5
 
+# Values of a weight that are hashed at a time.
+_HASHED_VALUES = 2**22
 # Not `is_floating_point`: float8 weights are quantised too, with their scales beside them.
 _EDITABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -223,8 +225,9 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, weight in weights:
         digest.update(name.encode())
-        rounded = whole(weight).detach().to("cpu", torch.bfloat16).contiguous()
-        digest.update(rounded.view(torch.uint8).numpy().tobytes())
+        # A few MB at a time, in memory that is used again: new memory is what takes longest about a copy from a GPU.
+        for values in whole(weight).detach().flatten().split(_HASHED_VALUES):
+            digest.update(values.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

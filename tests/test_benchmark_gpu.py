@@ -36,6 +36,9 @@ def test_it_runs_on_a_cpu(tmp_path: Path) -> None:
         assert set(found) == {"seconds", "peak bytes", "floor", "flops"}
         assert all(value > 0 for value in found.values())
     assert results["models"]["gptj-6b"]["apply 72"]["flops"] == 9 * results["models"]["gptj-6b"]["apply 8"]["flops"]
+    assert len(results["solve"]) == 2
+    assert all(value > 0 for found in results["solve"].values() for value in found.values())
+    assert not results["failed"]
     assert results["environment"]["torch"] == torch.__version__
     assert "| gptj-6b" in output
 
@@ -70,3 +73,19 @@ def test_aims_are_checked(gpu: Any) -> None:
     fast, slow = {"seconds": 59.0, "peak bytes": 23e9}, {"seconds": 10.0, "peak bytes": 41e9}
     aims = gpu.check_aims({"mistral-7b": {"apply 20000": fast}, "gptj-6b": {"step 1024": slow, "apply 1000": fast}})
     assert [(aim["model"], aim["met"]) for aim in aims] == [("mistral-7b", True), ("gptj-6b", False)]
+
+
+def test_devices_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    """The CPU with itself, by which nothing differs; and what does differ is told."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        import gpu_check
+
+        patch.setattr(sys, "argv", ["gpu_check.py", "--device", "cpu", "--methods", "malmen", "memit"])
+        gpu_check.main()
+        rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| malmen", "| memit"))]
+        assert len(rows) == 7
+        assert all("0.0e+00" in row and "yes" in row for row in rows)
+        patch.setattr(gpu_check, "differ", lambda *_: 1.0)
+        with pytest.raises(SystemExit, match="devices differ"):
+            gpu_check.main()

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import hf_malmen.edit
+import hf_malmen.makers
 import hf_malmen.memory
 from hf_malmen import EditorModel, Fact
 from hf_malmen.least_squares import aggregator, state_bytes
@@ -97,14 +98,20 @@ def parts(
 
 
 @pytest.mark.parametrize("layers", [1, 3])
-@pytest.mark.parametrize("disk", [True, False])
+@pytest.mark.parametrize("where", ["disk", "host", "nowhere"])
 def test_groups_of_layers_give_the_same_edit(
-    parts: Parts, layers: int, disk: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: Any
+    parts: Parts, layers: int, where: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Whether traces wait on disk or facts are traced again, which the number of passes tells; no file is left."""
+    """Whether traces wait or facts are traced again, which the number of passes tells; no file is left."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    if not disk:
+    if where != "disk":
         monkeypatch.setattr(hf_malmen.memory, "_SHARE_OF_DISK", 0.0)
+    if where == "host":  # as beside a GPU
+
+        def beside_a_gpu(groups: Any, trace: Any, n_bytes: int, _: torch.device) -> Any:
+            return traces_by_group(groups, trace, n_bytes, torch.device("cuda"))
+
+        monkeypatch.setattr(hf_malmen.makers, "traces_by_group", beside_a_gpu)
     passes = 0
 
     def count(*_: Any) -> None:
@@ -122,7 +129,7 @@ def test_groups_of_layers_give_the_same_edit(
         assert (edit.shifts[name] - shift).norm() < 1e-6 * shift.norm()
     n_groups = -(-len(expected.shifts) // layers)
     for_statistics = once if parts.editor.config.follows_edits else 0
-    assert passes - once == for_statistics + (once if disk else n_groups * once)
+    assert passes - once == for_statistics + (n_groups * once if where == "nowhere" else once)
     assert not list(tmp_path.iterdir())
 
 
@@ -142,7 +149,7 @@ def test_an_error_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def trace(names: Any) -> Iterator[dict[str, Trace]]:
         yield {name: Trace(torch.ones(1, 2), torch.ones(1, 3)) for name in names}
 
-    groups = traces_by_group([["a"], ["b"]], trace, 20)
+    groups = traces_by_group([["a"], ["b"]], trace, 20, torch.device("cpu"))
     _, traced = next(groups)
     assert [list(entry) for entry in traced] == [["a"]]
     assert len(list(tmp_path.glob("*/*.safetensors"))) == 1
@@ -219,3 +226,23 @@ def test_ctrl_c_leaves_the_model_as_it_was(
     assert not list(tmp_path.iterdir())
     editor.apply(model, facts, tokenizer, batch_size=8)
     assert all(torch.equal(a, b) for a, b in zip(edited, model.parameters(), strict=True))
+
+
+def test_what_fails_while_traces_are_put_away_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a thread of its own: a disk that fails, say. Nothing is solved for, and no file is left."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def fail(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(hf_malmen.memory, "save_file", fail)
+
+    def trace(names: Any) -> Iterator[dict[str, Trace]]:
+        yield {name: Trace(torch.ones(1, 2), torch.ones(1, 3)) for name in names}
+
+    groups = traces_by_group([["a"], ["b"]], trace, 20, torch.device("cpu"))
+    _, traced = next(groups)
+    with pytest.raises(OSError, match="no space left"):
+        list(traced)
+    groups.close()
+    assert not list(tmp_path.iterdir())
