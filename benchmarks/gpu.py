@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--facts", type=int, nargs="+", help="facts to apply at once; default: 1000 20000")
     parser.add_argument("--step-facts", type=int, help="facts of a training step; default: 1024")
     parser.add_argument("--batch-size", type=int, default=128, help="facts a pass of the language model")
-    parser.add_argument("--max-memory", default="5GiB", help="for the least squares of the layers solved together")
+    parser.add_argument("--max-memory", default="3GiB", help="for the least squares of the layers solved together")
     parser.add_argument("--peak-tflops", type=float, help="the card's, in bfloat16; known for some cards")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--one", choices=(*MODELS, "solve"), help=argparse.SUPPRESS)

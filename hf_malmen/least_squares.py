@@ -34,13 +34,23 @@ def state_bytes(
     aggregation: str,
     shape: tuple[int, int],  # (key_size, value_size)
     n_rows: int,
+    *,
+    folded: bool = False,
 ) -> int:
-    """The most memory that the aggregation of `n_rows` float32 rows of one layer holds until S is found in place."""
+    """The most memory that the aggregation of `n_rows` float32 rows of one layer holds until S is found in place.
+
+    Args:
+        aggregation: its name.
+        shape: of S.
+        n_rows: how many.
+        folded: whether they are multiplied from the first on, however few. It is the slower way for up to k rows, and
+            from about k / 2 on it takes less memory.
+    """
     key_size, value_size = shape
     rows = 4 * (key_size + value_size)
-    if n_rows > key_size:
-        folded = key_size * value_size + (0 if aggregation == "sum" else key_size**2)
-        return 8 * folded + 5 * rows * min(_FOLD_ROWS, key_size)  # as they come, as kept, stacked, and in float64
+    if folded or n_rows > key_size:
+        products = key_size * value_size + (0 if aggregation == "sum" else key_size**2)
+        return 8 * products + 5 * rows * min(_FOLD_ROWS, key_size)  # as they come, as kept, stacked, and in float64
     # The rows in float64, UUᵀ and as many numbers to select rows by; then P and both factors of S, or S and C.
     kept = is_small(n_rows, key_size, value_size)
     answer = (8 * key_size + rows) * n_rows if kept else 8 * value_size * (key_size + n_rows)

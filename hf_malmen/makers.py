@@ -1,11 +1,12 @@
 """Facts -> weight shifts, by the ways that methods have: one function a way, of an editor and a request."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -69,17 +70,7 @@ class MadeShifts:
 
 def _from_rows(editor: EditorNetworks, request: EditRequest) -> MadeShifts:
     """The way of most methods: trace all facts, turn each traced token into a row, solve each layer's least squares."""
-    n_rows = request.reader.n_facts or 0  # at least: a fact has a traced token
-    groups = [editor.module_names]
-    n_bytes = 0
-    if request.max_memory is not None:
-        n_rows = request.reader.count_rows(editor.config.traced_tokens)
-        shapes = {name: editor.config.shape_of(name) for name in editor.module_names}
-        n_solved = n_rows + editor.config.n_preserved_keys
-        sizes = {name: state_bytes(editor.config.aggregation, shape, n_solved) for name, shape in shapes.items()}
-        groups = plan_groups(sizes, request.max_memory)
-        n_bytes = n_rows * sum(sum(shapes[name]) for names in groups[1:] for name in names)
-        n_bytes *= request.model.dtype.itemsize
+    plan = _planned(editor, request)
     statistics, held = None, None
     if editor.config.follows_edits:  # all rows are needed before the first is standardised: held, or traced twice
         traces: Iterable[Mapping[str, Trace]] = request.traces(editor)
@@ -89,12 +80,72 @@ def _from_rows(editor: EditorNetworks, request: EditRequest) -> MadeShifts:
         statistics = editor.statistics_after(traces, request.statistics)
     shifts: dict[str, Shift] = {}
     first = (lambda _: iter(held)) if held is not None else (lambda names: request.traces(editor, names))
-    with closing(traces_by_group(groups, first, n_bytes, editor.device)) as parts:
+    parts = traces_by_group(plan.groups, first, plan.n_bytes, editor.device)
+    with closing(parts), _products_like(request.model.dtype):
         for names, traced in parts:
-            for name, solution in editor.solutions(traced, request.editor_batch_size, statistics, names, n_rows):
+            solutions = editor.solutions(traced, request.editor_batch_size, statistics, names, plan.n_rows, plan.folded)
+            for name, solution in solutions:
                 shifts[name] = solution.to_shift()
                 del solution  # before the next one is made
     return MadeShifts(shifts, pack_statistics(statistics or {}))
+
+
+@contextmanager
+def _products_like(dtype: torch.dtype) -> Iterator[None]:
+    """Float32 products on a GPU as precise as values of the type that facts are traced in need.
+
+    Of half precision that is TF32, which keeps at least as many bits of both factors, and is several times as fast. The
+    least squares, in float64, stays as it is, and so does all of a CPU.
+    """
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    try:
+        if dtype in (torch.float16, torch.bfloat16):
+            products.fp32_precision = "tf32"
+        yield
+    finally:
+        products.fp32_precision = before
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How the layers' least squares are kept within the memory given.
+
+    Attributes:
+        groups: of modules that are solved together.
+        n_rows: that each is about to get, at least.
+        folded: modules whose rows are multiplied from the first on; see `state_bytes`.
+        n_bytes: the most that the traces of all groups but the first take.
+    """
+
+    groups: list[list[str]]
+    n_rows: int
+    folded: frozenset[str] = frozenset()
+    n_bytes: int = 0
+
+
+def _planned(editor: EditorNetworks, request: EditRequest) -> _Plan:
+    """All layers together, if nothing is said of memory; else as many as fit it.
+
+    Raises:
+        ValueError: one layer does not.
+    """
+    if request.max_memory is None:
+        return _Plan([editor.module_names], request.reader.n_facts or 0)  # a fact has a traced token
+    n_rows = request.reader.count_rows(editor.config.traced_tokens)
+    shapes = {name: editor.config.shape_of(name) for name in editor.module_names}
+    sizes, folded = {}, set()
+    for name, shape in shapes.items():
+        kept, multiplied = (
+            state_bytes(editor.config.aggregation, shape, n_rows + editor.config.n_preserved_keys, folded=way)
+            for way in (False, True)
+        )
+        if kept > request.max_memory and multiplied < kept:
+            folded.add(name)
+        sizes[name] = multiplied if name in folded else kept
+    groups = plan_groups(sizes, request.max_memory)
+    n_values = n_rows * sum(sum(shapes[name]) for names in groups[1:] for name in names)
+    return _Plan(groups, n_rows, frozenset(folded), n_values * request.model.dtype.itemsize)
 
 
 def _from_targets(editor: EditorNetworks, request: EditRequest) -> MadeShifts:

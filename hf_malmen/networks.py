@@ -1,6 +1,6 @@
 """The networks of an editor, and the steps from what was traced of facts to weight shifts, and back to gradients."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 
@@ -260,6 +260,7 @@ class EditorNetworks(PreTrainedModel):
         statistics: Mapping[str, RunningStatistics] | None = None,
         names: Sequence[str] | None = None,
         n_rows: int = 0,
+        folded: Collection[str] = (),
         passes: Sequence[RowPass] | None = None,
     ) -> Iterator[tuple[str, Solution]]:
         """`solve`, one module after the other: what a solution holds is free again when the next one is asked for.
@@ -269,12 +270,13 @@ class EditorNetworks(PreTrainedModel):
             names: which modules; None: all.
             n_rows: how many rows of facts a module is about to get, if that is known. Memory depends on it, not the
                 result.
+            folded: modules whose rows are multiplied from the first on, however few; see `state_bytes`.
 
         Yields:
             The module's name and its solution.
         """
         names = list(names or self.module_names)
-        aggregators = self.aggregators(names, n_rows, pooled=True)
+        aggregators = self.aggregators(names, n_rows, folded, pooled=True)
         # Once for all rows: whitening has a matrix to factorise.
         normalisers = {shape: own.normaliser() for shape, own in (statistics or self.statistics).items()}
         with distributed.together():
@@ -291,18 +293,24 @@ class EditorNetworks(PreTrainedModel):
             yield name, own_rows.solve(self.ridge(name), in_place=True)
 
     def aggregators(
-        self, names: Sequence[str] | None = None, n_rows: int = 0, *, pooled: bool = False
+        self,
+        names: Sequence[str] | None = None,
+        n_rows: int = 0,
+        folded: Collection[str] = (),
+        *,
+        pooled: bool = False,
     ) -> dict[str, RowSum | RidgeLeastSquares]:
         """What takes in the rows of target modules, with the rows that ask for preserved keys in it already.
 
         Args:
-            names, n_rows: as for `solutions`.
+            names, n_rows, folded: as for `solutions`.
             pooled: whether the rows of several processes will be put together, where those keys must count once.
         """
         aggregators = {}
         for name in names or self.module_names:
             network, index = self.network(name)
-            aggregators[name] = aggregator(self.config.aggregation, name, n_rows + network.n_preserved_keys)
+            n_expected = network.key_size + 1 if name in folded else n_rows + network.n_preserved_keys
+            aggregators[name] = aggregator(self.config.aggregation, name, n_expected)
             if network.n_preserved_keys and (distributed.is_main() or not pooled):
                 still = network.preserved_rows(index)
                 aggregators[name].add(still, still.new_zeros(len(still), network.value_size))

@@ -79,7 +79,7 @@ Shift = DenseShift | FactoredShift
 
 def dense(tensor: Tensor) -> DenseShift:
     """A shift from S, of shape (key_size, value_size)."""
-    return DenseShift(tensor.detach().to("cpu", torch.float32).contiguous())
+    return DenseShift(_kept(tensor))
 
 
 def is_small(n: int, key_size: int, value_size: int) -> bool:
@@ -94,9 +94,7 @@ def factored(
     """A shift S = PᵀD: as factors where they are small, else dense (multiplied in the factors' precision)."""
     if not is_small(len(left), left.shape[1], right.shape[1]):
         return dense(left.T @ right)
-    return FactoredShift(
-        left.detach().to("cpu", torch.float32).contiguous(), right.detach().to("cpu", torch.float32).contiguous()
-    )
+    return FactoredShift(_kept(left), _kept(right))
 
 
 def add(first: Shift, second: Shift) -> Shift:
@@ -171,6 +169,11 @@ def check_shape(shift: Shift, fan_in_fan_out: bool, found: tuple[int, ...], name
             f"{name} holds a weight of shape {tuple(found)}, and the edit needs {expected}. "
             "The edit was made for another model."
         )
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """Values as a shift keeps them. A GPU rounds them itself, so that half as much is copied."""
+    return tensor.detach().to(torch.float32).cpu().contiguous()
 
 
 def save_shifts(shifts: Mapping[str, Shift], path: Path) -> None:

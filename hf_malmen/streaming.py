@@ -31,6 +31,7 @@ class FactReader:
         self._facts = facts
         self._n_kept = n_kept
         self._first: list[Fact] = []
+        self._sequences: list[TokenSequence] | None = None  # of a list, once they were all asked for
         self.n_facts = facts.count() if isinstance(facts, FactStream) else len(facts)
 
     @property
@@ -53,8 +54,14 @@ class FactReader:
         return (self.tokenize.edit(fact) for fact in self.facts())
 
     def count_rows(self, token_selection: str) -> int:
-        """The most rows that tracing all facts gives a layer, in a pass of its own that runs no model."""
-        return sum(_n_rows(sequence, token_selection) for sequence in self.sequences())
+        """The most rows that tracing all facts gives a layer, in a pass of its own that runs no model.
+
+        The token sequences of a list, whose facts are held anyway, are held from here on.
+        """
+        if isinstance(self._facts, FactStream):
+            return sum(_n_rows(sequence, token_selection) for sequence in self.sequences())
+        self._sequences = list(self.sequences())
+        return sum(_n_rows(sequence, token_selection) for sequence in self._sequences)
 
     def batches(self, batch_size: int, device: torch.device, title: str) -> Iterator[TokenBatch]:
         """Batches on `device`, longest first within a window, under a bar with facts a second and the time left.
@@ -65,7 +72,10 @@ class FactReader:
             FactError: when it reaches a bad fact.
             ValueError: a batch size below 1.
         """
-        sequences = (self.tokenize.edit(fact) for fact in distributed.own(self.facts()))
+        if self._sequences is not None:
+            sequences = iter(distributed.own(self._sequences))
+        else:
+            sequences = (self.tokenize.edit(fact) for fact in distributed.own(self.facts()))
         total = None if self.n_facts is None else len(list(distributed.own(range(self.n_facts))))
         with logging.tqdm(total=total, desc=title, unit=" facts", leave=False) as bar:
             while read := list(islice(sequences, max(1, _WINDOW_BATCHES * batch_size))):

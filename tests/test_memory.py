@@ -133,6 +133,27 @@ def test_groups_of_layers_give_the_same_edit(
     assert not list(tmp_path.iterdir())
 
 
+def test_rows_are_multiplied_where_they_take_more_memory_than_their_products(
+    make_llama: Build, make_editor: Build, make_facts: Build, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Nearly as many rows as a key has features: they do not fit, and their products do. The edit is the same."""
+    model = make_llama(intermediate_size=2500)
+    editor = make_editor(model, token_selection="all")
+    tokenize = editor.tokenizer_for(model, tokenizer)
+    used = make_facts(160)
+    n_rows = sum(len(tokenize(fact.prompt, fact.target)) for fact in used)
+    assert 2400 < n_rows < 2500
+    expected = editor.make_edit(model, used, tokenizer)
+    shape = editor.config.shape_of(editor.module_names[0])
+    kept, multiplied = (state_bytes("least_squares", shape, n_rows, folded=folded) for folded in (False, True))
+    assert multiplied < 0.8 * kept
+    edit = editor.make_edit(model, used, tokenizer, max_memory=multiplied)
+    for name, shift in expected.shifts.items():
+        assert (edit.shifts[name] - shift).norm() < 1e-6 * shift.norm()
+    with pytest.raises(ValueError, match=rf"give max_memory={multiplied} or more"):
+        editor.make_edit(model, used, tokenizer, max_memory=multiplied - 1)
+
+
 def test_too_little_memory_is_refused_before_the_model_runs(parts: Parts) -> None:
     """For one layer even; the message says how much there must be."""
     calls: list[Any] = []
