@@ -80,6 +80,17 @@ def plan_groups(sizes: Mapping[str, int], max_memory: int | None) -> list[list[s
     return groups
 
 
+def on_host(tensor: Tensor) -> Tensor:
+    """The values in the host's memory, contiguous; as it is where it is there already.
+
+    From a GPU they come into memory that all threads have touched first. The system gives new memory page by page,
+    which for one thread, the copying one, takes several times as long as the copy itself.
+    """
+    if tensor.device.type == "cpu":
+        return tensor.contiguous()
+    return torch.zeros(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+
+
 def traces_by_group(
     groups: Sequence[Sequence[str]], trace: Callable[[Sequence[str]], Traces], n_bytes: int, device: torch.device
 ) -> Generator[tuple[list[str], Traces], None, None]:
@@ -169,7 +180,7 @@ class _Waiting:
         copies = {}
         for key, tensor in tensors.items():
             with self._apart(tensor.device, done.get(tensor.device)):
-                copies[key] = tensor.cpu().contiguous()
+                copies[key] = on_host(tensor)
         if self.folder is None:
             self._held |= {f"{number} {key}": copy for key, copy in copies.items()}
         else:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import ModelMismatchError, NumericalError
+from .memory import on_host
 from .shards import read_header
 
 # Values a block of rows holds. A block is the unit of every product and addition, in memory as on disk, so that both
@@ -173,7 +174,7 @@ def check_shape(shift: Shift, fan_in_fan_out: bool, found: tuple[int, ...], name
 
 def _kept(tensor: Tensor) -> Tensor:
     """Values as a shift keeps them. A GPU rounds them itself, so that half as much is copied."""
-    return tensor.detach().to(torch.float32).cpu().contiguous()
+    return on_host(tensor.detach().to(torch.float32))
 
 
 def save_shifts(shifts: Mapping[str, Shift], path: Path) -> None:
