@@ -111,9 +111,9 @@ def traces_by_group(
     if len(groups) == 1:
         yield list(groups[0]), trace(groups[0])
         return
-    on_host = device.type != "cpu" and n_bytes <= _SHARE_OF_HOST * psutil.virtual_memory().available
+    in_memory = device.type != "cpu" and n_bytes <= _SHARE_OF_HOST * psutil.virtual_memory().available
     free = shutil.disk_usage(tempfile.gettempdir()).free
-    if not on_host and n_bytes > _SHARE_OF_DISK * free:
+    if not in_memory and n_bytes > _SHARE_OF_DISK * free:
         logger.warning(
             f"Tracing again for each of {len(groups)} groups of layers: keeping what was traced takes up to "
             f"{n_bytes / 2**30:.3g} GiB, and {tempfile.gettempdir()} has {free / 2**30:.3g} GiB left. Set TMPDIR to a "
@@ -124,7 +124,7 @@ def traces_by_group(
         return
     with tempfile.TemporaryDirectory(prefix="hf_malmen-") as folder:
         later = [name for names in groups[1:] for name in names]
-        waiting = _Waiting(later, None if on_host else Path(folder))
+        waiting = _Waiting(later, None if in_memory else Path(folder))
         yield list(groups[0]), waiting.filled(trace([name for names in groups for name in names]))
         for names in groups[1:]:
             yield list(names), waiting.read(names)
