@@ -122,7 +122,8 @@ METHODS: dict[str, Method] = {
             "n_word_dropouts": 6,
             "texts_per_step": 1,
             "edit_lr": 0.5,
-            "clamp_factor": 0.6,
+            "clamp_factor": 1.2,
+            "crowding": 0.25,
             "kl_weight": 0.0625,
             "target_decay": 0.1,
         },
@@ -160,7 +161,13 @@ _DESCENT_COUNTS = {
     "facts_per_step": 1,
     "seed": 0,
 }
-_DESCENT_NUMBERS = {"relaxation": False, "clamp_factor": False, "kl_weight": True, "target_decay": True}
+_DESCENT_NUMBERS = {
+    "relaxation": False,
+    "clamp_factor": False,
+    "crowding": True,
+    "kl_weight": True,
+    "target_decay": True,
+}
 
 
 class EditorConfig(PreTrainedConfig):
@@ -212,7 +219,11 @@ class EditorConfig(PreTrainedConfig):
         n_solves: `"memit"`: in how many steps the layers, all together, write the targets of a pass (8). With 1 and a
             `relaxation` of 1: one least squares at the keys of the model as it is.
         relaxation: `"memit"`: the part of what is left of the way that each of these steps asks for (0.4).
-        clamp_factor: `"memit"`: a target is at most so many times the hidden state's length away from it (0.6).
+        clamp_factor: `"memit"`: a target is at most so many times the hidden state's length away from it (1.2), of few
+            facts. Longer moves carry over to more rephrases, and move other subjects more.
+        crowding: `"memit"`: the power by which targets come nearer the more facts there are, in an edit and those
+            before it, once each has less than 120 features of all edited layers' keys to itself: n facts have
+            `clamp_factor` · (features / 120 n)^`crowding` (0.25). 0: however many there are, the same.
         kl_weight: `"memit"`: of the divergence between what follows "{subject} is a" before and after (0.0625).
         target_decay: `"memit"`: of the squared length of the way to the target, relative to the hidden state's (0.1).
         context_prefixes: `"memit"`: texts that each prompt is also asked behind while its target is sought, such as
@@ -258,6 +269,7 @@ class EditorConfig(PreTrainedConfig):
     n_solves: int = _OF_METHOD
     relaxation: float = _OF_METHOD
     clamp_factor: float = _OF_METHOD
+    crowding: float = _OF_METHOD
     kl_weight: float = _OF_METHOD
     target_decay: float = _OF_METHOD
     context_prefixes: list[str] | None = None

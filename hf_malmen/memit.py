@@ -37,6 +37,9 @@ from .trunk import started_behind
 ESSENCE = "{} is a"
 # How many of the words behind a subject a text of `n_word_dropouts` leaves out, on average.
 _WORD_DROPOUT = 0.4
+# Features of the keys, of all layers together, that a fact needs to itself for a move of full length. With fewer the
+# layers tell subjects apart less well: what moves some moves others.
+_ROOM = 120
 # A key of an earlier edit within this distance of a new fact's, relative to the new one's length, is of the same
 # subject in the same words: those of other subjects lie further off, in all but one of some hundred cases.
 _SAME_KEY = 0.3
@@ -160,6 +163,7 @@ def find_moves(
     batch_size: int,
     progress: Callable[[int], Any] = lambda _: None,
     share: float = 1.0,
+    room: float = 1.0,
 ) -> Tensor:  # (n_facts, hidden_size)
     """The move δ of each fact's hidden state behind `block` (equation 16).
 
@@ -168,7 +172,7 @@ def find_moves(
         mean_j −log p(target | text_j, h + δ)
         + kl_weight · KL(p(· | "{subject} is a", h + δ) ‖ p(· | "{subject} is a")) + target_decay · ‖δ‖² / ‖h‖²
 
-    and is kept within ‖δ‖ ≤ clamp_factor · ‖h‖. A step looks at `texts_per_step` of the texts, in turn.
+    and is kept within ‖δ‖ ≤ room · clamp_factor · ‖h‖. A step looks at `texts_per_step` of the texts, in turn.
     Each fact's δ is the same whatever facts it shares its batch with: the losses are summed, and Adam looks at every
     number by itself. Steps are taken in units of the root mean square of h, so that they have one size in any model.
     What no move changes runs once.
@@ -183,6 +187,7 @@ def find_moves(
         batch_size: facts a pass. Does not change the result.
         progress: is told how many facts are done, batch by batch.
         share: of `edit_lr` and `clamp_factor`: how long steps and moves are, where less is left to go.
+        room: of `clamp_factor`, see `room_of`.
 
     Raises:
         NumericalError: a loss is not finite.
@@ -191,7 +196,7 @@ def find_moves(
     prompts = [request.asked[0].sequence for request in requests]
     for chosen, _ in tokenize.batches(prompts, batch_size):
         batch = [requests[i] for i in chosen]
-        moves[chosen] = _find_moves_of_batch(model, tokenize, batch, states[chosen], block, config, share)
+        moves[chosen] = _find_moves_of_batch(model, tokenize, batch, states[chosen], block, config, share, room)
         progress(len(chosen))
     return moves
 
@@ -204,6 +209,7 @@ def _find_moves_of_batch(
     block: str,
     config: EditorConfig,
     share: float,
+    room: float,
 ) -> Tensor:  # (n_facts, hidden_size)
     texts = list(zip(*([*request.asked, *request.varied] for request in requests), strict=True))
     essences = [request.essence for request in requests]
@@ -232,8 +238,24 @@ def _find_moves_of_batch(
         loss.backward()
         optimizer.step()
         with torch.no_grad():
-            moves *= (share * config.clamp_factor * size**0.5 / moves.norm(dim=1, keepdim=True)).clamp(max=1)
+            reach = share * room * config.clamp_factor * size**0.5
+            moves *= (reach / moves.norm(dim=1, keepdim=True)).clamp(max=1)
     return (unit * moves).detach()
+
+
+def room_of(n_facts: int, n_features: int, crowding: float) -> float:
+    """How much of `clamp_factor` is left of moves where facts crowd the layers.
+
+    The more keys there are, the more of what moves them lies along the keys of other subjects. Shorter moves disturb
+    those less, and are enough for a fact; what they cost is rephrases. The power is a choice of balance, from what
+    64, 256 and 1,024 facts did to one model.
+
+    Args:
+        n_facts: those of an edit, and of the edits before it.
+        n_features: of the keys of all edited layers.
+        crowding: the power.
+    """
+    return min(1.0, (n_features / (_ROOM * n_facts)) ** crowding)
 
 
 def _steered_answers(
@@ -369,7 +391,7 @@ def write_targets(
             logging.tqdm(total=len(sought), desc=title, unit=" facts", leave=False) as bar,
         ):
             goals[sought] += find_moves(
-                model, tokenize, chosen, states[sought], block, config, batch_size, bar.update, share
+                model, tokenize, chosen, states[sought], block, config, batch_size, bar.update, share, room
             )
         return goals
 
@@ -387,6 +409,8 @@ def write_targets(
     for number in range(1, config.n_passes + 1):
         keys, states = read({})
         if number == 1:
+            n_written = max((len(rows) for rows in written.values()), default=0)
+            room = room_of(len(facts) + n_written, sum(rows.shape[1] for rows in keys.values()), config.crowding)
             _check_sizes(config, module_names, states.shape[1])
             solver = JointLeastSquares(_penalties(module_names, keys, penalty, ridge, written))
             sought = list(range(len(requests)))

@@ -26,7 +26,7 @@ from hf_malmen import (
     NumericalError,
 )
 from hf_malmen.batches import IGNORED, Tokenizer, TokenSequence
-from hf_malmen.memit import _variants, find_answered, find_moves, keys_beside, read_lookups, tokenize_facts
+from hf_malmen.memit import _variants, find_answered, find_moves, keys_beside, read_lookups, room_of, tokenize_facts
 from hf_malmen.sequential import keys_in_force
 from hf_malmen.targets import find_targets
 from hf_malmen.tracing import frozen
@@ -59,7 +59,9 @@ def build(
 ) -> EditorModel:
     """An editor for two blocks in the middle."""
     texts = {"n_word_dropouts": 0, "texts_per_step": 0}  # the prompt, in all steps, where nothing else is asked for
-    settings = {"layers_to_transform": LAYERS, "n_steps": 4, "n_passes": 1, "preservation": 3.0} | texts | config
+    # The keys of tiny models have so few features that every fact would be crowded.
+    settings = {"layers_to_transform": LAYERS, "n_steps": 4, "n_passes": 1, "preservation": 3.0, "crowding": 0}
+    settings |= texts | config
     editor = EditorModel.from_base(model, EditorConfig(method="memit", **settings)).to(model.dtype)
     if covariance:
         editor.collect_covariance(model, TEXTS, tokenizer)
@@ -467,7 +469,7 @@ def test_edits_take_in_every_kind_of_block(kind: str, tokenizer: PreTrainedToken
     """Norms behind the layers, attention beside them, outputs in tuples, a mixture of experts."""
     row = KINDS[kind]
     model = row.build()
-    config = EditorConfig(method="memit", preservation=1e-3, **FAR, **row.config)
+    config = EditorConfig(method="memit", preservation=1e-3, crowding=0, **FAR, **row.config)
     editor = EditorModel.from_base(model, config)
     editor.collect_covariance(model, TEXTS, tokenizer)
     scores = editor.evaluate(model, AT_SUBJECT, tokenizer)
@@ -505,6 +507,34 @@ def test_keys_written_before_are_left_where_they_are(
     for name, shift in expected.items():
         assert float((found[name] - shift).norm()) <= 1e-5 * float(shift.norm())
         assert (written[name] @ shift).norm() < 0.7 * (written[name] @ forgetful.shifts[name].double()).norm()
+
+
+@pytest.mark.parametrize(
+    ("n_facts", "crowding", "expected"),
+    [(1, 0.25, 1.0), (64, 0.25, 1.0), (256, 0.25, 0.25**0.25), (1024, 0.25, 0.5), (1024, 0.5, 0.25), (1024, 0, 1.0)],
+)
+def test_many_facts_have_less_room(n_facts: int, crowding: float, expected: float) -> None:
+    """From 120 features a fact on: five layers of 1,536 have room for 64."""
+    assert room_of(n_facts, 5 * 1536, crowding) == pytest.approx(expected)
+
+
+def test_the_more_facts_the_shorter_their_moves(
+    make_llama: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Those of the edits before count too."""
+    model = make_llama(torch.float64)
+    n_features = sum(key_size for key_size, _ in build(model, tokenizer).config.module_shapes.values())
+    short = {"clamp_factor": 0.3, "n_steps": 8, "fingerprint_policy": "ignore"}
+    crowded = build(model, tokenizer, crowding=0.5, **short)
+    lengths = {end: 0.3 * (n_features / (120 * end)) ** 0.5 for end in (2, 6)}
+    others = {end: build(model, tokenizer, **short | {"clamp_factor": length}) for end, length in lengths.items()}
+    for begin, end in ((0, 2), (2, 6)):
+        facts = AT_SUBJECT[begin:end]
+        expected = others[end].make_edit(model, facts, tokenizer)
+        edit = crowded.make_edit(model, facts, tokenizer)
+        for name, shift in expected.shifts.items():
+            assert float((edit.shifts[name] - shift).norm()) <= 1e-6 * float(shift.norm())
+        edit.apply_to(model, on_fingerprint_mismatch="ignore")
 
 
 def test_keys_near_a_new_one_give_way() -> None:
@@ -718,6 +748,7 @@ def test_states_that_are_not_finite_name_the_module(
         ({"relaxation": 0}, "relaxation is 0; allowed: a finite number above 0"),
         ({"edit_lr": 0}, "edit_lr is 0; allowed: a finite number above 0"),
         ({"clamp_factor": -1.0}, "clamp_factor is -1.0; allowed: a finite number above 0"),
+        ({"crowding": -0.5}, "crowding is -0.5; allowed: a finite number of at least 0"),
         ({"kl_weight": "a"}, "kl_weight is 'a'; allowed: a finite number of at least 0"),
         ({"target_decay": float("nan")}, "target_decay is nan; allowed: a finite number of at least 0"),
         ({"context_prefixes": [""]}, "context_prefixes is \\[''\\]; allowed: None, or"),
