@@ -123,7 +123,7 @@ def plot_bars(path: Path, labels: Sequence[str], groups: Mapping[str, Sequence[f
         groups: {name: one height a label}.
         y_label: with its unit.
     """
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(max(6.0, 1.1 * len(labels)), 4), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(groups)
     for i, (name, heights) in enumerate(groups.items()):
@@ -131,7 +131,7 @@ def plot_bars(path: Path, labels: Sequence[str], groups: Mapping[str, Sequence[f
     axes.set_xticks([x + 0.4 - width / 2 for x in range(len(labels))], labels)
     axes.set_ylabel(y_label)
     axes.grid(alpha=0.3, axis="y")
-    axes.legend()
+    figure.legend(loc="outside upper right", ncols=len(groups))
     figure.savefig(path)
 
 

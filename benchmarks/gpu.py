@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import environment, in_new_process, peak_gib, seconds, write_json
+from common import environment, in_new_process, peak_gib, plot_bars, seconds, write_json
 from floor import Floor
 from synthetic import build_model, build_tokenizer, config_of, facts
 from transformers.utils import logging
@@ -177,6 +177,17 @@ def check_aims(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Bars of facts a second, measured and of the floor, over each model and number of facts."""
+    cells = [(name, what, one) for name, found in results["models"].items() for what, one in found.items()]
+    counts = [int(what.split()[-1]) for _, what, _ in cells]
+    bars = {
+        kind: [n / one[kind] for n, (_, _, one) in zip(counts, cells, strict=True)] for kind in ("seconds", "floor")
+    }
+    labels = [f"{name}\n{what}" for name, what, _ in cells]
+    plot_bars(path, labels, {"measured": bars["seconds"], "floor": bars["floor"]}, "facts a second")
+
+
 def report(results: dict[str, Any], peak_tflops: float | None) -> str:
     """The tables."""
     rows = []
@@ -212,6 +223,7 @@ def main() -> None:
     parser.add_argument("--max-memory", default="3GiB", help="for the least squares of the layers solved together")
     parser.add_argument("--peak-tflops", type=float, help="the card's, in bfloat16; known for some cards")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--plot", type=Path, help="also draw facts a second beside the floor's, to this image")
     parser.add_argument("--one", choices=(*MODELS, "solve"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.facts = options.facts or ([48, 96] if options.tiny else [1000, 20000])
@@ -243,6 +255,8 @@ def main() -> None:
         if options.json:  # each time, as these take a while
             write_json(options.json, results)
     print(f"{results['environment']}\n\n{report(results, peak)}")
+    if options.plot and results["models"]:
+        plot(results, options.plot)
     if results["failed"]:
         raise SystemExit(1)
 

@@ -29,7 +29,10 @@ def test_it_runs_on_a_cpu(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     sizes = ["--facts", "8", "72", "--step-facts", "4", "--batch-size", "8"]
     command = [sys.executable, BENCHMARKS / "gpu.py", "--device", "cpu", "--tiny", "--models", "gptj-6b", *sizes]
-    output = subprocess.run([*command, "--json", file], check=True, capture_output=True, text=True).stdout
+    image = tmp_path / "facts.png"
+    output = subprocess.run(
+        [*command, "--json", file, "--plot", image], check=True, capture_output=True, text=True
+    ).stdout
     results = json.loads(file.read_text(encoding="utf-8"))
     assert list(results["models"]["gptj-6b"]) == ["apply 8", "apply 72", "step 4"]
     for found in results["models"]["gptj-6b"].values():
@@ -39,6 +42,7 @@ def test_it_runs_on_a_cpu(tmp_path: Path) -> None:
     assert len(results["solve"]) == 2
     assert all(value > 0 for found in results["solve"].values() for value in found.values())
     assert not results["failed"]
+    assert image.read_bytes().startswith(b"\x89PNG")
     assert results["environment"]["torch"] == torch.__version__
     assert "| gptj-6b" in output
 
