@@ -220,7 +220,7 @@ def plan(gpus: int) -> str:
     block = 8192 * (2 * 8192 + 2 * 1024) + 3 * 8192 * 28672
     s = Sizes(80 * block, 5 * block, 8192 * 128256, 6, 28672, 8192, 512, 2, 10**6, 20, 3)
     # FLOP/s: those that gpu.py found on an H200, in bfloat16 and float64; half of its peak in float32 is assumed.
-    speeds = {"model": 440e12, "editor": 67e12 * 0.5, "fold": 50e12, "solve": 30e12}
+    speeds = {"model": 440e12, "editor": 67e12 * 0.5, "fold": 55e12, "solve": 30e12}
     rows = []
     total = 0.0
     for what, flops in apply_flops(s).items():

@@ -146,22 +146,26 @@ def measure_step(
 def measure_solve(options: argparse.Namespace) -> dict[str, Any]:
     """The least squares of one layer of GPT-J's width: the rows of the most facts folded, then solved."""
     key_size, value_size = (160, 64) if options.tiny else (16384, 4096)
-    n_rows = 3 * max(options.facts)  # three answer tokens a fact
+    batch = [
+        torch.randn(min(1024, 3 * max(options.facts)), size, device=options.device) for size in (key_size, value_size)
+    ]
+    n_batches = -(-3 * max(options.facts) // len(batch[0]))  # three answer tokens a fact
+    n_rows = n_batches * len(batch[0])
     measured = Measured(options.device)
-    batch = [torch.randn(min(1024, n_rows), size, device=options.device) for size in (key_size, value_size)]
 
     def folded(n: int) -> RidgeLeastSquares:
         rows = RidgeLeastSquares("layer", n_rows + key_size)
-        for _ in range(-(-n // len(batch[0]))):
+        for _ in range(n):
             rows.add(*batch)
         return rows
 
-    folded(len(batch[0])).solve(1.0, in_place=True)  # warms up
+    folded(2).solve(1.0, in_place=True)  # warms up
     found: list[RidgeLeastSquares] = []
-    fold = measured(lambda: found.append(folded(n_rows)))
+    fold = measured(lambda: found.append(folded(n_batches)))
     solve = measured(lambda: found.pop().solve(1.0, in_place=True))
-    # UᵀU has half as many numbers to compute as it has entries; a multiplication and an addition each.
-    fold["flops"] = n_rows * (key_size**2 + 2 * key_size * value_size)
+    # Of UᵀU strips of an eighth of its rows, each from the diagonal on; a multiplication and an addition each.
+    n_strips = -(-key_size // max(512, key_size // 8))
+    fold["flops"] = n_rows * (key_size**2 * (1 + 1 / n_strips) + 2 * key_size * value_size)
     solve["flops"] = key_size**3 / 3 + 2 * key_size**2 * value_size
     return {f"fold {n_rows} rows of {key_size} x {value_size}": fold, "solve": solve}
 

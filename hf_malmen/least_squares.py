@@ -43,8 +43,7 @@ def state_bytes(
         aggregation: its name.
         shape: of S.
         n_rows: how many.
-        folded: whether they are multiplied from the first on, however few. It is the slower way for up to k rows, and
-            from about k / 2 on it takes less memory.
+        folded: whether they are multiplied from the first on, however few: the slower way for up to k rows.
     """
     key_size, value_size = shape
     rows = 4 * (key_size + value_size)
@@ -55,6 +54,25 @@ def state_bytes(
     kept = is_small(n_rows, key_size, value_size)
     answer = (8 * key_size + rows) * n_rows if kept else 8 * value_size * (key_size + n_rows)
     return 2 * rows * n_rows + 16 * n_rows**2 + answer
+
+
+def fitting_state(
+    aggregation: str,
+    shape: tuple[int, int],  # (key_size, value_size)
+    n_rows: int,
+    max_memory: int | None,
+) -> tuple[int, bool]:
+    """`state_bytes`, and whether rows are to be folded, as they are where that alone fits.
+
+    Nearly k rows of a wide layer take twice the memory of their products.
+
+    Args:
+        aggregation, shape, n_rows: as for `state_bytes`.
+        max_memory: bytes; None for no limit.
+    """
+    kept, folded = (state_bytes(aggregation, shape, n_rows, folded=way) for way in (False, True))
+    is_folded = max_memory is not None and kept > max_memory and folded < kept
+    return (folded if is_folded else kept), is_folded
 
 
 @dataclass(frozen=True)
@@ -310,8 +328,7 @@ class RidgeLeastSquares:
         self._kept.append((keys.to(device), value_differences.to(device)))
         self.n_rows += len(keys)
         self._n_kept += len(keys)
-        is_folding = self._gram is not None or self._n_expected > keys.shape[1]
-        if self._n_kept > (min(keys.shape[1], _FOLD_ROWS) if is_folding else keys.shape[1]):
+        if self._n_kept > (min(keys.shape[1], _FOLD_ROWS) if self._is_folding() else keys.shape[1]):
             self._fold()
 
     def pool(self) -> None:
@@ -323,7 +340,7 @@ class RidgeLeastSquares:
         first = sum(counts[: distributed.process_index()])
         self._own = slice(first, first + self.n_rows)
         self.n_rows = sum(counts)
-        if not any(distributed.counts(self._gram is not None)) and self.n_rows <= self._kept[0][0].shape[1]:
+        if not any(distributed.counts(self._is_folding())) and self.n_rows <= self._kept[0][0].shape[1]:
             self._kept = [_gathered(*_stacked(self._kept))]
         else:
             self._fold()
@@ -358,7 +375,7 @@ class RidgeLeastSquares:
         """
         if not self.n_rows:
             raise NumericalError(f"{self.name}: no rows to solve for.")
-        if self._gram is not None and self._kept:
+        if self._kept and self._is_folding():
             self._fold()
         gram, moment, n_rows = self._gram, self._moment, self.n_rows
         keys, differences = _stacked(self._kept) if gram is None else (None, None)
@@ -377,6 +394,10 @@ class RidgeLeastSquares:
             gram, moment = gram.clone(), moment.clone()
         factor = self._factor(gram, ridge, n_rows)
         return PrimalSolution(_solved_in_place(factor, moment), factor)
+
+    def _is_folding(self) -> bool:
+        """Whether rows are folded as they come, and not only once there are more than k."""
+        return self._gram is not None or (bool(self._kept) and self._n_expected > self._kept[0][0].shape[1])
 
     def _fold(self) -> None:
         for keys, differences in self._folds():

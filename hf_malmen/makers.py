@@ -1,19 +1,18 @@
 """Facts -> weight shifts, by the ways that methods have: one function a way, of an editor and a request."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import distributed
 from .errors import EditStateError
 from .finetuning import fine_tune
-from .least_squares import state_bytes
+from .least_squares import fitting_state
 from .memit import write_targets
 from .memory import plan_groups, traces_by_group
 from .networks import DEFAULT_EDITOR_BATCH_SIZE, EditorNetworks, pack_statistics
@@ -81,30 +80,13 @@ def _from_rows(editor: EditorNetworks, request: EditRequest) -> MadeShifts:
     shifts: dict[str, Shift] = {}
     first = (lambda _: iter(held)) if held is not None else (lambda names: request.traces(editor, names))
     parts = traces_by_group(plan.groups, first, plan.n_bytes, editor.device)
-    with closing(parts), _products_like(request.model.dtype):
+    with closing(parts):
         for names, traced in parts:
             solutions = editor.solutions(traced, request.editor_batch_size, statistics, names, plan.n_rows, plan.folded)
             for name, solution in solutions:
                 shifts[name] = solution.to_shift()
                 del solution  # before the next one is made
     return MadeShifts(shifts, pack_statistics(statistics or {}))
-
-
-@contextmanager
-def _products_like(dtype: torch.dtype) -> Iterator[None]:
-    """Float32 products on a GPU as precise as values of the type that facts are traced in need.
-
-    Of half precision that is TF32, which keeps at least as many bits of both factors, and is several times as fast. The
-    least squares, in float64, stays as it is, and so does all of a CPU.
-    """
-    products = torch.backends.cuda.matmul
-    before = products.fp32_precision
-    try:
-        if dtype in (torch.float16, torch.bfloat16):
-            products.fp32_precision = "tf32"
-        yield
-    finally:
-        products.fp32_precision = before
 
 
 @dataclass(frozen=True)
@@ -114,7 +96,7 @@ class _Plan:
     Attributes:
         groups: of modules that are solved together.
         n_rows: that each is about to get, at least.
-        folded: modules whose rows are multiplied from the first on; see `state_bytes`.
+        folded: modules whose rows are folded from the first on; see `fitting_state`.
         n_bytes: the most that the traces of all groups but the first take.
     """
 
@@ -134,18 +116,15 @@ def _planned(editor: EditorNetworks, request: EditRequest) -> _Plan:
         return _Plan([editor.module_names], request.reader.n_facts or 0)  # a fact has a traced token
     n_rows = request.reader.count_rows(editor.config.traced_tokens)
     shapes = {name: editor.config.shape_of(name) for name in editor.module_names}
-    sizes, folded = {}, set()
-    for name, shape in shapes.items():
-        kept, multiplied = (
-            state_bytes(editor.config.aggregation, shape, n_rows + editor.config.n_preserved_keys, folded=way)
-            for way in (False, True)
-        )
-        if kept > request.max_memory and multiplied < kept:
-            folded.add(name)
-        sizes[name] = multiplied if name in folded else kept
-    groups = plan_groups(sizes, request.max_memory)
+    n_solved = n_rows + editor.config.n_preserved_keys
+    states = {
+        name: fitting_state(editor.config.aggregation, shape, n_solved, request.max_memory)
+        for name, shape in shapes.items()
+    }
+    groups = plan_groups({name: size for name, (size, _) in states.items()}, request.max_memory)
+    folded = frozenset(name for name, (_, is_folded) in states.items() if is_folded)
     n_values = n_rows * sum(sum(shapes[name]) for names in groups[1:] for name in names)
-    return _Plan(groups, n_rows, frozenset(folded), n_values * request.model.dtype.itemsize)
+    return _Plan(groups, n_rows, folded, n_values * request.model.dtype.itemsize)
 
 
 def _from_targets(editor: EditorNetworks, request: EditRequest) -> MadeShifts:

@@ -5,7 +5,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from pathlib import Path
 
 import psutil
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging
 
+from . import distributed
 from .tracing import Trace
 
 logger = logging.get_logger(__name__)
@@ -24,6 +25,11 @@ _KEYS, _GRADIENTS = ":keys", ":value_gradients"
 # Of the free space of the temporary folder and of the host's free memory, how much may be taken: others want some too.
 _SHARE_OF_DISK = 0.8
 _SHARE_OF_HOST = 0.5
+# Where Linux says what a container may take and what it has taken, of either version of control groups.
+_CGROUP_FILES = [
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+]
 # Batches that are under way to where they wait, or back.
 _UNDER_WAY = 2
 
@@ -88,7 +94,7 @@ def on_host(tensor: Tensor) -> Tensor:
     """
     if tensor.device.type == "cpu":
         return tensor.contiguous()
-    return torch.zeros(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+    return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor)
 
 
 def traces_by_group(
@@ -111,8 +117,9 @@ def traces_by_group(
     if len(groups) == 1:
         yield list(groups[0]), trace(groups[0])
         return
-    in_memory = device.type != "cpu" and n_bytes <= _SHARE_OF_HOST * psutil.virtual_memory().available
     free = shutil.disk_usage(tempfile.gettempdir()).free
+    # Processes that act as one each keep all traces: of the host's memory they might take several times that.
+    in_memory = device.type != "cpu" and not distributed.in_unison() and n_bytes <= _SHARE_OF_HOST * _free_memory()
     if not in_memory and n_bytes > _SHARE_OF_DISK * free:
         logger.warning(
             f"Tracing again for each of {len(groups)} groups of layers: keeping what was traced takes up to "
@@ -125,9 +132,21 @@ def traces_by_group(
     with tempfile.TemporaryDirectory(prefix="hf_malmen-") as folder:
         later = [name for names in groups[1:] for name in names]
         waiting = _Waiting(later, None if in_memory else Path(folder))
-        yield list(groups[0]), waiting.filled(trace([name for names in groups for name in names]))
+        # Closed before the folder goes: their thread may be writing there.
+        with closing(waiting.filled(trace([name for names in groups for name in names]))) as traced:
+            yield list(groups[0]), traced
         for names in groups[1:]:
-            yield list(names), waiting.read(names)
+            with closing(waiting.read(names)) as traced:
+                yield list(names), traced
+
+
+def _free_memory() -> int:
+    """Bytes of the host's memory that this process may take: what is free, within the limit of its container."""
+    free: int = psutil.virtual_memory().available
+    for limit, used in _CGROUP_FILES:
+        with suppress(OSError, ValueError):  # not there, or "max"
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+    return free
 
 
 class _Waiting:
@@ -147,15 +166,15 @@ class _Waiting:
         self._held: dict[str, Tensor] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def filled(self, traces: Traces) -> Traces:
+    def filled(self, traces: Traces) -> Generator[Mapping[str, Trace], None, None]:
         """The traces of the other layers, while those of these layers are put to where they wait."""
         under_way: deque[Future[None]] = deque()
         with ThreadPoolExecutor(max_workers=1) as worker:
             for traced in traces:
                 tensors = {}
                 for name in self.names:
-                    tensors[name + _KEYS] = traced[name].keys
-                    tensors[name + _GRADIENTS] = traced[name].value_gradients
+                    for key, rows in ((_KEYS, traced[name].keys), (_GRADIENTS, traced[name].value_gradients)):
+                        tensors[name + key] = rows if rows.is_cuda else on_host(rows)
                 under_way.append(worker.submit(self._put, self.n_batches, tensors, _done_so_far(tensors)))
                 self.n_batches += 1
                 if len(under_way) > _UNDER_WAY:
@@ -164,7 +183,7 @@ class _Waiting:
             for put in under_way:
                 put.result()
 
-    def read(self, names: Sequence[str]) -> Traces:
+    def read(self, names: Sequence[str]) -> Generator[Mapping[str, Trace], None, None]:
         """The traces of some of these layers, batch by batch; in memory they are held no longer."""
         under_way: deque[Future[dict[str, Trace]]] = deque()
         with ThreadPoolExecutor(max_workers=1) as worker:

@@ -35,6 +35,24 @@ def pack_statistics(statistics: Mapping[str, RunningStatistics]) -> dict[str, Te
     }
 
 
+@contextmanager
+def _products_like(dtype: torch.dtype) -> Iterator[None]:
+    """Where nothing is differentiated: float32 products on a GPU as precise as values traced in `dtype` need.
+
+    Of half precision that is TF32, which keeps at least as many bits of both factors, and is several times as fast.
+    """
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    if torch.is_grad_enabled() or before == "tf32" or dtype not in (torch.float16, torch.bfloat16):
+        yield
+        return
+    products.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
+
+
 class EditorNetworks(PreTrainedModel):
     """All that an editor holds: its networks, statistics and covariances, and what it computes with them alone.
 
@@ -151,8 +169,9 @@ class EditorNetworks(PreTrainedModel):
             normaliser: of statistics to use in place of the editor's own.
         """
         network, index = self.network(module_name)
-        keys, value_gradients = (rows.to(self.device, self.dtype) for rows in (keys, value_gradients))
-        return network.rows(keys, value_gradients, index, self.config.aggregation, normaliser)
+        with _products_like(keys.dtype):
+            keys, value_gradients = (rows.to(self.device, self.dtype) for rows in (keys, value_gradients))
+            return network.rows(keys, value_gradients, index, self.config.aggregation, normaliser)
 
     def _rows(
         self,
@@ -184,7 +203,9 @@ class EditorNetworks(PreTrainedModel):
                     torch.stack([rows[part].to(self.device).to(self.dtype) for rows in of_layers])
                     for of_layers in zip(*((traced[n].keys, traced[n].value_gradients) for n in group), strict=True)
                 )
-                yield group, start, network.rows(keys, gradients, index, self.config.aggregation, normaliser)
+                with _products_like(traced[group[0]].keys.dtype):
+                    rows_of_all = network.rows(keys, gradients, index, self.config.aggregation, normaliser)
+                yield group, start, rows_of_all
 
     def _groups(self, traced: Mapping[str, Trace], editor_batch_size: int) -> Iterator[list[str]]:
         """Layers with one network and equally many rows, as many as fit one pass; a layer of more rows is alone."""
@@ -270,7 +291,7 @@ class EditorNetworks(PreTrainedModel):
             names: which modules; None: all.
             n_rows: how many rows of facts a module is about to get, if that is known. Memory depends on it, not the
                 result.
-            folded: modules whose rows are multiplied from the first on, however few; see `state_bytes`.
+            folded: modules whose rows are folded from the first on, however few; see `fitting_state`.
 
         Yields:
             The module's name and its solution.

@@ -21,7 +21,7 @@ from .edit import Edit, base_fingerprint, live_edits, weights_before_live_edits
 from .errors import EditStateError
 from .evaluation import evaluate_edit
 from .facts import Fact, FactStream
-from .least_squares import RidgeLeastSquares, RowSum, solve_device, state_bytes
+from .least_squares import RidgeLeastSquares, RowSum, fitting_state, solve_device
 from .ledger import Ledger, NewFacts, build_ledger, read_facts
 from .memory import parse_memory, plan_groups
 from .model_card import N_FACTS_SHOWN
@@ -310,10 +310,10 @@ def _make_accumulated(
             _rows_left(editor, plain, tokenize, earlier, gone.get(earlier.id, set()), batch_size) for earlier in edits
         ]
         parts = [rows for rows in (*parts, own) if rows]
-        _require_room(editor, parts, limit)
+        folded = _require_room(editor, parts, limit)
         shifts: dict[str, Shift] = {}
         for name in editor.module_names:
-            aggregator = editor.aggregators([name])[name]
+            aggregator = editor.aggregators([name], folded=folded)[name]
             for rows in parts:
                 _add(aggregator, rows[name], editor.device)
             solution = aggregator.solve(editor.ridge(name), in_place=True)
@@ -357,8 +357,11 @@ def _require_accumulable(editor: "EditorModel", maker: str, edits: Iterable[Edit
 
 def _require_room(
     editor: "EditorModel", parts: Iterable[Mapping[str, Rows | Products]], max_memory: int | None
-) -> None:
+) -> set[str]:
     """Check that the solve of each layer, which is done by itself, keeps within `max_memory` bytes.
+
+    Returns:
+        Modules whose rows are to be folded for that, see `fitting_state`.
 
     Raises:
         ValueError: it does not.
@@ -368,9 +371,11 @@ def _require_room(
     for rows in parts:
         for name, own in rows.items():
             n_rows[name] += len(own.left) if isinstance(own, Rows) else own.n_rows
-    plan_groups(
-        {name: state_bytes(config.aggregation, config.shape_of(name), n) for name, n in n_rows.items()}, max_memory
-    )
+    states = {
+        name: fitting_state(config.aggregation, config.shape_of(name), n, max_memory) for name, n in n_rows.items()
+    }
+    plan_groups({name: size for name, (size, _) in states.items()}, max_memory)
+    return {name for name, (_, is_folded) in states.items() if is_folded}
 
 
 def _difference(

@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from hf_malmen import EditorModel, Fact
 from hf_malmen.hypernetwork import HyperBlock, HyperNetwork, RunningStatistics, WhiteningStatistics
 
 SIZE = 6
@@ -409,3 +411,42 @@ def test_without_a_network_the_step_is_taken_at_the_pseudo_key() -> None:
     wanted = -0.05 * z[:, :KEY_SIZE].square().sum(1, keepdim=True) * z[:, KEY_SIZE:]
     assert torch.equal(left, keys.double())
     torch.testing.assert_close(differences, wanted, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_as_precise_as_what_was_traced(
+    make_llama: Callable[..., PreTrainedModel],
+    make_editor: Callable[..., EditorModel],
+    make_facts: Callable[..., list[Fact]],
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+) -> None:
+    """On a GPU: TF32 of what was traced in half precision, where nothing is differentiated. As before, afterwards."""
+    model = make_llama(dtype)
+    editor = make_editor(model).float()
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    seen: list[tuple[str, str]] = []
+    rows, forward = HyperNetwork.rows, type(model).forward
+
+    def watched_rows(*args: Any) -> Any:
+        seen.append(("editor", products.fp32_precision))
+        return rows(*args)
+
+    def watched_forward(*args: Any, **kwargs: Any) -> Any:
+        seen.append(("model", products.fp32_precision))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(HyperNetwork, "rows", watched_rows)
+    monkeypatch.setattr(type(model), "forward", watched_forward)
+    editor.make_edit(model, make_facts(4), tokenizer)
+    assert set(seen) == {("model", before), ("editor", "tf32" if dtype == torch.bfloat16 else before)}
+    seen.clear()
+    name = editor.module_names[0]
+    key_size, value_size = editor.config.shape_of(name)
+    editor(torch.randn(3, key_size, dtype=dtype), torch.randn(3, value_size, dtype=dtype), name)
+    assert seen == [("editor", before)]  # with a graph
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        editor(torch.randn(3, 1, dtype=torch.bfloat16), torch.randn(3, value_size), name)
+    assert products.fp32_precision == before

@@ -176,6 +176,21 @@ def test_a_wrong_guess_of_the_number_of_rows_changes_nothing(name: str, expected
         assert relative_error(aggregation.solve(0.4).shift, dense) < 1e-10
 
 
+@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize("n", [3, KEY_SIZE])
+def test_few_rows_are_folded_where_that_is_asked_for(n: int, pooled: bool) -> None:
+    """However few, and the same solution: `n_expected` above k says so, whatever comes."""
+    kept, folded = RidgeLeastSquares(LAYER), RidgeLeastSquares(LAYER, KEY_SIZE + 1)
+    for aggregation in (kept, folded):
+        aggregation.add(*rows(n))
+        if pooled:
+            aggregation.pool()
+    expected, found = kept.solve(0.5), folded.solve(0.5)
+    assert isinstance(expected, DualSolution)
+    assert isinstance(found, PrimalSolution)
+    assert relative_error(found.shift, expected.shift) < 1e-10
+
+
 def test_rows_are_folded_in_blocks_of_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
     """The triangle of UᵀU that is computed is made of blocks; here 1,030 columns, so that there are three."""
     generator = torch.Generator().manual_seed(0)

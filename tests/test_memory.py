@@ -1,7 +1,9 @@
 """A solve within a given memory gives the same edit, and an interrupted one leaves everything as it was."""
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +16,7 @@ import hf_malmen.edit
 import hf_malmen.makers
 import hf_malmen.memory
 from hf_malmen import EditorModel, Fact
-from hf_malmen.least_squares import aggregator, state_bytes
+from hf_malmen.least_squares import PrimalSolution, RidgeLeastSquares, aggregator, state_bytes
 from hf_malmen.memory import parse_memory, plan_groups, traces_by_group
 from hf_malmen.tracing import Trace
 
@@ -134,7 +136,11 @@ def test_groups_of_layers_give_the_same_edit(
 
 
 def test_rows_are_multiplied_where_they_take_more_memory_than_their_products(
-    make_llama: Build, make_editor: Build, make_facts: Build, tokenizer: PreTrainedTokenizerFast
+    make_llama: Build,
+    make_editor: Build,
+    make_facts: Build,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Nearly as many rows as a key has features: they do not fit, and their products do. The edit is the same."""
     model = make_llama(intermediate_size=2500)
@@ -147,7 +153,14 @@ def test_rows_are_multiplied_where_they_take_more_memory_than_their_products(
     shape = editor.config.shape_of(editor.module_names[0])
     kept, multiplied = (state_bytes("least_squares", shape, n_rows, folded=folded) for folded in (False, True))
     assert multiplied < 0.8 * kept
-    edit = editor.make_edit(model, used, tokenizer, max_memory=multiplied)
+    solutions = []
+    with monkeypatch.context() as patch:
+        solve = RidgeLeastSquares.solve
+        patch.setattr(
+            RidgeLeastSquares, "solve", lambda *args, **kw: solutions.append(solve(*args, **kw)) or solutions[-1]
+        )
+        edit = editor.make_edit(model, used, tokenizer, max_memory=multiplied)
+    assert {type(solution) for solution in solutions} == {PrimalSolution}
     for name, shift in expected.shifts.items():
         assert (edit.shifts[name] - shift).norm() < 1e-6 * shift.norm()
     with pytest.raises(ValueError, match=rf"give max_memory={multiplied} or more"):
@@ -247,6 +260,44 @@ def test_ctrl_c_leaves_the_model_as_it_was(
     assert not list(tmp_path.iterdir())
     editor.apply(model, facts, tokenizer, batch_size=8)
     assert all(torch.equal(a, b) for a, b in zip(edited, model.parameters(), strict=True))
+
+
+def test_a_consumer_that_fails_leaves_no_file_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its error is what is told, while batches before it are still being written."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    save = hf_malmen.memory.save_file
+
+    def slowly(*args: Any) -> None:
+        time.sleep(0.05)
+        save(*args)
+
+    monkeypatch.setattr(hf_malmen.memory, "save_file", slowly)
+
+    def trace(names: Any) -> Iterator[dict[str, Trace]]:
+        while True:
+            yield {name: Trace(torch.ones(1, 2), torch.ones(1, 3)) for name in names}
+
+    def consume() -> None:
+        with closing(traces_by_group([["a"], ["b"]], trace, 20, torch.device("cpu"))) as groups:
+            _, traced = next(groups)
+            for number, _ in enumerate(traced):
+                if number == 2:
+                    raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        consume()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less than the host has left; where there is none, or it has another file, the host's counts."""
+    files = [(str(tmp_path / "max"), str(tmp_path / "used")), (str(tmp_path / "nowhere"), str(tmp_path / "used"))]
+    monkeypatch.setattr(hf_malmen.memory, "_CGROUP_FILES", files)
+    (tmp_path / "used").write_text("3000\n")
+    (tmp_path / "max").write_text("10000\n")
+    assert hf_malmen.memory._free_memory() == 7000
+    (tmp_path / "max").write_text("max\n")
+    assert hf_malmen.memory._free_memory() > 10**6
 
 
 def test_what_fails_while_traces_are_put_away_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
