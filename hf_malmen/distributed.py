@@ -83,6 +83,11 @@ def together() -> Iterator[None]:
         raise OtherProcessError(f"Process {index} of {n_processes()} failed. {text}")
 
 
+def agreed(flag: bool) -> bool:
+    """Whether all processes say so that act as one, and so must choose alike; others each choose for themselves."""
+    return all(gather_object([flag])) if in_unison() else flag
+
+
 def own(items: Iterable[Item]) -> Iterator[Item]:
     """This process's share of `items`, which all read: one in as many as there are processes."""
     return islice(items, process_index(), None, n_processes())

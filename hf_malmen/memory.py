@@ -120,7 +120,7 @@ def traces_by_group(
     free = shutil.disk_usage(tempfile.gettempdir()).free
     # Processes that act as one each keep all traces: of the host's memory they might take several times that.
     in_memory = device.type != "cpu" and not distributed.in_unison() and n_bytes <= _SHARE_OF_HOST * _free_memory()
-    if not in_memory and n_bytes > _SHARE_OF_DISK * free:
+    if not distributed.agreed(in_memory or n_bytes <= _SHARE_OF_DISK * free):
         logger.warning(
             f"Tracing again for each of {len(groups)} groups of layers: keeping what was traced takes up to "
             f"{n_bytes / 2**30:.3g} GiB, and {tempfile.gettempdir()} has {free / 2**30:.3g} GiB left. Set TMPDIR to a "
