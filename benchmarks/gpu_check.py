@@ -2,16 +2,19 @@
 
 Whether a GPU does what the CPU does: a tiny model with random weights is edited by every method on both, in float32,
 and the weight shifts are compared. Trained methods train three steps on either first. On the GPU also: a solve in
-groups of layers, whose traces wait in the host's memory; an edit that is applied, measured and undone. Ends with an
-error where something differs by more than rounding. No network.
+groups of layers, whose traces wait in the host's memory; facts traced in bfloat16, whose rows the editor's networks
+make in TF32, beside the same in float32; an edit that is applied, measured and undone. Ends with an error where
+something differs by more than rounding. No network.
 """
 
 import argparse
 import tempfile
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from synthetic import build_model, build_tokenizer, config_of, facts
@@ -19,7 +22,7 @@ from torch import Tensor
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
-import hf_malmen
+import hf_malmen.networks
 from hf_malmen import EditorConfig, EditorModel, EditorTrainer, EditorTrainingArguments, load_facts
 from hf_malmen.configuration import METHODS
 from hf_malmen.least_squares import state_bytes
@@ -28,6 +31,7 @@ from hf_malmen.tables import table
 N_FACTS, N_TOKENS, N_STEPS = 64, 12, 3
 # Of ‖S‖. What is sought by many steps of descent, a target or the editor itself, grows what rounding leaves.
 TOLERANCE, TOLERANCE_OF_STEPS = 1e-4, 2e-2
+TOLERANCE_OF_TF32 = 5e-3  # 10 bits of each factor
 
 
 def differ(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
@@ -93,6 +97,11 @@ def check(method: str, device: str) -> list[list[str]]:
         limit = max(state_bytes(editor.config.aggregation, size, n_rows) for size in sizes)
         in_groups = editor.make_edit(models[device], chosen, tokenizer, max_memory=2 * limit)
         add("solved in groups", differ(in_groups.shifts, edit.shifts), 1e-5)
+        half = deepcopy(models[device]).to(torch.bfloat16)
+        coarse = editor.make_edit(half, chosen, tokenizer).shifts
+        with patch.object(hf_malmen.networks, "_products_like", lambda _: nullcontext()):
+            exact = editor.make_edit(half, chosen, tokenizer).shifts
+        add("TF32", differ(coarse, exact), TOLERANCE_OF_TF32)
     before = {name: weight.clone() for name, weight in models[device].state_dict().items()}
     in_turns = editor.apply(models[device], chosen[:32], tokenizer, facts_per_turn=16)
     scores = editor.evaluate(models[device], chosen[32:48], tokenizer)
