@@ -8,7 +8,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from pathlib import Path
 
-import psutil
 import torch
 from accelerate.utils import convert_file_size_to_int
 from safetensors import safe_open
@@ -17,6 +16,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from . import distributed
+from .host import free_memory, on_host
 from .tracing import Trace
 
 logger = logging.get_logger(__name__)
@@ -25,11 +25,6 @@ _KEYS, _GRADIENTS = ":keys", ":value_gradients"
 # Of the free space of the temporary folder and of the host's free memory, how much may be taken: others want some too.
 _SHARE_OF_DISK = 0.8
 _SHARE_OF_HOST = 0.5
-# Where Linux says what a container may take and what it has taken, of either version of control groups.
-_CGROUP_FILES = [
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-]
 # Batches that are under way to where they wait, or back.
 _UNDER_WAY = 2
 
@@ -86,17 +81,6 @@ def plan_groups(sizes: Mapping[str, int], max_memory: int | None) -> list[list[s
     return groups
 
 
-def on_host(tensor: Tensor) -> Tensor:
-    """The values in the host's memory, contiguous; as it is where it is there already.
-
-    From a GPU they come into memory that all threads have touched first. The system gives new memory page by page,
-    which for one thread, the copying one, takes several times as long as the copy itself.
-    """
-    if tensor.device.type == "cpu":
-        return tensor.contiguous()
-    return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor)
-
-
 def traces_by_group(
     groups: Sequence[Sequence[str]], trace: Callable[[Sequence[str]], Traces], n_bytes: int, device: torch.device
 ) -> Generator[tuple[list[str], Traces], None, None]:
@@ -119,7 +103,7 @@ def traces_by_group(
         return
     free = shutil.disk_usage(tempfile.gettempdir()).free
     # Processes that act as one each keep all traces: of the host's memory they might take several times that.
-    in_memory = device.type != "cpu" and not distributed.in_unison() and n_bytes <= _SHARE_OF_HOST * _free_memory()
+    in_memory = device.type != "cpu" and not distributed.in_unison() and n_bytes <= _SHARE_OF_HOST * free_memory()
     if not distributed.agreed(in_memory or n_bytes <= _SHARE_OF_DISK * free):
         logger.warning(
             f"Tracing again for each of {len(groups)} groups of layers: keeping what was traced takes up to "
@@ -138,15 +122,6 @@ def traces_by_group(
         for names in groups[1:]:
             with closing(waiting.read(names)) as traced:
                 yield list(names), traced
-
-
-def _free_memory() -> int:
-    """Bytes of the host's memory that this process may take: what is free, within the limit of its container."""
-    free: int = psutil.virtual_memory().available
-    for limit, used in _CGROUP_FILES:
-        with suppress(OSError, ValueError):  # not there, or "max"
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-    return free
 
 
 class _Waiting:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import ModelMismatchError, NumericalError
-from .memory import on_host
+from .host import on_host
 from .shards import read_header
 
 # Values a block of rows holds. A block is the unit of every product and addition, in memory as on disk, so that both

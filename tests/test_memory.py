@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import hf_malmen.edit
+import hf_malmen.host
 import hf_malmen.makers
 import hf_malmen.memory
 from hf_malmen import EditorModel, Fact
@@ -292,12 +293,12 @@ def test_a_consumer_that_fails_leaves_no_file_either(tmp_path: Path, monkeypatch
 def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Less than the host has left; where there is none, or it has another file, the host's counts."""
     files = [(str(tmp_path / "max"), str(tmp_path / "used")), (str(tmp_path / "nowhere"), str(tmp_path / "used"))]
-    monkeypatch.setattr(hf_malmen.memory, "_CGROUP_FILES", files)
+    monkeypatch.setattr(hf_malmen.host, "_CGROUP_FILES", files)
     (tmp_path / "used").write_text("3000\n")
     (tmp_path / "max").write_text("10000\n")
-    assert hf_malmen.memory._free_memory() == 7000
+    assert hf_malmen.host.free_memory() == 7000
     (tmp_path / "max").write_text("max\n")
-    assert hf_malmen.memory._free_memory() > 10**6
+    assert hf_malmen.host.free_memory() > 10**6
 
 
 def test_what_fails_while_traces_are_put_away_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
