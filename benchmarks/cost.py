@@ -216,7 +216,7 @@ def compare_solve(key_size: int, value_size: int) -> list[list[Any]]:
 
 
 def plan(gpus: int) -> str:
-    """A million facts on a 70B model: operations and hours."""
+    """A million facts on a 70B model: operations and seconds."""
     block = 8192 * (2 * 8192 + 2 * 1024) + 3 * 8192 * 28672
     s = Sizes(80 * block, 5 * block, 8192 * 128256, 6, 28672, 8192, 512, 2, 10**6, 20, 3)
     # FLOP/s: those that gpu.py found on an H200, in bfloat16 and float64; half of its peak in float32 is assumed.

@@ -197,7 +197,7 @@ def apply(
 @app.command()
 def write(
     edit: Annotated[str, typer.Argument(help="Folder or Hub id of a saved edit.")],
-    model: Model,
+    model: Annotated[str, typer.Argument(help="Folder, safetensors file or Hub id of the checkpoint to write into.")],
     output_dir: OutputDir = None,
     in_place: InPlace = False,
     revision: Revision = None,

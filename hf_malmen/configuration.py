@@ -195,9 +195,11 @@ class EditorConfig(PreTrainedConfig):
         edit_lr: η, the scale of a value difference: 1e-6. Where the method is trained, log η is learned per layer from
             there. Of methods that descend on the facts, the learning rate of Adam: `"memit"`: 0.5, in units of the root
             mean square of the hidden state; `"ft"`: 1e-3.
-        ridge: λ of the least squares (paper section 4.1): 1. Learned like η.
+        ridge: λ of the least squares (paper section 4.1): 1; of `"memit"` and `"ft"` 1e-2. Learned like η where
+            the method is trained.
         n_preserved_keys: keys of earlier training facts, a layer, that an edit is asked to leave where they are;
-            0, as in the paper, asks for none. Method `"malmen"` only. Each costs `key_size` floats a layer.
+            0, as in the paper, asks for none. Not of `"mend"`, `"memit"` and `"ft"`. Each costs `key_size` floats a
+            layer.
         preservation: initial κ, the weight of that request, learned per layer: the least squares minimises
             ‖U S − D‖² + λ ‖S‖² + (κ / n_preserved_keys) ‖K₀ S‖². With a key covariance C (see
             `EditorModel.collect_covariance`) the weight of κ tr(Sᵀ C S), which is the same with all keys collected as
@@ -315,7 +317,7 @@ class EditorConfig(PreTrainedConfig):
 
     @property
     def traced_tokens(self) -> str:
-        """Which tokens are traced, `"answer"` or `"all"`: `token_selection`, or the method's own."""
+        """Which tokens are traced, `"answer"`, `"subject"` or `"all"`: `token_selection`, or the method's own."""
         return self.token_selection or self._method.token_selection
 
     @property

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .adapter import save_lora
 from .checkpoint import WriteReport, write_shifts
 from .configuration import FINGERPRINT_POLICIES, EditorConfig
-from .errors import EditStateError, FingerprintWarning, ModelMismatchError
+from .errors import DAMAGED, EditStateError, FingerprintWarning, ModelMismatchError
 from .facts import Fact
 from .hub import push_folder
 from .ledger import EDIT_CONFIG_FILE
@@ -128,6 +128,15 @@ class Edit:
 
     # Live models
 
+    def require_lifted(self) -> None:
+        """Check that the edit is not in force, so that it can be applied.
+
+        Raises:
+            EditStateError: it is.
+        """
+        if self.in_force:
+            raise EditStateError("This edit is in force already. Call undo() first, or load the edit a second time.")
+
     @property
     def in_force(self) -> bool:
         """Whether this edit is applied to a live model."""
@@ -152,8 +161,7 @@ class Edit:
             NumericalError: an edited weight would not be finite in its dtype.
             EditStateError: this edit is in force already.
         """
-        if self.in_force:
-            raise EditStateError("This edit is in force already. Call undo() first, or load the edit a second time.")
+        self.require_lifted()
         model = plain_model(model)
         self._check_fits(model)
         wanted = self.base_model_fingerprint
@@ -445,7 +453,7 @@ class Edit:
             _check_provenance(edit)
             return edit
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ModelMismatchError(f"{config_file} does not describe an edit ({error}). It is damaged.") from None
+            raise ModelMismatchError(f"{config_file} does not describe an edit ({error}). {DAMAGED}") from None
 
     def push_to_hub(
         self,

@@ -1,5 +1,8 @@
 """Errors a user can act on. Each message says what was expected, what came, and what to do next."""
 
+# What to do about a file that is not what it says it is.
+DAMAGED = "It is damaged: download it again, or restore it from a copy."
+
 
 class HfMalmenError(Exception):
     """Base class: `except HfMalmenError` catches everything this package raises on purpose."""

@@ -221,7 +221,9 @@ def measure_edit(
 
     Raises:
         ValueError: free generation from a model that does not generate; or `before` without answers to all prompts.
+        EditStateError: the edit is in force.
     """
+    edit.require_lifted()
     settings: dict[str, Any] = {
         "batch_size": batch_size,
         "generate": generate,

@@ -392,6 +392,8 @@ def _read(
 
             options = {**load_options, "split": split or "train", "streaming": streaming}
             return datasets.load_dataset(str(source), **options)
+    if split is not None:
+        load_options = {**load_options, "split": split}
     if load_options:
         raise FactError(
             f"{', '.join(load_options)}: for data sets on the Hub, and {_describe(source)} is none. Leave it out."

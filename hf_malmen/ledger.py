@@ -10,7 +10,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError
+from .errors import DAMAGED, CheckpointError
 from .facts import Fact
 from .shards import parse_json
 
@@ -143,7 +143,7 @@ def read_facts(folder: Path) -> list[Fact]:
     try:
         return [Fact(**fact) for fact in parse_json(path.read_bytes(), path).get("facts", ())]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} does not describe the facts of an edit ({error}). It is damaged.") from None
+        raise CheckpointError(f"{path} does not describe the facts of an edit ({error}). {DAMAGED}") from None
 
 
 def _digest(fact: Fact) -> bytes:

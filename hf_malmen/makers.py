@@ -144,7 +144,16 @@ def _from_fine_tuning(editor: EditorNetworks, request: EditRequest) -> MadeShift
 
 
 def _from_facts(make: Callable[..., Made], editor: EditorNetworks, request: EditRequest) -> Callable[..., Made]:
-    """What both ways that read the facts themselves are told, and how they weigh the edit."""
+    """What both ways that read the facts themselves are told, and how they weigh the edit.
+
+    Raises:
+        ValueError: a limit of memory, which they have no way to keep.
+    """
+    if request.max_memory is not None:
+        raise ValueError(
+            f"Method {editor.config.method!r} holds all facts of an edit, and all layers, at once, so that max_memory "
+            "cannot be kept. Leave it out; facts_per_turn=... edits fewer facts at once."
+        )
     return partial(
         make,
         request.model,

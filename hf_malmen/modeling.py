@@ -177,13 +177,13 @@ class EditorModel(EditorNetworks):
             max_memory: the most that the rows, or UᵀU and UᵀD, of the layers that are solved together may take, in
                 bytes or as a text such as `"8GiB"`. Where all layers take more, groups of them are solved one after
                 the other; see `memory.traces_by_group` for what that costs. Models, their passes and the shifts come
-                on top. Does not change the result.
+                on top. Does not change the result. Not of `"memit"` and `"ft"`, which hold all facts and layers.
 
         Raises:
             FactError: a fact is bad, or too long for the model.
             ModelMismatchError: the editor does not fit the model.
             NumericalError: a key, a gradient or a solve is not finite; names the module.
-            ValueError: `max_memory` is none, or less than one layer takes.
+            ValueError: `max_memory` is none, or less than one layer takes, or the method cannot keep it.
         """
         limit = parse_memory(max_memory)
         source = _facts(facts)
@@ -390,6 +390,7 @@ class EditorModel(EditorNetworks):
             all are in force already: then nothing was written, and an `output_dir` gets a plain copy.
 
         Raises:
+            ValueError: `accumulate` with statistics that follow the edits, or with `"memit"` or `"ft"`.
             EditStateError: `accumulate` on top of an edit that was not accumulated by this editor; or to replace a
                 fact that an edit from a `FactStream` wrote, of which neither rows nor texts are left.
             FactError, ModelMismatchError, CheckpointError, NumericalError: see `make_edit` and `Edit.write`. All of
@@ -402,7 +403,8 @@ class EditorModel(EditorNetworks):
             raise ValueError(f"facts_per_turn is {facts_per_turn}; expected a whole number of at least 1, or None.")
         if measure and isinstance(facts, FactStream):
             raise ValueError(
-                "measure=True puts every fact to the model twice, and a FactStream is read once. Use a list."
+                "Measuring keeps all facts and their answers, and a stream of facts (FactStream, --stream) is there to "
+                "hold few. Leave out measure (--measure), or give the facts as a list or file."
             )
         options: dict[str, Any] = {"batch_size": batch_size, "facts_per_turn": facts_per_turn, "measure": measure}
         options |= {"accumulate": accumulate, "max_memory": max_memory}

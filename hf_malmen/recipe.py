@@ -8,11 +8,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from . import distributed
 from .configuration import METHODS, EditorConfig
 from .covariance import DEFAULT_N_TOKENS
 from .evaluation import n_measured
@@ -148,9 +146,7 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> Path:
         trainer.save_model()
         trainer.save_state()
     else:
-        if not distributed.in_unison():
-            nn.Module.to(model, args.device)
-        place(model)
+        place(model, args.device)
         if config.key_covariance is not None:
             texts = load_texts(recipe.texts) if recipe.texts else list(map(_sentence, train_facts))
             if texts:

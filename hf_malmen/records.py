@@ -31,6 +31,7 @@ CARD_FILE = "README.md"
 RECORD_FILE, ORIGINALS_FILE, CARD_BEFORE = "record.json", "originals.safetensors", "README.before.md"
 JOURNAL, PREPARING = ".journal", ".preparing"
 ID_PATTERN = r"\d{4,}"
+_DAMAGED = "The history is damaged: restore the folder edits/ from a copy of the checkpoint."
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def read_history(checkpoint: str | Path) -> list[Record]:
     records = [read_record(folder, folder / EDITS_FOLDER / name) for name in sorted(names, key=int)]
     for record in records:
         if record.id != record.folder.name:
-            raise CheckpointError(f"{record.folder} holds the record of edit {record.id}. The history is damaged.")
+            raise CheckpointError(f"{record.folder} holds the record of edit {record.id}. {_DAMAGED}")
     return records
 
 
@@ -154,7 +155,7 @@ def read_record(folder: Path, place: Path) -> Record:
     """
     path = place / RECORD_FILE
     if not path.is_file():
-        raise CheckpointError(f"{place} has no {RECORD_FILE}; the history of {folder} is damaged.")
+        raise CheckpointError(f"{place} has no {RECORD_FILE}. {_DAMAGED}")
     content = parse_json(path.read_bytes(), path)
     tensors = parse_tensors(folder, content.pop("tensors", None), path)
     try:
@@ -223,7 +224,7 @@ def parse_tensors(folder: Path, content: Any, path: Path) -> dict[str, TensorEnt
             )
         tensors[key] = found
     if not tensors:
-        raise CheckpointError(f"{path} names no tensors; it is damaged.")
+        raise CheckpointError(f"{path} names no tensors. {_DAMAGED}")
     return tensors
 
 

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.utils import logging
 
 from . import distributed
+
+logger = logging.get_logger(__name__)
 
 _ENGINE = "_zero3_engine"  # DeepSpeed's, kept beside the model whose hooks it serves
 
@@ -25,18 +28,30 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule) or hasattr(model, _ENGINE)
 
 
-def place(model: nn.Module) -> None:
-    """Move `model` to this process's device, or this process's part of it. Alone, it stays where it is.
+def place(model: nn.Module, device: torch.device | None = None) -> None:
+    """Move `model` to this process's device, or this process's part of it there.
 
-    A model that is sharded is frozen for good: nothing of it requires a gradient.
+    A model that accelerate has placed already, on several devices or off them, stays where it is. One that is sharded
+    is frozen for good: nothing of it requires a gradient.
+
+    Args:
+        model: the base model.
+        device: of a process that holds all of the model. None: one of several processes goes by accelerate; a process
+            alone takes the accelerator, if there is one with room for the weights, unless `ACCELERATE_USE_CPU` is set.
 
     Raises:
         ValueError: FSDP of the first version, or loading on the first process only; DeepSpeed of another stage than 3,
             or with offloading to disk.
     """
     if not distributed.in_unison():
-        if distributed.n_processes() > 1:
-            nn.Module.to(model, PartialState().device)
+        if device is None and distributed.n_processes() > 1:
+            device = PartialState().device
+        if hasattr(model, "_hf_hook"):
+            return
+        if device is None:
+            _to_accelerator(model)
+        else:
+            nn.Module.to(model, device)
         return
     if is_sharded(model):
         return
@@ -48,6 +63,21 @@ def place(model: nn.Module) -> None:
     for name, buffer in model.named_buffers():  # parameters alone are moved
         owner, _, own = name.rpartition(".")
         setattr(model.get_submodule(owner), own, buffer.to(PartialState().device))
+
+
+def _to_accelerator(model: nn.Module) -> None:
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None or parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return
+    try:
+        nn.Module.to(model, device)
+    except torch.OutOfMemoryError:
+        nn.Module.to(model, "cpu")  # what has been moved already
+        logger.warning(
+            f"The base model does not fit the memory of {device}, so that it stays on the CPU, where all takes far "
+            'longer. In Python, a model loaded with device_map="auto" uses both; several devices can hold it together '
+            "(recipes/accelerate/fsdp.yaml)."
+        )
 
 
 def _shard(model: nn.Module) -> None:

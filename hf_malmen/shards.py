@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError
+from .errors import DAMAGED, CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -201,7 +201,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         header = parse_json(stream.read(length), path)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{path}: its __metadata__ is no object of texts. It is damaged.")
+        raise CheckpointError(f"{path}: its __metadata__ is no object of texts. {DAMAGED}")
     start = 8 + length
     entries: dict[str, TensorEntry] = {}
     for key, value in header.items():
@@ -209,10 +209,10 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     position = start
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != position:
-            raise CheckpointError(f"{path}: {key!r} begins at byte {entry.begin}, expected {position}. It is damaged.")
+            raise CheckpointError(f"{path}: {key!r} begins at byte {entry.begin}, expected {position}. {DAMAGED}")
         position = entry.end
     if position != size:
-        raise CheckpointError(f"{path} is {size} bytes long, and its header describes {position}. It is damaged.")
+        raise CheckpointError(f"{path} is {size} bytes long, and its header describes {position}. {DAMAGED}")
     return entries
 
 
@@ -283,9 +283,9 @@ def _parse_entry(path: Path, key: str, value: Any, start: int) -> TensorEntry:
             raise TypeError("negative, too large or not whole")
         bits = math.prod(shape) * _ITEM_BITS[dtype]
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: the header entry of {key!r} is damaged ({error!r}).") from None
+        raise CheckpointError(f"{path}: the header entry of {key!r} is wrong ({error!r}). {DAMAGED}") from None
     if (end - begin) * 8 != bits:
-        raise CheckpointError(f"{path}: {key!r} takes {end - begin} bytes, expected {bits // 8}. It is damaged.")
+        raise CheckpointError(f"{path}: {key!r} takes {end - begin} bytes, expected {bits // 8}. {DAMAGED}")
     return TensorEntry(path, dtype, tuple(shape), start + begin, start + end)
 
 

@@ -240,7 +240,7 @@ def measure_side_effects(
 
     Args:
         model: the live base model.
-        edit: not in force on it.
+        edit: not in force on it, such as `EditorModel.make_edit` returns.
         tokenizer: the model's.
         texts: anything `load_texts` takes, that the edit has nothing to do with; None measures no perplexity.
         tasks: as in `run_harness`; empty runs none.
@@ -255,9 +255,11 @@ def measure_side_effects(
     Raises:
         ValueError: neither texts nor tasks; and as in `perplexity` and `run_harness`.
         ImportError: tasks without `lm-eval`, before anything is measured.
+        EditStateError: the edit is in force.
     """
     if texts is None and not tasks:
         raise ValueError("Nothing to measure. Give texts for perplexity, tasks for lm-eval, or both.")
+    edit.require_lifted()
     if tasks:
         _harness()
     loaded = None if texts is None else load_texts(texts)

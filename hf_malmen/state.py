@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import distributed
-from .errors import ModelMismatchError
+from .errors import DAMAGED, ModelMismatchError
 from .shards import read_header
 
 STATE_FILE = "state.safetensors"
@@ -120,7 +120,7 @@ class EditState:
             elif kind == "rows":
                 parts.setdefault(module, {})[role] = tensor
             else:
-                raise ModelMismatchError(f"{path} holds {name}, which belongs to no state of an edit. It is damaged.")
+                raise ModelMismatchError(f"{path} holds {name}, which belongs to no state of an edit. {DAMAGED}")
         rows = {module: _parse(roles, module, path) for module, roles in sorted(parts.items())}
         return cls(metadata.get("editor") or None, statistics, rows, written)
 
@@ -252,4 +252,4 @@ def _parse(roles: Mapping[str, Tensor], module: str, path: Path) -> Rows | Produ
         sound = sound and (gram is None or (gram.dtype == torch.float64 and gram.shape == (len(moment), len(moment))))
         if sound:
             return Products(gram, moment, int(roles["n_rows"]))
-    raise ModelMismatchError(f"{path} holds {shapes} for {module}, which are no rows of an edit. It is damaged.")
+    raise ModelMismatchError(f"{path} holds {shapes} for {module}, which are no rows of an edit. {DAMAGED}")

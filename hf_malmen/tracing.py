@@ -251,7 +251,9 @@ def trace(
         loss = cross_entropy(*own_answer_logits(model, batch, whole=is_traced))
         missing = [name for name in module_names if name not in outputs]
         if missing:
-            raise NumericalError(f"The forward pass never reached {', '.join(missing)}; it cannot be edited.")
+            raise NumericalError(
+                f"The forward pass never reached {', '.join(missing)}, so it cannot be edited. Choose others."
+            )
         gradients = torch.autograd.grad(loss, [outputs[name] for name in module_names])
 
     traces = {}

@@ -76,7 +76,8 @@ class EditorTrainingArguments(TrainingArguments):
 
     `per_device_train_batch_size` counts the facts edited together in one step, and `per_device_eval_batch_size` those
     edited together in evaluation. Of several processes, the training facts of all are edited together: N processes take
-    the steps of one with N times as many. The defaults that differ from `TrainingArguments` are the paper's.
+    the steps of one with N times as many. Where defaults differ
+    from those of `TrainingArguments` they are ours; the paper's are in `recipes/paper-*.yaml`.
 
     Args:
         lm_batch_size: sequences a pass of the language model. Changes memory and speed, not the result.
@@ -233,10 +234,7 @@ class EditorTrainer(Trainer):
             self.is_fsdp_enabled = self.is_deepspeed_enabled = False
             forget_sharding(self.accelerator.state)
             nn.Module.to(editor, args.device)
-        if distributed.in_unison():
-            place(base_model)
-        elif not hasattr(base_model, "_hf_hook"):  # else accelerate has placed it, on several devices or off them
-            nn.Module.to(base_model, args.device)
+        place(base_model, args.device)
         self.passes = self._passes(editor)
         self.add_callback(_ForgetFeatures(self.passes.features))
         self._losses: list[tuple[float, float]] = []

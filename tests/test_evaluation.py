@@ -21,7 +21,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hf_malmen import Edit, EditorConfig, Fact
+from hf_malmen import Edit, EditorConfig, EditStateError, Fact
 from hf_malmen.batches import Tokenizer
 from hf_malmen.evaluation import answer_facts, evaluate_edit, measure_edit, n_measured
 from hf_malmen.scoring import answers, bootstrap_intervals, contains
@@ -247,6 +247,16 @@ def test_scores_alone(plain: Plain, edit: Edit, tokenize: Tokenizer) -> None:
     assert {name: everything.scores[name] for name in scores} == scores
     for name, tensor in plain.model.state_dict().items():
         assert torch.equal(tensor, weights[name])
+
+
+def test_an_edit_in_force_is_refused_at_once(plain: Plain, edit: Edit, tokenize: Tokenizer) -> None:
+    """Before the model is asked anything: "before" would be after."""
+    calls: list[Any] = []
+    handle = plain.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    with edit.applied_to(plain.model), pytest.raises(EditStateError, match=r"Call undo\(\) first"):
+        measure_edit(plain.model, edit, FACTS, tokenize, batch_size=4)
+    handle.remove()
+    assert not calls
 
 
 def test_intervals(plain: Plain, edit: Edit, tokenize: Tokenizer) -> None:

@@ -767,6 +767,16 @@ def test_a_broken_json_list_names_its_own_line(chunk: int, tmp_path: Path, monke
         list(facts_module._read_json(tmp_path / "f.json"))
 
 
+def test_a_split_of_what_has_none(tmp_path: Path) -> None:
+    """Of a list or a file it is refused, not left aside."""
+    (tmp_path / "facts.jsonl").write_text('{"prompt": "a", "target": "b"}\n', encoding="utf-8")
+    for source in ([{"prompt": "a", "target": "b"}], tmp_path / "facts.jsonl"):
+        with pytest.raises(FactError, match=r"split: for data sets on the Hub.*Leave it out"):
+            load_facts(source, split="test")
+    with pytest.raises(FactError, match=r"split: for data sets on the Hub"):
+        list(FactStream(tmp_path / "facts.jsonl", split="test"))
+
+
 def test_a_dict_instead_of_a_list() -> None:
     """Nor is a dict."""
     with pytest.raises(FactError, match=r"got a single dict\. Put it in a list"):

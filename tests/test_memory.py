@@ -16,7 +16,7 @@ import hf_malmen.edit
 import hf_malmen.host
 import hf_malmen.makers
 import hf_malmen.memory
-from hf_malmen import EditorModel, Fact
+from hf_malmen import EditorConfig, EditorModel, Fact
 from hf_malmen.least_squares import PrimalSolution, RidgeLeastSquares, aggregator, state_bytes
 from hf_malmen.memory import parse_memory, plan_groups, traces_by_group
 from hf_malmen.tracing import Trace
@@ -175,6 +175,17 @@ def test_too_little_memory_is_refused_before_the_model_runs(parts: Parts) -> Non
     with pytest.raises(ValueError, match=rf"give max_memory={parts.bytes_of_a_layer} or more"):
         parts.editor.make_edit(parts.model, parts.facts, parts.tokenizer, max_memory=parts.bytes_of_a_layer - 1)
     assert not calls
+
+
+@pytest.mark.parametrize("method", ["memit", "ft"])
+def test_a_method_that_cannot_keep_a_limit_refuses_it(
+    method: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, facts: list[Fact]
+) -> None:
+    """Instead of leaving it aside."""
+    editor = EditorModel.from_base(model, EditorConfig(method=method))
+    editor.collect_covariance(model, ["Lyon is a city in France."], tokenizer)
+    with pytest.raises(ValueError, match=rf"Method '{method}' holds all facts .* max_memory cannot be kept"):
+        editor.make_edit(model, facts, tokenizer, max_memory="8GiB")
 
 
 def test_an_error_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

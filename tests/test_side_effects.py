@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from hf_malmen import Edit
+from hf_malmen import Edit, EditStateError
 from hf_malmen.side_effects import load_texts, measure_side_effects, perplexity, run_harness, text_losses
 
 Build = Callable[..., Any]
@@ -216,6 +216,16 @@ def test_nothing_to_measure(model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     """Neither texts nor tasks."""
     with pytest.raises(ValueError, match="Give texts for perplexity, tasks for lm-eval, or both"):
         measure_side_effects(model, edit_for(model), tokenizer)
+
+
+def test_an_edit_in_force_is_refused_at_once(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Before the model runs: "before" would be after."""
+    calls: list[Any] = []
+    edit = edit_for(model).apply_to(model, on_fingerprint_mismatch="ignore")
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(EditStateError, match=r"in force already\. Call undo\(\) first"):
+        measure_side_effects(model, edit, tokenizer, texts=TEXTS)
+    assert not calls and edit.in_force
 
 
 # lm-eval

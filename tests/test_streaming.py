@@ -72,7 +72,7 @@ def test_a_stream_cannot_be_measured(
 ) -> None:
     """Which would read it again, and hold the answers to all of it."""
     model = make_llama()
-    with pytest.raises(ValueError, match=r"a FactStream is read once\. Use a list"):
+    with pytest.raises(ValueError, match=r"Leave out measure \(--measure\), or give the facts as a list or file"):
         make_editor(model).apply(model, FactStream(file), tokenizer, measure=True)
 
 
