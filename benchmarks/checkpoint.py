@@ -84,7 +84,7 @@ def write_edit(folder: Path, checkpoint: Path, n_tokens: int) -> None:
     sizes = (KEY_SIZE, VALUE_SIZE)
     names = [f"model.layers.{layer}.mlp.down_proj" for layer in range(N_LAYERS - N_EDITED, N_LAYERS)]
     shifts = {name: FactoredShift(*(0.01 * torch.randn(n_tokens, size) for size in sizes)) for name in names}
-    fingerprint, _ = fingerprints_of(checkpoint, dict.fromkeys(names, sizes), ())
+    fingerprint = next(fingerprints_of(checkpoint, dict.fromkeys(names, sizes), ()))
     Edit(shifts, base_model_fingerprint=fingerprint, editor={"method": "malmen"}).save_pretrained(folder)
 
 

@@ -114,7 +114,7 @@ def write_shifts(
         in_place: edit `checkpoint` itself. Give exactly one of `output_dir` and `in_place`.
         fingerprint: of the target weights that the shifts were made for; the checkpoint's are compared with it.
         on_fingerprint_mismatch: `"warn"`, `"error"` or `"ignore"`.
-        before_edits: whether it may also be that of the weights before the checkpoint's edits in force.
+        before_edits: whether it may also be that of the weights before some or all of the checkpoint's edits in force.
         revision, token: for a checkpoint on the Hub.
 
     Raises:
@@ -250,28 +250,46 @@ def base_tensors(folder: Path, tensors: Mapping[str, TensorEntry]) -> dict[str, 
     Raises:
         CheckpointError: a damaged record.
     """
-    found = dict(tensors)
-    for record in reversed(read_history(folder)):
-        found |= {key: entry for key, entry in record.originals().items() if key in tensors}
+    *_, found = _states(folder, tensors)
     return found
 
 
+def _states(folder: Path, tensors: Mapping[str, TensorEntry]) -> Iterator[dict[str, TensorEntry]]:
+    """The tensors of a checkpoint with all edits in force, then with one less each time, down to none."""
+    found = dict(tensors)
+    yield dict(found)
+    for record in reversed(read_history(folder)):
+        found |= {key: entry for key, entry in record.originals().items() if key in tensors}
+        yield dict(found)
+
+
 def fingerprints_of(
-    folder: Path, shapes: Mapping[str, tuple[int, int]], fan_in_fan_out: Iterable[str]
-) -> tuple[str, str]:
-    """The fingerprints of target weights on disk, as they are and as they were before the edits in force.
+    folder: Path,
+    shapes: Mapping[str, tuple[int, int]],
+    fan_in_fan_out: Iterable[str],
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> Iterator[str]:
+    """The fingerprints of target weights on disk: with all edits in force, then with one less each time, down to none.
 
     Args:
         folder: the checkpoint's.
         shapes: {module name: (key_size, value_size)}.
         fan_in_fan_out: modules stored as (key_size, value_size).
+        dtypes: {module name: dtype} of a model that is to hold these weights; None: as they are stored.
 
     Raises:
         CheckpointError, ModelMismatchError: see `write_shifts`.
     """
     tensors = read_tensor_index(folder)
     plan = _places(folder, shapes, fan_in_fan_out, tensors)
-    return stored_fingerprint(plan, tensors), stored_fingerprint(plan, base_tensors(folder, tensors))
+    for state in _states(folder, tensors):
+        yield stored_fingerprint(plan, state, dtypes)
+
+
+def fingerprint_before_edits(folder: Path, shapes: Mapping[str, tuple[int, int]], fan_in_fan_out: Iterable[str]) -> str:
+    """The last one of `fingerprints_of`, as stored: of the weights before all edits in force."""
+    tensors = read_tensor_index(folder)
+    return stored_fingerprint(_places(folder, shapes, fan_in_fan_out, tensors), base_tensors(folder, tensors))
 
 
 def weights_before_edits(
@@ -308,8 +326,16 @@ def _places(
     return map_shifts(folder, nothing, fan_in_fan_out, tensors)
 
 
-def stored_fingerprint(plan: Mapping[str, TensorShift], tensors: Mapping[str, TensorEntry]) -> str:
-    """The fingerprint of target weights on disk: what `targets.fingerprint` gives for the loaded model."""
+def stored_fingerprint(
+    plan: Mapping[str, TensorShift],
+    tensors: Mapping[str, TensorEntry],
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> str:
+    """The fingerprint of target weights on disk: what `targets.fingerprint` gives for the loaded model.
+
+    Weights that a model holds in float16 are not always the same, rounded to bfloat16, as those they were loaded from;
+    `dtypes` rounds as loading did.
+    """
     digest = hashlib.sha256()
     pieces: dict[str, list[str]] = {}
     for key, shift in plan.items():
@@ -317,7 +343,7 @@ def stored_fingerprint(plan: Mapping[str, TensorShift], tensors: Mapping[str, Te
     for name in sorted(pieces):
         digest.update(name.encode())
         for rows in _weight_rows(pieces[name], plan, tensors):
-            digest.update(raw(rows.to(torch.bfloat16)))
+            digest.update(raw((rows.to(dtypes[name]) if dtypes else rows).to(torch.bfloat16)))
     return digest.hexdigest()
 
 
@@ -347,9 +373,8 @@ def _matches(
     expected: str,
     before_edits: bool,
 ) -> bool:
-    if stored_fingerprint(plan, tensors) == expected:
-        return True
-    return before_edits and stored_fingerprint(plan, base_tensors(folder, tensors)) == expected
+    states = _states(folder, tensors) if before_edits else [tensors]
+    return any(stored_fingerprint(plan, state) == expected for state in states)
 
 
 def _mismatch(folder: Path, expected: str) -> str:

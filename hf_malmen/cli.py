@@ -253,6 +253,7 @@ def undo(
 ) -> None:
     """Take an edit back from a checkpoint. The last one's bytes are restored; an earlier one is computed out."""
     from .history import undo_edit
+    from .state import SOLVED_TOGETHER
 
     report = undo_edit(checkpoint, edit)
     how = (
@@ -262,6 +263,8 @@ def undo(
     )
     left = ", ".join(report.remaining) or "none"
     print(f"Undid edit {report.summary.id} ({report.summary.n_facts} facts): {how}. Edits in force: {left}.")
+    if report.solved_together:
+        print(SOLVED_TOGETHER)
 
 
 @app.command()

@@ -3,7 +3,7 @@
 import json
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from .adapter import save_lora
 from .checkpoint import WriteReport, write_shifts
 from .configuration import FINGERPRINT_POLICIES, EditorConfig
-from .errors import DAMAGED, EditStateError, FingerprintWarning, ModelMismatchError
+from .errors import DAMAGED, EditStateError, FingerprintWarning, ModelMismatchError, NumericalError
 from .facts import Fact
 from .hub import push_folder
 from .ledger import EDIT_CONFIG_FILE
@@ -27,9 +28,11 @@ from .records import CARD_FILE, SHIFTS_FILE
 from .sharding import copy_of, overwrite, shape_of, whole
 from .shards import parse_json
 from .shifts import Shift, add, add_rows, blocks, check_shape, dense, load_shifts, materialise, save_shifts
-from .state import STATE_FILE, EditState
+from .state import SOLVED_TOGETHER, STATE_FILE, EditState
 from .targets import check_targets, fingerprint, is_fan_in_fan_out, plain_model, target_module, weight_of
 from .version import __version__
+
+logger = logging.get_logger(__name__)
 
 # The layout of what `Edit.save_pretrained` writes.
 EDIT_FORMAT_VERSION = 1
@@ -174,22 +177,57 @@ class Edit:
     def undo(self) -> None:
         """Restore the weights this edit replaced, bit for bit.
 
-        Edits applied after this one stay in force: they are lifted, this one is undone, and they are applied again.
+        Edits applied after this one stay in force: where they share its layers they are lifted, this one is undone, and
+        they are applied again. That takes a copy of those layers' weights and, for each such edit, another one. Either
+        all of it is done or nothing: after an error, and after Ctrl-C, weights and edits in force are as they were. Of
+        accumulated edits undo the last ones first: later ones were solved together with this one's facts, which a
+        warning says.
 
         Raises:
             EditStateError: this edit is not in force on any model.
+            NumericalError: without this edit, a weight would not be finite in its dtype with a later one.
         """
         application, model = self._application(), self._model() if self._model is not None else None
         if application is None or model is None:
             raise EditStateError("This edit is not in force on any live model, so there is nothing to undo.")
         stack = _in_force[model]
-        later = stack[stack.index(application) + 1 :]
-        for lifted in [*reversed(later), application]:
-            _restore(model, lifted)
-        del stack[stack.index(application) :]
+        place = stack.index(application)
+        # What the stack has stays as it is until all is done, so that no failure, be it of the way back, loses an
+        # original: undo() can be called again.
+        later = [_Application(other.edit, dict(other.originals)) for other in stack[place + 1 :]]
+        shared = [name for name in application.originals if any(name in other.originals for other in later)]
+        alone = [name for name in application.originals if name not in shared]
+        found: dict[str, Tensor] = {}
+        restored: list[str] = []
+        try:
+            # First what may fail. The weights of this edit alone need no copy: they can be computed again.
+            for name in shared:
+                weight = weight_of(model, name)
+                found[name] = copy_of(weight)
+                overwrite(weight, application.originals[name])
+                for other in later:
+                    if name in other.originals:
+                        other.originals[name] = copy_of(weight)
+                        other.edit._add_to(weight, name)
+            for name in alone:
+                restored.append(name)
+                overwrite(weight_of(model, name), application.originals[name])
+        except BaseException as error:
+            for name, values in found.items():
+                overwrite(weight_of(model, name), values)
+            for name in restored:
+                overwrite(weight_of(model, name), application.originals[name])
+                self._add_to(weight_of(model, name), name)
+            if isinstance(error, NumericalError):
+                raise NumericalError(
+                    f"{error} An edit that was applied after this one does not fit without it: undo the later ones "
+                    "first, the last one before the others."
+                ) from None
+            raise
+        stack[place:] = later
         self._model = None
-        for lifted in later:
-            lifted.edit._write(model)
+        if self.state.rows and any(other.edit.state.rows for other in later):
+            logger.warning(SOLVED_TOGETHER)
 
     @contextmanager
     def applied_to(self, model: nn.Module, **kwargs: Any) -> Iterator["Edit"]:
@@ -203,18 +241,23 @@ class Edit:
     def _write(self, model: nn.Module) -> None:
         application = _Application(self)
         try:
-            for name, shift in self.layers.items():
+            for name in self.layers:
                 weight = weight_of(model, name, to_write=True)
                 application.originals[name] = copy_of(weight)
-                values = whole(weight)  # the weight itself, where this process has all of it
-                for start, stop, rows in blocks(shift.to(weight.device), name in self.fan_in_fan_out):
-                    values[start:stop], _ = add_rows(values[start:stop], rows, name)
-                if values is not weight:
-                    overwrite(weight, values)
+                self._add_to(weight, name)
         except BaseException:  # Ctrl-C too must leave the model as it was
-            _restore(model, application)
+            for name, original in application.originals.items():
+                overwrite(weight_of(model, name), original)
             raise
         _in_force.setdefault(model, []).append(application)
+
+    def _add_to(self, weight: Tensor, name: str) -> None:
+        """Add the shift of module `name` to its weight."""
+        values = whole(weight)  # the weight itself, where this process has all of it
+        for start, stop, rows in blocks(self.layers[name].to(weight.device), name in self.fan_in_fan_out):
+            values[start:stop], _ = add_rows(values[start:stop], rows, name)
+        if values is not weight:
+            overwrite(weight, values)
 
     def _application(self) -> _Application | None:
         model = self._model() if self._model is not None else None
@@ -340,17 +383,17 @@ class Edit:
 
         Where both have a fact of the same prompt, that of `other` is the one in force. The state is that after `other`.
 
+        A fingerprint is of an edit's own modules. Of edits in the same modules the fingerprints are compared; else, or
+        where one has none, the base models' names and revisions, as far as both are known. Where neither edit has all
+        modules of the two, the merged one has no fingerprint, so that nothing compares its base's weights later.
+
         Raises:
-            ModelMismatchError: the two are for different base models.
+            ModelMismatchError: the two are for different base models, or for other weights of one.
         """
-        if self.base_model_fingerprint != other.base_model_fingerprint:
-            raise ModelMismatchError(
-                "The two edits are for base models with different weights "
-                f"({self.base_model_name_or_path}, {other.base_model_name_or_path}); they cannot be merged."
-            )
-        shifts: dict[str, Tensor | Shift] = {**self.layers}
-        for name, shift in other.layers.items():
-            shifts[name] = add(self.layers[name], shift) if name in self.layers else shift
+        shifts: dict[str, Tensor | Shift] = {**self.layers, **other.layers}
+        base = _common_base(self, other, shifts.keys())
+        for name in self.layers.keys() & other.layers.keys():
+            shifts[name] = add(self.layers[name], other.layers[name])
         # Flat and without repetition: an edit made in a thousand turns by one editor has that one maker.
         makers: list[dict[str, Any]] = []
         for edit in (self, other):
@@ -361,11 +404,9 @@ class Edit:
             facts=[*self.facts, *other.facts],
             n_facts=self.n_facts + other.n_facts,
             task_type=self.task_type,
-            base_model_name_or_path=self.base_model_name_or_path,
-            base_model_revision=self.base_model_revision,
-            base_model_fingerprint=self.base_model_fingerprint,
             editor=makers[0] if len(makers) == 1 else {"merged": makers},
             state=self.state.then(other.state, len(self.facts)),
+            **base,
         )
 
     # Folders and the Hub
@@ -490,6 +531,52 @@ class Edit:
             )
 
 
+def _common_base(first: Edit, second: Edit, modules: Set[str]) -> dict[str, Any]:
+    """What the merge of two edits says about its base model: the arguments of `Edit` for it.
+
+    Args:
+        first, second: the edits.
+        modules: those of the two together.
+
+    Raises:
+        ModelMismatchError: see `Edit.merge`.
+    """
+    edits = (first, second)
+    for name in (name for name in first.layers if name in second.layers):
+        layouts = [(edit.layers[name].shape, name in edit.fan_in_fan_out) for edit in edits]
+        if layouts[0] != layouts[1]:
+            found = " in one edit and ".join(f"{shape} with fan_in_fan_out={flipped}" for shape, flipped in layouts)
+            raise ModelMismatchError(
+                f"The shift of {name} has shape {found} in the other. They are for different base models, and cannot "
+                "be merged."
+            )
+    # That of fewer modules would be compared with the weights of all of them, and never match.
+    covering = [edit.base_model_fingerprint for edit in edits if edit.layers.keys() == modules]
+    fingerprints = [fingerprint for fingerprint in covering if fingerprint is not None]
+    names = [edit.base_model_name_or_path for edit in edits]
+    revisions = [edit.base_model_revision for edit in edits]
+    if len(fingerprints) == 2 and fingerprints[0] != fingerprints[1]:
+        raise ModelMismatchError(
+            "The two edits were made for base models with different weights in the same modules "
+            f"({names[0]}, fingerprint {fingerprints[0][:12]}...; {names[1]}, fingerprint {fingerprints[1][:12]}...); "
+            "they cannot be merged. One of them may have been made on top of other edits, from a checkpoint that has "
+            "them in force. Make both from the same checkpoint; edits in force on a live model do not count."
+        )
+    if len(fingerprints) < 2 and any(len({*known} - {None}) > 1 for known in (names, revisions)):
+        raise ModelMismatchError(
+            f"The two edits name different base models ({first._base()}; {second._base()}), and have no fingerprints "
+            "of the same modules, which could show that the weights are the same; they are not merged. If they are the "
+            "same, set base_model_name_or_path and base_model_revision of one edit to those of the other."
+        )
+    base_model = names[0] or names[1]
+    of_that_name = [revision for name, revision in zip(names, revisions, strict=True) if name == base_model]
+    return {
+        "base_model_name_or_path": base_model,
+        "base_model_revision": next(filter(None, of_that_name), None),
+        "base_model_fingerprint": fingerprints[0] if fingerprints else None,
+    }
+
+
 def _check_provenance(edit: Edit) -> None:
     """Refuse what a file says about an edit where it is of another type than `Edit` and `Fact` say.
 
@@ -574,8 +661,3 @@ def base_fingerprint(model: nn.Module, names: Iterable[str]) -> str:
     model = plain_model(model)
     originals = weights_before_live_edits(model)
     return fingerprint((name, originals.get(name, weight_of(model, name))) for name in sorted(names))
-
-
-def _restore(model: nn.Module, application: _Application) -> None:
-    for name, original in application.originals.items():
-        overwrite(weight_of(model, name), original)

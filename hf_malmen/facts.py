@@ -405,6 +405,11 @@ def _read(
             f"Facts come as a list of dicts; got a single {type(source).__name__}. Put it in a list; of a data set "
             "with splits, give one."
         )
+    if not isinstance(source, Iterable):
+        raise FactError(
+            f"Facts come as a list of dicts, a data set, or the path or Hub id of one; got {type(source).__name__}."
+            + (" Put it in a list." if isinstance(source, Fact) else "")
+        )
     return source
 
 

@@ -54,6 +54,7 @@ from .records import (
 )
 from .shards import TensorEntry, copy_bytes, in_hub_cache, parse_json, raw, write_entries
 from .shifts import add_rows, load_shifts
+from .state import is_accumulated
 
 try:
     import fcntl
@@ -75,11 +76,14 @@ class UndoReport:
         remaining: ids of the edits still in force.
         exact: whether every byte is as if the edit had never been; else the tensors that a later edit shares with it
             were added up anew, exact to the rounding of one addition an edit.
+        solved_together: whether later edits were solved together with its facts (`accumulate=True`), so that what is
+            left is not what the facts left would give, until the next such call solves for those anew.
     """
 
     summary: EditSummary
     remaining: list[str]
     exact: bool
+    solved_together: bool = False
 
 
 # What users call
@@ -111,6 +115,7 @@ def undo_edit(checkpoint: str | Path, edit_id: str | None = None) -> UndoReport:
             raise CheckpointError(f"{folder} has no edit {edit_id} in force. Its edits: {ids}.")
         record = found[-1]
         later = [other for other in records if int(other.id) > int(record.id)]
+        solved_together = is_accumulated(record.folder) and any(is_accumulated(other.folder) for other in later)
         _check_untouched(records, record)
         with _clean_after_failure(folder):
             if later:
@@ -126,7 +131,8 @@ def undo_edit(checkpoint: str | Path, edit_id: str | None = None) -> UndoReport:
         except OSError as error:
             raise _unfinished(folder, f"undoing edit {record.id} of", error) from error
         shared = any(key in other.tensors for other in later for key in record.tensors)
-        return UndoReport(record.summary, [other.id for other in records if other is not record], not shared)
+        remaining = [other.id for other in records if other is not record]
+        return UndoReport(record.summary, remaining, not shared, solved_together)
 
 
 def recover_checkpoint(checkpoint: str | Path) -> bool:

@@ -1,12 +1,17 @@
 """Folders -> repos on the Hub."""
 
+from functools import lru_cache
 from pathlib import Path
 
-from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined] # of whichever network library it uses
+from transformers.utils import logging
 
 from .errors import CheckpointError
 from .version import __version__
 
+logger = logging.get_logger(__name__)
+_TIMEOUT = 10  # seconds that the Hub has to answer a question that is no download
 # Training checkpoints, pickles, and what stands between two states of a checkpoint.
 _NOT_PUSHED = ["checkpoint-*/**", "*.bin", "*.pt", "*.pth", "*.pkl", "edits/.*/**", "logs/**", "runs/**"]
 
@@ -56,6 +61,32 @@ def push_folder(
         ignore_patterns=_NOT_PUSHED,
     )
     return commit.pr_url if create_pr and commit.pr_url else commit.commit_url
+
+
+@lru_cache
+def cached_checkpoint(repo_id: str, commit: str) -> Path | None:
+    """The cache's copy of a checkpoint that was loaded from the Hub, with the edits that its repo has.
+
+    Loading a model leaves those on the Hub. Where it cannot be reached, the copy is what it is, and the user is told.
+
+    Args:
+        repo_id: `owner/name`.
+        commit: that the model was loaded at.
+    """
+    found = try_to_load_from_cache(repo_id, "config.json", revision=commit)
+    if not isinstance(found, str):
+        return None
+    try:
+        api = HfApi(library_name="hf_malmen", library_version=__version__)
+        files = api.model_info(repo_id, revision=commit, timeout=_TIMEOUT).siblings or []
+        if any(file.rfilename.startswith("edits/") for file in files):
+            snapshot_download(repo_id, revision=commit, allow_patterns="edits/*", library_name="hf_malmen")
+    except (HTTPError, OSError) as error:
+        logger.warning(
+            f"Cannot ask the Hub whether {repo_id} has edits in force ({type(error).__name__}). Those that were not "
+            "downloaded before do not count."
+        )
+    return Path(found).parent
 
 
 def cached_commit(repo_id: str, revision: str | None = None) -> str | None:

@@ -10,10 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import distributed
+from .batches import Tokenizer
 from .errors import EditStateError
+from .facts import Fact
 from .finetuning import fine_tune
 from .least_squares import fitting_state
-from .memit import write_targets
+from .memit import tokenize_facts, write_targets
 from .memory import plan_groups, traces_by_group
 from .networks import DEFAULT_EDITOR_BATCH_SIZE, EditorNetworks, pack_statistics
 from .shifts import Shift
@@ -165,6 +167,19 @@ def _from_facts(make: Callable[..., Made], editor: EditorNetworks, request: Edit
         ridge=editor.ridge,
         batch_size=request.batch_size,
     )
+
+
+def check_readable(editor: EditorNetworks, facts: Iterable[Fact], tokenize: Tokenizer) -> None:
+    """Check that the method can read all facts, without running the model.
+
+    Raises:
+        FactError: one is too long for the model, or lacks what the method looks for.
+    """
+    for fact in facts:
+        if editor.config.maker == "memit":
+            tokenize_facts([fact], tokenize, editor.config)
+        else:
+            tokenize.edit(fact)
 
 
 # By `Method.maker`. Each is called with the base model inside `frozen`.

@@ -28,9 +28,16 @@ from .hub import cached_commit, push_folder
 from .makers import MAKERS, EditRequest
 from .memory import parse_memory
 from .model_card import HUB_RESULTS_FILE, N_FACTS_SHOWN, PLOT_FILE, RESULTS_FILE, EditorRun, write_editor_card
-from .networks import DEFAULT_EDITOR_BATCH_SIZE, EditorNetworks, pack_statistics
+from .networks import DEFAULT_EDITOR_BATCH_SIZE, EditorNetworks
 from .records import CARD_FILE
-from .sequential import fingerprint_before_edits, keys_in_force, make_next_edit, statistics_in_force
+from .sequential import (
+    fingerprint_as_stored,
+    fingerprint_before_edits,
+    keys_in_force,
+    make_next_edit,
+    statistics_in_force,
+    statistics_kind,
+)
 from .sharding import place
 from .shifts import Shift
 from .side_effects import load_texts
@@ -190,14 +197,15 @@ class EditorModel(EditorNetworks):
         model = base_of(model)
         found = self.check_ready(model)
         if statistics is None and self.config.follows_edits:
-            statistics = statistics_in_force(model, pack_statistics(self.statistics))
+            statistics = statistics_in_force(model, self)
         reader = FactReader(source, self.tokenizer_for(model, tokenizer), N_FACTS_SHOWN)
         written = keys_in_force(model) if self.config.follows_edits else {}
         request = EditRequest(model, reader, batch_size, editor_batch_size, statistics, written, limit)
         with frozen(model), self.beside(input_device(model)):
             made = MAKERS[self.config.maker](self, request)
         edit = self.wrap(made.shifts, model, reader.kept, reader.n_facts or 0, fingerprint=found)
-        edit.state = EditState(statistics=dict(made.statistics), written=dict(made.written))
+        kind = statistics_kind(self) if made.statistics else None
+        edit.state = EditState(kind, dict(made.statistics), written=dict(made.written))
         return edit
 
     def wrap(
@@ -399,8 +407,9 @@ class EditorModel(EditorNetworks):
         if facts is None and not isinstance(model, nn.Module | str | Path):
             return super().apply(model)  # `nn.Module.apply(function)`, which libraries call on any module
         facts = _facts(facts)
-        if facts_per_turn is not None and facts_per_turn < 1:
-            raise ValueError(f"facts_per_turn is {facts_per_turn}; expected a whole number of at least 1, or None.")
+        for name, size in (("batch_size", batch_size), ("facts_per_turn", facts_per_turn)):
+            if size is not None and (not isinstance(size, int) or size < 1):
+                raise ValueError(f"{name} is {size!r}; expected a whole number of at least 1.")
         if measure and isinstance(facts, FactStream):
             raise ValueError(
                 "Measuring keeps all facts and their answers, and a stream of facts (FactStream, --stream) is there to "
@@ -417,10 +426,14 @@ class EditorModel(EditorNetworks):
             check_checkpoint(model, output_dir, in_place)
             loading = {"revision": revision or "main", "token": token}
             base = AUTO_CLASSES[self.config.task_type].from_pretrained(model, **loading)
+            if commit := cached_commit(str(model), revision):
+                base.config._commit_hash = commit  # by which its edits are found
             place(base)
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, **loading)
             edit = make_next_edit(self, base, facts, tokenizer, **options)
-            edit.base_model_revision = cached_commit(str(model), revision) or edit.base_model_revision
+            edit.base_model_revision = commit or edit.base_model_revision
+            stored = fingerprint_as_stored(base, edit.layers)
+            edit.base_model_fingerprint = stored or edit.base_model_fingerprint
             # The weights that the edit was made from are the ones to be overwritten, or somebody changed them since.
             exact = {"on_fingerprint_mismatch": "error", "before_edits": False}
             with distributed.together():
@@ -442,7 +455,20 @@ class EditorModel(EditorNetworks):
 
     @contextmanager
     def applied(self, model: PreTrainedModel, facts: Any, **kwargs: Any) -> Iterator[Edit]:
-        """`model` holds `facts` within the context, and is as before when it ends, also by an error."""
+        """`model` holds `facts` within the context, and is as before when it ends, also by an error.
+
+        Args:
+            model: a live model.
+            facts, **kwargs: as for `apply`.
+
+        Raises:
+            ValueError: `model` is no live model.
+        """
+        if not isinstance(model, nn.Module):
+            raise ValueError(
+                f"applied() got {model!r}; expected a live model, whose weights it restores at the end. For a "
+                "checkpoint call apply(checkpoint, facts, output_dir=...), and take it back with: hf-malmen undo DIR"
+            )
         edit = self.apply(model, facts, **kwargs)
         try:
             yield edit

@@ -1,6 +1,7 @@
 """Editing for life: what is in force on a model, and edits made on top of it, turn by turn or accumulated."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,15 +15,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from . import distributed
+from . import checkpoint, distributed
 from .batches import Tokenizer
 from .checkpoint import fingerprints_of, weights_before_edits
 from .edit import Edit, base_fingerprint, live_edits, weights_before_live_edits
 from .errors import EditStateError
 from .evaluation import evaluate_edit
 from .facts import Fact, FactStream
+from .hub import cached_checkpoint, cached_commit
 from .least_squares import RidgeLeastSquares, RowSum, fitting_state, solve_device
 from .ledger import Ledger, NewFacts, build_ledger, read_facts
+from .makers import check_readable
 from .memory import parse_memory, plan_groups
 from .model_card import N_FACTS_SHOWN
 from .records import EDITS_FOLDER, Record, read_history, read_ledger
@@ -102,16 +105,14 @@ def facts_in_force(model: nn.Module | str | Path) -> Ledger:
     return _ledger(edits_in_force(model))
 
 
-def statistics_in_force(model: nn.Module, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The running statistics after the last edit in force that let such statistics follow; empty before any.
+def statistics_in_force(model: nn.Module, editor: "EditorModel") -> dict[str, Tensor]:
+    """The running statistics after the last edit in force whose statistics are of the same kind as `editor`'s.
 
-    Args:
-        model: the live model.
-        like: the editor's own: those of other names or shapes are of another kind, and do not count.
+    Empty before any. Of the same kind are those of one method, of the same layers, tokens and template of prompts.
     """
-    wanted = {name: tensor.shape for name, tensor in like.items()}
+    kind = statistics_kind(editor)
     for edit in reversed(edits_in_force(model)):
-        if {name: tensor.shape for name, tensor in edit.state.statistics.items()} == wanted:
+        if edit.state.statistics and edit.state.editor == kind:
             return edit.state.statistics
     return {}
 
@@ -122,23 +123,53 @@ def keys_in_force(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fingerprint_before_edits(model: nn.Module, names: Iterable[str]) -> str | None:
-    """Of target weights before the edits of the checkpoint that `model` was loaded from, if it still holds those."""
+    """Of target weights before the edits of the checkpoint that `model` was loaded from, as they are stored there.
+
+    None where the weights, but for live edits, are none that the checkpoint has or had; and where `base_fingerprint`
+    says as much: of a checkpoint without edits, in other dtypes than float16.
+    """
     model = plain_model(model)
-    folder = _edited_folder(model)
-    if folder is None:
-        return None
     names = list(names)
-    now, before = fingerprints_of(folder, *_layout(model, names))
-    return before if base_fingerprint(model, names) == now else None
+    folder = _edited_folder(model)
+    if folder is None and _is_rounded(model, names):
+        folder = _source(model)
+    if folder is None or _n_loaded(model, folder, names) is None:
+        return None
+    return checkpoint.fingerprint_before_edits(folder, *_layout(model, names))
+
+
+def fingerprint_as_stored(model: nn.Module, names: Iterable[str]) -> str | None:
+    """Of target weights that float16 has rounded, but for live edits: as the checkpoint stores them.
+
+    None where `base_fingerprint` says as much, and where the checkpoint has others.
+    """
+    model = plain_model(model)
+    names = list(names)
+    folder = _source(model)
+    n_loaded = _n_loaded(model, folder, names) if folder is not None and _is_rounded(model, names) else None
+    if folder is None or n_loaded is None:
+        return None
+    return list(fingerprints_of(folder, *_layout(model, names)))[-1 - n_loaded]
 
 
 def editor_fingerprint(editor: "EditorModel") -> str:
-    """SHA-256 of an editor's parameters and statistics, by which a state tells whose it is."""
-    digest = hashlib.sha256(editor.config.method.encode())
+    """SHA-256 of all that an editor's rows depend on, by which a state tells whose they are."""
+    digest = hashlib.sha256(statistics_kind(editor).encode())
     for name, tensor in sorted(editor.state_dict().items()):
         digest.update(name.encode())
         digest.update(raw(tensor.detach().cpu()))
+    for name in editor.module_names:  # of a method without training they are settings, and no part of its state
+        network, index = editor.network(name)
+        for scale in network.initial:
+            digest.update(raw(getattr(network, scale)[index].detach().cpu()))
     return digest.hexdigest()
+
+
+def statistics_kind(editor: "EditorModel") -> str:
+    """SHA-256 of what an editor's running statistics are of."""
+    config = editor.config
+    what = [config.method, editor.module_names, config.traced_tokens, config.prompt_template, config.use_chat_template]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
 @contextmanager
@@ -173,27 +204,62 @@ def _ledger(edits: Iterable[EditInForce]) -> Ledger:
     return build_ledger((edit.id, edit.facts, edit.n_facts) for edit in edits)
 
 
+def _source(model: nn.Module) -> Path | None:
+    """The folder of the checkpoint that a model was loaded from; of one on the Hub, its copy in the cache.
+
+    Where transformers does not say which commit was loaded, that of the main branch.
+    """
+    name = getattr(model, "name_or_path", None)
+    if not name:
+        return None
+    if Path(name).is_dir():
+        return Path(name)
+    commit = getattr(getattr(model, "config", None), "_commit_hash", None) or cached_commit(name)
+    return cached_checkpoint(name, commit) if commit else None
+
+
 def _edited_folder(model: nn.Module) -> Path | None:
-    """The folder that a model was loaded from, if there are edits in it."""
-    folder = Path(getattr(model, "name_or_path", None) or "")
-    return folder if (folder / EDITS_FOLDER).is_dir() and read_history(folder) else None
+    """The folder of the checkpoint that a model was loaded from, if there are edits in it."""
+    folder = _source(model)
+    return folder if folder is not None and (folder / EDITS_FOLDER).is_dir() and read_history(folder) else None
+
+
+def _n_loaded(model: nn.Module, folder: Path, names: Sequence[str]) -> int | None:
+    """How many edits of a checkpoint the weights of `names` hold, beside live ones: the first ones, as far as they go.
+
+    The checkpoint may have been edited since the model was loaded, as by writing a live edit into it. None: the weights
+    are none that it has or had.
+    """
+    found = base_fingerprint(model, names)
+    dtypes = {name: weight_of(model, name).dtype for name in names}
+    n_records = len(read_history(folder))
+    for n_lifted, fingerprint in enumerate(fingerprints_of(folder, *_layout(model, names), dtypes)):
+        if fingerprint == found:
+            return n_records - n_lifted
+    return None
+
+
+def _is_rounded(model: nn.Module, names: Iterable[str]) -> bool:
+    return any(weight_of(model, name).dtype == torch.float16 for name in names)
 
 
 def _loaded_records(model: nn.Module) -> list[Record]:
-    """The edits of the checkpoint that `model` was loaded from; none if its weights are others by now."""
+    """The edits of the checkpoint that `model` was loaded from, as far as it holds them; none if it was changed."""
     model = plain_model(model)
     folder = _edited_folder(model)
     if folder is None:
         return []
     records = read_history(folder)
-    names = {name for record in records for name in record.modules}
-    if not names <= {name for name, _ in model.named_modules()} or fingerprint_before_edits(model, names) is None:
+    names = sorted({name for record in records for name in record.modules})
+    n_loaded = _n_loaded(model, folder, names) if {*names} <= {name for name, _ in model.named_modules()} else None
+    if n_loaded is None:
         logger.warning(
             f"{folder}, which this model was loaded from, has edits in force that the model does not hold: one of the "
-            "two was changed since. They do not count. Load the model again to edit it as the folder has it."
+            "two was changed since, by other means than edits. They do not count. Load the model again to edit it as "
+            "the folder has it."
         )
         return []
-    return records
+    return records[:n_loaded]
 
 
 def _layout(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, tuple[int, int]], list[str]]:
@@ -236,6 +302,8 @@ def make_next_edit(
     """
     stream = isinstance(facts, FactStream)
     edits = edits_in_force(model)
+    if isinstance(facts, FactStream):
+        facts.count()  # finds a bad fact in a file before the model runs
     new = NewFacts(facts, _ledger(edits), N_FACTS_SHOWN if stream else None)
     if next(iter(new), None) is None:
         editor.check_base(model)
@@ -265,6 +333,8 @@ def _make_in_turns(
     max_memory: int | str | None,
 ) -> Edit:
     """Turn by turn, each on the model as edited so far."""
+    if facts_per_turn is not None:  # what the last turn would be refused for must not cost the turns before it
+        check_readable(editor, facts, editor.tokenizer_for(model, tokenizer))
     edit: Edit | None = None
     at_once: Sequence[Fact] | FactStream = FactStream(facts) if stream else list(facts)
     try:

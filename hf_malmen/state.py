@@ -19,6 +19,11 @@ from .errors import DAMAGED, ModelMismatchError
 from .shards import read_header
 
 STATE_FILE = "state.safetensors"
+# What an edit that is undone leaves behind, if later ones were solved together with it.
+SOLVED_TOGETHER = (
+    "Later edits were solved together with the facts of this one (accumulate=True). What is left is the sum of their "
+    "shifts, which is not yet what the facts left would give: the next apply(..., accumulate=True) solves for these."
+)
 _VERSION = "1"
 _ROLES = ({"left", "differences", "facts"}, {"gram", "moment", "n_rows"}, {"moment", "n_rows"})
 
@@ -58,7 +63,8 @@ class EditState:
     """What follows the edits.
 
     Attributes:
-        editor: fingerprint of the editor whose rows they are (`sequential.editor_fingerprint`); None: there are none.
+        editor: of whom `rows` are (`sequential.editor_fingerprint`), or `statistics` (`sequential.statistics_kind`);
+            None: there are neither.
         statistics: running statistics after the edit, by names that their editor chooses. Empty where they are frozen.
         rows: {module name: this edit's own rows}, of an accumulated edit; else empty.
         written: {module name: (n, key_size)}, the keys that this edit's own facts were written at; empty where later
@@ -134,7 +140,19 @@ class EditState:
         if self.rows.keys() == other.rows.keys() and self.editor == other.editor:  # else it is not accumulated
             rows = {name: _joined(own, other.rows[name], n_facts) for name, own in self.rows.items()}
         statistics = dict(other.statistics or self.statistics)
-        return EditState(self.editor if rows else None, statistics, rows, all_written([self, other]))
+        first = bool(rows) or not other.statistics  # whose `editor` it is
+        editor = (self if first else other).editor if rows or statistics else None
+        return EditState(editor, statistics, rows, all_written([self, other]))
+
+
+def is_accumulated(folder: Path) -> bool:
+    """Whether the edit in a folder was accumulated: its state has rows. They are not read.
+
+    Raises:
+        CheckpointError: its state is no sound safetensors file.
+    """
+    path = folder / STATE_FILE
+    return path.is_file() and any(name.startswith("rows/") for name in read_header(path))
 
 
 def all_written(states: Iterable[EditState]) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from hf_malmen import (
     NumericalError,
     UntrainedEditorWarning,
 )
+from hf_malmen.edit import live_edits
 
 Build = Callable[..., Any]
 Tensors = dict[str, Tensor]
@@ -382,6 +383,134 @@ def test_undo_from_the_middle_of_a_stack(make_model: Build) -> None:
     assert same(state(model), base)
 
 
+def undo_fails(model: PreTrainedModel, edit: Edit, error: type[BaseException], match: str) -> None:
+    """Check that undoing `edit` raises, and changes neither a bit of the weights nor which edits are in force."""
+    before, in_force = state(model), live_edits(model)
+    with pytest.raises(error, match=match):
+        edit.undo()
+    assert same(state(model), before)
+    assert live_edits(model) == in_force
+    assert all(listed.in_force for listed in in_force)
+
+
+def stacked(model: PreTrainedModel) -> list[Edit]:
+    """Three edits in force: of four layers; of two of these; of one of the two and another of the four."""
+    modules = [slice(0, 4), slice(1, 3), slice(2, 4)]
+    return [random_edit(model, seed=seed, modules=chosen).apply_to(model) for seed, chosen in enumerate(modules)]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("step", ["add_rows", "overwrite", "copy_of"])
+def test_undo_below_other_edits_is_all_or_nothing(
+    make_model: Build, step: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it fails, and however far it has come; afterwards the edits can be undone in any order."""
+    model = make_model(torch.float16)
+    base = state(model)
+    edits = stacked(model)
+    real = getattr(hf_malmen.edit, step)
+    n_steps = {"add_rows": 4, "overwrite": 4, "copy_of": 7}[step]
+    for fails_at in range(n_steps):
+        calls: list[int] = []
+
+        def failing(*args: Any, calls: list[int] = calls, fails_at: int = fails_at) -> Any:
+            calls.append(1)
+            done = real(*args)
+            if len(calls) == fails_at + 1:  # once, after it was done: on the way back nothing fails
+                raise error("in the middle")
+            return done
+
+        with monkeypatch.context() as patch:
+            patch.setattr(hf_malmen.edit, step, failing)
+            undo_fails(model, edits[0], error, "in the middle")
+    first, second, third = edits
+    first.undo()
+    third.undo()
+    expected = state(model)
+    second.undo()
+    assert same(state(model), base)
+    with second.applied_to(model):
+        assert same(state(model), expected)
+
+
+def test_undo_can_be_called_again_when_its_way_back_fails(make_model: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second Ctrl-C: the weights are half-way then, and no original is lost."""
+    model = make_model(torch.bfloat16)
+    base = state(model)
+    first, second, third = stacked(model)
+    first.undo()
+    expected = state(model)
+    third.undo()
+    second.undo()
+    for edit in (first, second, third):
+        edit.apply_to(model)
+    calls: list[int] = []
+    real = hf_malmen.edit.overwrite
+
+    def failing(*args: Any) -> None:
+        calls.append(1)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hf_malmen.edit, "overwrite", failing)
+        with pytest.raises(KeyboardInterrupt):
+            first.undo()
+    assert live_edits(model) == [first, second, third]
+    first.undo()
+    assert same(state(model), expected)
+    third.undo()
+    second.undo()
+    assert same(state(model), base)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_undo_of_the_last_edit_is_all_or_nothing_without_a_copy(
+    make_model: Build, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The common case. What was restored before the failure is edited again, to the same bits."""
+    model = make_model(torch.bfloat16)
+    base = state(model)
+    edit = random_edit(model).apply_to(model)
+    other = random_edit(model, seed=1).apply_to(model)
+    real, calls = hf_malmen.edit.overwrite, []
+
+    def failing(*args: Any) -> None:
+        real(*args)
+        calls.append(1)
+        if len(calls) == 3:
+            raise error("in the middle")
+
+    copies: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(hf_malmen.edit, "overwrite", failing)
+        patch.setattr(hf_malmen.edit, "copy_of", copies.append)
+        undo_fails(model, other, error, "in the middle")
+        other.undo()
+    assert copies == []
+    edit.undo()
+    assert same(state(model), base)
+
+
+def test_undo_below_an_edit_that_would_overflow_alone(make_llama: Build) -> None:
+    """float16 ends at 65504: the later edit fits on top of the first one only. It is named, and nothing changes."""
+    model = make_llama(torch.float16)
+    base = state(model)
+    first, second = random_edit(model), random_edit(model, seed=1)
+    name = list(first.shifts)[2]
+    for edit, value in ((first, -5e4), (second, 9e4)):
+        shifts = dict(edit.shifts)
+        shifts[name][3, 4] = value
+        edit.layers = Edit(shifts).layers
+        edit.apply_to(model)
+    message = rf"{re.escape(name)}: the edited weight is not finite in torch\.float16.*undo the later ones first"
+    undo_fails(model, first, NumericalError, message)
+    second.undo()
+    first.undo()
+    assert same(state(model), base)
+
+
 def test_one_edit_on_two_models_needs_two_edits(make_model: Build) -> None:
     """An edit is in force once. A second copy of it is another edit."""
     one, two = make_model(), make_model()
@@ -433,6 +562,28 @@ def test_the_contexts_restore_also_on_error(
         assert same(state(model), base)
 
 
+@pytest.mark.parametrize("as_path", [True, False])
+def test_applied_is_for_live_models(
+    model: PreTrainedModel,
+    editor: EditorModel,
+    tokenizer: PreTrainedTokenizerFast,
+    facts: list[Fact],
+    tmp_path: Path,
+    as_path: bool,
+) -> None:
+    """A checkpoint is not restored at the end, so it is refused before it is written, and the body does not run."""
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    folder: Any = tmp_path if as_path else str(tmp_path)
+    message = r"expected a live model.*apply\(checkpoint, facts, output_dir=\.\.\.\).*hf-malmen undo"
+    with (
+        pytest.raises(ValueError, match=message),
+        editor.applied(folder, facts, tokenizer=tokenizer, in_place=True),
+    ):
+        pytest.fail("the body ran")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def fail_if_in_force(edit: Edit) -> None:
     """An error inside of a context."""
     raise KeyError("mine" if edit.in_force else "not in force")
@@ -466,11 +617,108 @@ def test_merge_adds_shifts_and_facts(model: PreTrainedModel) -> None:
 
 
 def test_merge_of_edits_for_different_models(model: PreTrainedModel) -> None:
-    """Shifts add up only on one base."""
-    a, b = random_edit(model), random_edit(model)
+    """Shifts add up only on one base. Of the same modules the fingerprints tell, whatever the base is called."""
+    a, b = random_edit(model), random_edit(model, seed=1)
     a.base_model_fingerprint, b.base_model_fingerprint = "a", "b"
     a.base_model_name_or_path, b.base_model_name_or_path = "org/one", "org/two"
-    with pytest.raises(ModelMismatchError, match=r"different weights \(org/one, org/two\); they cannot be merged"):
+    message = (
+        r"different weights in the same modules \(org/one, fingerprint a\.\.\.; org/two, fingerprint b\.\.\.\); they "
+        r"cannot be merged\. One of them may have been made on top of other edits.*from the same checkpoint"
+    )
+    with pytest.raises(ModelMismatchError, match=message):
+        a.merge(b)
+    b.base_model_fingerprint = "a"
+    merged = a.merge(b)
+    assert (merged.base_model_fingerprint, merged.base_model_name_or_path) == ("a", "org/one")
+
+
+def test_merge_of_edits_in_different_layers(
+    model: PreTrainedModel,
+    make_editor: Build,
+    tokenizer: PreTrainedTokenizerFast,
+    facts: list[Fact],
+    tmp_path: Path,
+) -> None:
+    """Early blocks by one editor, the last ones by another: neither fingerprint is of all layers of the two together.
+
+    The merged edit has none, and is applied, saved, loaded and written without one, and without a warning.
+    """
+    early, late = (make_editor(model, layers_to_transform=blocks) for blocks in ([0, 1], [2, 3]))
+    a, b = early.make_edit(model, facts[:4], tokenizer), late.make_edit(model, facts[4:], tokenizer)
+    a.base_model_name_or_path, a.base_model_revision = None, "old"  # of a base whose name is not known
+    b.base_model_name_or_path, b.base_model_revision = "org/one", None
+    assert a.base_model_fingerprint != b.base_model_fingerprint
+    model.save_pretrained(tmp_path / "base")
+    base = state(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FingerprintWarning)
+        merged = a.merge(b)
+        assert merged.base_model_fingerprint is None
+        assert (merged.base_model_name_or_path, merged.base_model_revision) == ("org/one", None)
+        expected = by_hand_from(base, merged)
+        loaded = Edit.from_pretrained(merged.save_pretrained(tmp_path / "edit"))
+        assert loaded.base_model_fingerprint is None
+        for edit in (merged, loaded):
+            with edit.applied_to(model, on_fingerprint_mismatch="error"):
+                assert same(state(model), expected)
+        loaded.write(tmp_path / "base", tmp_path / "written", on_fingerprint_mismatch="error")
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "written")
+    assert same(state(written), expected)
+    assert same(state(model), base)
+
+
+def test_a_merged_edit_keeps_the_fingerprint_of_all_its_modules(model: PreTrainedModel) -> None:
+    """That of an edit which has all modules of the two. Another one would be compared with weights it is not of."""
+    whole, part = random_edit(model), random_edit(model, seed=1, modules=slice(1, 3))
+    whole.base_model_fingerprint, part.base_model_fingerprint = "whole", "part"
+    assert whole.merge(part).base_model_fingerprint == "whole"
+    assert part.merge(whole).base_model_fingerprint == "whole"
+    assert part.merge(part).base_model_fingerprint == "part"
+    assert part.merge(random_edit(model, modules=slice(2, 4))).base_model_fingerprint is None
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "refused"),
+    [
+        ("org/one", "a", False),
+        ("org/two", "a", True),
+        ("org/one", "b", True),
+        (None, "a", False),
+        ("org/one", None, False),
+    ],
+)
+def test_merge_goes_by_the_base_models_name_where_fingerprints_cannot_tell(
+    model: PreTrainedModel, name: str | None, revision: str | None, refused: bool
+) -> None:
+    """Of different modules, or where one of the edits has no fingerprint; as far as name and revision are known."""
+    whole, part = random_edit(model), random_edit(model, seed=1, modules=slice(1, 3))
+    other = random_edit(model, seed=2)
+    for edit in (part, other):
+        edit.base_model_name_or_path, edit.base_model_revision = "org/one", "a"
+    part.base_model_fingerprint, whole.base_model_fingerprint = "part", "whole"
+    whole.base_model_name_or_path, whole.base_model_revision = name, revision
+    for first, second in ((part, whole), (whole, part), (whole, other), (other, whole)):
+        if refused:
+            with pytest.raises(ModelMismatchError, match=r"org/one at revision a.*set base_model_name_or_path and"):
+                first.merge(second)
+        else:
+            merged = first.merge(second)
+            assert merged.base_model_name_or_path == "org/one"
+            assert merged.base_model_revision == "a"
+            assert merged.base_model_fingerprint == "whole"
+
+
+@pytest.mark.parametrize("change", ["shape", "orientation"])
+def test_merge_of_shifts_that_do_not_add_up(make_llama: Build, change: str) -> None:
+    """The layer is named. A square one would be added the wrong way round."""
+    a = random_edit(make_llama(intermediate_size=32))
+    b = random_edit(make_llama(intermediate_size=48 if change == "shape" else 32))
+    name = next(iter(a.layers))
+    if change == "orientation":
+        b.fan_in_fan_out = [name]
+    found = r"\(48, 32\) with fan_in_fan_out=False" if change == "shape" else r"\(32, 32\) with fan_in_fan_out=True"
+    message = rf"{re.escape(name)} has shape \(32, 32\) with fan_in_fan_out=False in one edit and {found} in the other"
+    with pytest.raises(ModelMismatchError, match=message):
         a.merge(b)
 
 
@@ -647,13 +895,21 @@ def test_turns_restore_the_model_when_one_fails(
     assert same(state(model), base)
 
 
-@pytest.mark.parametrize("size", [0, -3])
-def test_turns_of_an_impossible_size(
-    model: PreTrainedModel, editor: EditorModel, tokenizer: PreTrainedTokenizerFast, facts: list[Fact], size: int
+@pytest.mark.parametrize("name", ["facts_per_turn", "batch_size"])
+@pytest.mark.parametrize("size", [0, -3, 2.5, "100"])
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_turns_and_batches_of_an_impossible_size(
+    model: PreTrainedModel,
+    editor: EditorModel,
+    tokenizer: PreTrainedTokenizerFast,
+    facts: list[Fact],
+    name: str,
+    size: Any,
+    accumulate: bool,
 ) -> None:
     """The message names the argument and its value."""
-    with pytest.raises(ValueError, match=f"facts_per_turn is {size}; expected a whole number of at least 1, or None"):
-        editor.apply(model, facts, tokenizer, facts_per_turn=size)
+    with pytest.raises(ValueError, match=f"{name} is {size!r}; expected a whole number of at least 1"):
+        editor.apply(model, facts, tokenizer, accumulate=accumulate, **{name: size})
 
 
 # What apply refuses

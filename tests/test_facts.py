@@ -785,6 +785,15 @@ def test_a_dict_instead_of_a_list() -> None:
         load_facts(datasets.DatasetDict(test=datasets.Dataset.from_list(ROWS)))
 
 
+def test_what_holds_no_facts() -> None:
+    """None, as where they were forgotten, a number, or one fact by itself."""
+    for bad in (None, 3):
+        with pytest.raises(FactError, match=rf"or the path or Hub id of one; got {type(bad).__name__}\."):
+            load_facts(bad)
+    with pytest.raises(FactError, match=r"got Fact\. Put it in a list"):
+        load_facts(Fact("a", "b"))
+
+
 @pytest.mark.parametrize("bad", ["a prompt", 3, None, ["a", "b"]])
 def test_an_entry_that_is_no_dict(bad: Any) -> None:
     """The message says what came instead."""

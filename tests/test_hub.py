@@ -22,10 +22,19 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_malmen import Edit, EditorConfig, EditorModel, EditorTrainingArguments, Fact, ModelMismatchError
+from hf_malmen import (
+    Edit,
+    EditorConfig,
+    EditorModel,
+    EditorTrainingArguments,
+    Fact,
+    ModelMismatchError,
+    facts_in_force,
+)
 from hf_malmen.configuration import FORMAT_VERSION, METHODS
+from hf_malmen.hub import cached_checkpoint, push_folder
 
 from .hub_server import HubServer
 
@@ -413,6 +422,71 @@ def test_a_download_that_fails_for_good_leaves_nothing_that_loads(
     with pytest.raises(OSError, match="cache"):
         pull(kind, local_files_only=True)
     assert same(pull(kind), pushed)
+
+
+# Edited checkpoints
+
+
+@pytest.fixture
+def edited(
+    hub: HubServer, editor: EditorModel, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> tuple[list[Fact], dict[str, Tensor]]:
+    """Facts, of which the first four are in force on `me/model`; and the weights that one shot over all would give."""
+    facts = [Fact(f"The country of {city} is", "Peru") for city in ("Lyon", "Turin", "Osaka", "Quito", "Perth")]
+    cached_checkpoint.cache_clear()
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    editor.apply(tmp_path / "base", facts[:4], output_dir=tmp_path / "edited", accumulate=True)
+    push_folder(tmp_path / "edited", "me/model", token=TOKEN)
+    with editor.applied(model, facts, tokenizer=tokenizer, accumulate=True):
+        wanted = {name: model.get_submodule(name).weight.detach().clone() for name in editor.module_names}
+    return facts, wanted
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_edits_of_a_checkpoint_on_the_hub_are_in_force(
+    live: bool, edited: tuple[list[Fact], dict[str, Tensor]], editor: EditorModel, tmp_path: Path
+) -> None:
+    """Its facts are not written again, and what is solved for are the facts of all edits."""
+    facts, wanted = edited
+    if live:
+        loaded = AutoModelForCausalLM.from_pretrained("me/model")
+        assert facts_in_force(loaded).n_in_force == 4
+        edit = editor.apply(loaded, facts, accumulate=True)
+    else:
+        edit = editor.apply("me/model", facts, output_dir=tmp_path / "again", accumulate=True)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+        assert facts_in_force(tmp_path / "again").n_in_force == 5
+    assert (edit.n_facts, edit.n_skipped) == (1, 4)
+    for name, weight in wanted.items():
+        assert torch.allclose(loaded.get_submodule(name).weight, weight, atol=1e-6)
+
+
+def test_edits_of_a_checkpoint_from_a_hub_that_is_gone(
+    hub: HubServer, edited: tuple[list[Fact], dict[str, Tensor]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """What was not downloaded with the model does not count, which the user is told; what was does."""
+    loaded = AutoModelForCausalLM.from_pretrained("me/model")
+    hub.stop()
+    assert facts_in_force(loaded).n_in_force == 0
+    assert "whether me/model has edits in force" in caplog.text
+    assert facts_in_force(loaded).n_in_force == 0
+
+
+def test_a_checkpoint_without_edits_is_asked_for_them_once(
+    hub: HubServer, model: PreTrainedModel, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By one process, however often it edits; nothing is printed."""
+    cached_checkpoint.cache_clear()
+    model.save_pretrained(tmp_path / "base")
+    push_folder(tmp_path / "base", "me/plain", token=TOKEN)
+    loaded = AutoModelForCausalLM.from_pretrained("me/plain")
+    capfd.readouterr()
+    n_requests = len(hub.requests)
+    for _ in range(3):
+        assert facts_in_force(loaded).n_in_force == 0
+    assert len(hub.requests) == n_requests + 1
+    assert capfd.readouterr().err == ""
 
 
 # Without the hub

@@ -1,5 +1,6 @@
 """Editing for life: turns, repeated calls and restarts; what is in force; what follows the edits."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from hf_malmen import (
     read_history,
     undo_edit,
 )
-from hf_malmen.sequential import edits_in_force
+from hf_malmen.sequential import edits_in_force, statistics_in_force
 from hf_malmen.state import STATE_FILE, EditState, Products, Rows
 from hf_malmen.targets import weight_of
 from hf_malmen.tracing import frozen
@@ -173,9 +174,13 @@ def test_a_fact_edited_again_is_replaced(
 
 
 def test_after_an_earlier_edit_is_undone_the_next_turn_is_right(
-    make_llama: Build, make_editor: Build, tokenizer: PreTrainedTokenizerFast, make_facts: Build
+    make_llama: Build,
+    make_editor: Build,
+    tokenizer: PreTrainedTokenizerFast,
+    make_facts: Build,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """What is solved for are the edits in force, whatever was."""
+    """What is solved for are the edits in force, whatever was; until then a warning says that it was not solved for."""
     model, facts = make_llama(), make_facts(12)
     editor = make_editor(model)
     base = weights(model, editor)
@@ -183,8 +188,11 @@ def test_after_an_earlier_edit_is_undone_the_next_turn_is_right(
     first = editor.apply(model, facts[:4], tokenizer, accumulate=True)
     editor.apply(model, facts[4:8], tokenizer, accumulate=True)
     first.undo()
+    assert caplog.text.count("Later edits were solved together with the facts of this one") == 1
     editor.apply(model, facts[8:], tokenizer, accumulate=True)
     assert_near(weights(model, editor), wanted, base, 1e-5)
+    edits_in_force(model)[-1].source.undo()
+    assert "Later edits" not in caplog.text.partition("this one")[2], "the last one leaves what was before it"
 
 
 def test_accumulation_is_refused_where_it_cannot_be(
@@ -197,6 +205,17 @@ def test_accumulation_is_refused_where_it_cannot_be(
         edit = maker.apply(model, facts[:3], tokenizer, accumulate=accumulate)
         with pytest.raises(EditStateError, match=f"edit live 1 was made {how}"):
             editor.apply(model, facts[3:], tokenizer, accumulate=True)
+        edit.undo()
+    for setting in ({"edit_lr": 5e-4}, {"ridge": 10.0}, {"prompt_template": "Q: {prompt}"}):
+        first, changed = (
+            EditorModel.from_base(model, EditorConfig(**{"method": "ultraedit", "statistics": "frozen", **settings}))
+            for settings in ({}, setting)
+        )
+        for one in (first, changed):
+            one.warm_up(model, facts, tokenizer)
+        edit = first.apply(model, facts[:3], tokenizer, accumulate=True)
+        with pytest.raises(EditStateError, match="edit live 1 was made by another editor"):
+            changed.apply(model, facts[3:], tokenizer, accumulate=True)
         edit.undo()
     following = EditorModel.from_base(model, EditorConfig(method="ultraedit"))
     with pytest.raises(ValueError, match=r"'ultraedit', whose statistics follow the edits.*statistics='frozen'"):
@@ -221,6 +240,64 @@ def test_an_error_while_the_edits_are_lifted_puts_them_back(
 
 
 # Turn by turn
+
+
+def test_statistics_of_other_layers_are_left_alone(
+    make_llama: Build, tokenizer: PreTrainedTokenizerFast, make_facts: Build
+) -> None:
+    """Two editors of layers of one shape: each goes on from its own statistics, and the second as if it were alone."""
+    model, facts = make_llama(), make_facts(8)
+    first, second, elsewhere = (
+        EditorModel.from_base(model, EditorConfig(method="ultraedit", edit_lr=1e-3, **settings))
+        for settings in (
+            {"layers_to_transform": [1]},
+            {"layers_to_transform": [2]},
+            {"layers_to_transform": [1], "token_selection": "all"},
+        )
+    )
+    one = first.apply(model, facts[:4], tokenizer)
+    for other in (second, elsewhere):
+        assert statistics_in_force(model, other) == {}
+    second.apply(model, facts[4:], tokenizer)
+    found = statistics_in_force(model, first)
+    assert found.keys() == one.state.statistics.keys() and found
+    assert all(torch.equal(found[name], tensor) for name, tensor in one.state.statistics.items())
+
+
+@pytest.mark.parametrize("method", ["malmen", "memit"])
+def test_what_the_last_turn_is_refused_for_is_found_before_the_first(
+    method: str, make_llama: Build, make_editor: Build, tokenizer: PreTrainedTokenizerFast, make_facts: Build
+) -> None:
+    """The model does not run."""
+    model, facts = make_llama(), make_facts(6)
+    editor = make_editor(model)
+    bad = Fact(prompt="Lyon " * 80, target="France")
+    if method == "memit":
+        facts = [replace(fact, subject=fact.prompt.split()[-1]) for fact in facts]
+        editor = EditorModel.from_base(model, EditorConfig(method="memit"))
+        editor.collect_covariance(model, ["Lyon is a city in France."], tokenizer)
+        bad = replace(facts[0], prompt="Another question", subject="Nowhere")
+    calls: list[Any] = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(FactError):
+        editor.apply(model, [*facts, bad], tokenizer, facts_per_turn=2)
+    assert not calls
+
+
+def test_a_bad_line_of_a_stream_is_found_before_the_model_runs(
+    make_llama: Build, make_editor: Build, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """The last line of a file."""
+    model = make_llama()
+    editor = make_editor(model)
+    lines = [f'{{"prompt": "The country of Lyon {number} is", "target": "France"}}' for number in range(3)]
+    (tmp_path / "facts.jsonl").write_text("\n".join([*lines, '{"prompt": "", "target": "x"}']), encoding="utf-8")
+    calls: list[Any] = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    for options in ({}, {"accumulate": True}, {"facts_per_turn": 1}):
+        with pytest.raises(FactError, match="Fact 3 has an empty prompt"):
+            editor.apply(model, FactStream(tmp_path / "facts.jsonl"), tokenizer, **options)
+    assert not calls
 
 
 @pytest.mark.parametrize("method", ["malmen", "ultraedit", "stableedit"])
@@ -300,6 +377,25 @@ def test_the_same_fact_twice_changes_nothing_more(
         assert [record.id for record in read_history(place)] == ["0001"]
 
 
+@pytest.mark.parametrize(
+    ("accumulate", "edit_id", "expected"), [(True, "1", True), (True, "2", False), (False, "1", False)]
+)
+def test_undo_on_disk_says_what_was_solved_together(
+    accumulate: bool,
+    edit_id: str,
+    expected: bool,
+    model: PreTrainedModel,
+    folder: Path,
+    make_editor: Build,
+    facts: list[Fact],
+) -> None:
+    """An earlier accumulated edit, under a later one."""
+    editor = make_editor(model)
+    for part in (facts[:4], facts[4:]):
+        editor.apply(folder, part, in_place=True, accumulate=accumulate)
+    assert undo_edit(folder, edit_id).solved_together is expected
+
+
 def test_the_ledger_follows_undo(
     model: PreTrainedModel, folder: Path, make_editor: Build, tokenizer: PreTrainedTokenizerFast, facts: list[Fact]
 ) -> None:
@@ -349,6 +445,75 @@ def test_a_model_that_is_not_what_its_folder_holds(
     editor.apply(folder, facts[:4], in_place=True)
     assert facts_in_force(live).entries == []
     assert facts_in_force(load(folder)).n_in_force == 4
+
+
+def load_apart(folder: Path, **options: Any) -> PreTrainedModel:
+    """With weights that are not mapped from the files, which are about to be written."""
+    live = AutoModelForCausalLM.from_pretrained(folder, **options)
+    for parameter in live.parameters():
+        parameter.data = parameter.data.clone()
+    return live
+
+
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_a_live_edit_written_into_the_models_own_folder(
+    accumulate: bool, folder: Path, make_editor: Build, tokenizer: PreTrainedTokenizerFast, make_facts: Build
+) -> None:
+    """The earlier edits of the folder stay in force on the model, and what comes next goes on from all."""
+    base, facts = load_apart(folder), make_facts(12)
+    editor = make_editor(base)
+    editor.apply(folder, facts[:4], in_place=True, accumulate=accumulate)
+    live = load_apart(folder)
+    second = editor.apply(live, facts[4:8], tokenizer, accumulate=accumulate)
+    second.write(folder, in_place=True)
+    assert [edit.id for edit in edits_in_force(live)] == ["0001", "live 1"]
+    assert facts_in_force(live).n_in_force == 8
+    third = editor.apply(live, [facts[0], *facts[8:]], tokenizer, accumulate=accumulate)
+    assert (third.n_skipped, third.n_facts) == (1, 4)
+    if accumulate:
+        wanted = dense_answer(editor, base, tokenizer, facts)
+        assert_near(weights(live, editor), wanted, weights(base, editor), 1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # made for weights that the folder once had: those before the second edit
+        third.write(folder, in_place=True)
+    assert facts_in_force(load(folder)).n_in_force == 12
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_in_float16(
+    stored: torch.dtype,
+    make_llama: Build,
+    make_editor: Build,
+    tokenizer: PreTrainedTokenizerFast,
+    make_facts: Build,
+    tmp_path: Path,
+) -> None:
+    """Loading rounds the weights; their edits are found, and an edit made in float16 goes into the file it is of."""
+    facts, base = make_facts(8), make_llama().to(stored)
+    with torch.no_grad():
+        base.model.layers[1].mlp.down_proj.weight[0] = 1 + 2.0**-8 + 2.0**-12  # which float16 rounds to a tie
+        base.model.layers[2].mlp.down_proj.weight[0] = 3e-8  # less than half of what it has left down there
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    editor = make_editor(base)
+    editor.apply(tmp_path / "base", facts[:4], in_place=True)
+    live = load_apart(tmp_path / "base", dtype=torch.float16)
+    assert facts_in_force(live).n_in_force == 4
+    assert editor.apply(live, facts[:4], tokenizer).n_skipped == 4
+    config = tmp_path / "base" / "config.json"
+    config.write_text(config.read_text().replace(f'"{str(stored).partition(".")[2]}"', '"float16"'))
+    assert load(tmp_path / "base").dtype == torch.float16
+    editor.apply(tmp_path / "base", facts[4:], in_place=True)
+    assert [record.summary.n_facts for record in read_history(tmp_path / "base")] == [4, 4]
+    editor.config.fingerprint_policy = "error"  # the editor is for these weights, before edits and rounding
+    editor.check_base(load_apart(tmp_path / "base"))
+
+
+def test_a_model_without_a_name(tmp_path: Path, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was not loaded from the folder that the program happens to run in."""
+    (tmp_path / "edits" / "0001").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert edits_in_force(model) == []
 
 
 def test_streamed_facts(
