@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from .batches import IGNORED, Tokenizer, TokenSequence
-from .tracing import input_device, model_inputs
+from .tracing import input_device, kept_logits, model_inputs
 
 _NEEDED = {"attention_mask", "position_ids", "use_cache"}
 # What releases of transformers call the argument.
@@ -55,7 +55,7 @@ class Beginnings:
             # As an index: 1 keeps a slice, whose rows lie apart, and such rows are multiplied with a frozen weight in
             # a batched product, for which PyTorch copies the weight once a sequence.
             last = batch.input_ids.shape[1] - 1
-            inputs["logits_to_keep"] = torch.tensor([last], device=batch.input_ids.device)
+            inputs["logits_to_keep"] = kept_logits(model, torch.tensor([last], device=batch.input_ids.device))
         model(**inputs)
         layers = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
         if not _is_plain(cache) or any(keys is None or values is None for keys, values in layers):

@@ -25,7 +25,7 @@ from .errors import CheckpointError, CheckpointWriteError, FingerprintWarning, M
 from .history import add_in_place, locked, recorded, recover_locked, require_settled, sync_file
 from .mapping import TensorShift, direct_shifts, map_shifts
 from .model_card import EditSummary
-from .records import read_history
+from .records import EDITS_FOLDER, read_history
 from .shards import (
     DTYPES,
     INDEX_FILE,
@@ -191,9 +191,10 @@ def write_shifts(
                     pass
             return write(source, tensors, find(source, tensors), lambda: _check_stamps(source, stamps))
     require_settled(source.folder)
+    found = _state(source)
     tensors = source.tensors()
     plan = find(source, tensors)  # before anything is copied
-    with _staged_copy(source, Path(output_dir or ""), {tensors[key].file for key in plan}) as stage:
+    with _staged_copy(source, Path(output_dir or ""), {tensors[key].file for key in plan}, found) as stage:
         copy = Source(stage, None if source.file is None else stage / source.file.name)
         stamps = _stamps(copy)
         report = write(copy, copy.tensors(), plan, lambda: _check_stamps(copy, stamps))
@@ -240,7 +241,7 @@ def copy_checkpoint(
     _check_destination(checkpoint, output_dir, in_place=False)
     source = _resolve(checkpoint, False, revision, token)
     require_settled(source.folder)
-    with _staged_copy(source, Path(output_dir), set()):
+    with _staged_copy(source, Path(output_dir), set(), _state(source)):
         pass
 
 
@@ -259,7 +260,10 @@ def _states(folder: Path, tensors: Mapping[str, TensorEntry]) -> Iterator[dict[s
     found = dict(tensors)
     yield dict(found)
     for record in reversed(read_history(folder)):
-        found |= {key: entry for key, entry in record.originals().items() if key in tensors}
+        # By file too: a lone file of weights in this folder has edits of its own, of tensors with the same keys.
+        own = [key for key in record.tensors if key in tensors and record.tensors[key].file == tensors[key].file]
+        originals = record.originals() if own else {}
+        found |= {key: originals[key] for key in own}
         yield dict(found)
 
 
@@ -439,12 +443,29 @@ def _stamps(place: Source) -> dict[Path, tuple[int, int]]:
 
 def _check_stamps(place: Source, stamps: Mapping[Path, tuple[int, int]]) -> None:
     if _stamps(place) != stamps:
-        raise CheckpointError(f"Weight files of {place.folder} changed while they were read. Try again.")
+        raise _changed(place)
+
+
+def _state(place: Source) -> tuple[dict[Path, tuple[int, int]], list[str]]:
+    """By which a writer beside us is noticed: the weights' stamps, and the records, finished or not."""
+    edits = place.folder / EDITS_FOLDER
+    return _stamps(place), sorted(path.name for path in edits.iterdir()) if edits.is_dir() else []
+
+
+def _changed(place: Source) -> CheckpointError:
+    return CheckpointError(f"Weight files of {place.folder} changed while they were read. Try again.")
 
 
 @contextmanager
-def _staged_copy(source: Source, target: Path, edited: set[Path]) -> Iterator[Path]:
-    """A copy of a checkpoint to write into; it takes its place when the context ends without an error."""
+def _staged_copy(source: Source, target: Path, edited: set[Path], state: object) -> Iterator[Path]:
+    """A copy of a checkpoint to write into; it takes its place when the context ends without an error.
+
+    Args:
+        source: the checkpoint.
+        target: where the copy goes.
+        edited: the files that are to be written, and so are copied.
+        state: `_state` of the source when it was looked at, which must be that of what was copied.
+    """
 
     def copy(file: str, place: str) -> str:
         return _copy(Path(file), Path(place), may_link=Path(file) not in edited)
@@ -458,7 +479,14 @@ def _staged_copy(source: Source, target: Path, edited: set[Path]) -> Iterator[Pa
             copy(str(source.file), str(stage / source.file.name))
         else:
             hidden = shutil.ignore_patterns(".git", ".cache")
-            shutil.copytree(source.folder, stage, dirs_exist_ok=True, ignore=hidden, copy_function=copy)
+            unfinished = shutil.ignore_patterns(".*")  # what a writer that died has left among the records
+
+            def ignored(folder: str, names: list[str]) -> set[str]:
+                return (unfinished if Path(folder) == source.folder / EDITS_FOLDER else hidden)(folder, names)
+
+            shutil.copytree(source.folder, stage, dirs_exist_ok=True, ignore=ignored, copy_function=copy)
+        if _state(source) != state:
+            raise _changed(source)
         for file in edited:
             copied = stage / file.name
             copied.chmod(copied.stat().st_mode | stat.S_IWUSR)  # a read-only source does not make a read-only copy

@@ -88,6 +88,18 @@ def agreed(flag: bool) -> bool:
     return all(gather_object([flag])) if in_unison() else flag
 
 
+def require_same(value: object, what: str) -> None:
+    """Fail on all processes alike where they do not see the same.
+
+    Raises:
+        OtherProcessError: they do not.
+    """
+    values = gather_object([value]) if _joined() else [value]
+    if any(other != values[0] for other in values):
+        seen = "; ".join(f"{index}: {other}" for index, other in enumerate(values))
+        raise OtherProcessError(f"The processes see different {what}, and so cannot work together. {seen}.")
+
+
 def own(items: Iterable[Item]) -> Iterator[Item]:
     """This process's share of `items`, which all read: one in as many as there are processes."""
     return islice(items, process_index(), None, n_processes())

@@ -63,6 +63,7 @@ except ImportError:  # Windows
 
 _CLOSED, _DROPPED = ".closed", ".dropped"
 _REMOVAL_FILE, _WEIGHTS_FILE, _REPLACING = "removal.json", "weights.safetensors", "replacing"
+_UNLINKED = "unlinked"
 _CARD_FOLDER = "card"
 _CHUNK_BYTES = 2**22
 
@@ -115,7 +116,7 @@ def undo_edit(checkpoint: str | Path, edit_id: str | None = None) -> UndoReport:
             raise CheckpointError(f"{folder} has no edit {edit_id} in force. Its edits: {ids}.")
         record = found[-1]
         later = [other for other in records if int(other.id) > int(record.id)]
-        solved_together = is_accumulated(record.folder) and any(is_accumulated(other.folder) for other in later)
+        solved_together = any(is_accumulated(other.folder) for other in later) and is_accumulated(record.folder)
         _check_untouched(records, record)
         with _clean_after_failure(folder):
             if later:
@@ -130,7 +131,7 @@ def undo_edit(checkpoint: str | Path, edit_id: str | None = None) -> UndoReport:
             _replay(folder)
         except OSError as error:
             raise _unfinished(folder, f"undoing edit {record.id} of", error) from error
-        shared = any(key in other.tensors for other in later for key in record.tensors)
+        shared = any(_shared(record, other) for other in later)
         remaining = [other.id for other in records if other is not record]
         return UndoReport(record.summary, remaining, not shared, solved_together)
 
@@ -404,7 +405,7 @@ def _prepare_removal(folder: Path, record: Record, records: Sequence[Record]) ->
     for other in later:
         staged = preparing / _REPLACING / other.id
         staged.mkdir()
-        shared = [key for key in other.tensors if key in weights]
+        shared = _shared(record, other)
         if shared:
             sources = {**other.originals(), **{key: weights[key] for key in shared}}
             write_entries(staged / ORIGINALS_FILE, sources)
@@ -453,10 +454,17 @@ def _restore(sources: Mapping[str, TensorEntry], tensors: Mapping[str, TensorEnt
             os.fsync(target.fileno())
 
 
+def _shared(record: Record, other: Record) -> list[str]:
+    """The tensors that both have replaced: of one key in one file, as lone files of weights have keys in common."""
+    return [
+        key for key, entry in record.tensors.items() if key in other.tensors and other.tensors[key].file == entry.file
+    ]
+
+
 def _check_untouched(records: Sequence[Record], record: Record) -> None:
     """Refuse to restore over weights that something else wrote since."""
     for key, entry in record.tensors.items():
-        last = [other for other in records if key in other.tensors][-1]
+        last = [other for other in records if key in _shared(record, other)][-1]
         if checksum(entry) != last.checksums.get(key):
             raise CheckpointError(
                 f"{key} in {entry.file} is not what edit {last.id} wrote: something else changed it since. Undoing "
@@ -489,9 +497,12 @@ def _make_writable(folder: Path, tensors: Mapping[str, TensorEntry]) -> None:
             preparing = inside(folder, PREPARING)
             preparing.mkdir(parents=True, exist_ok=True)
             _require_space(folder, status.st_size)
-            shutil.copy2(file, preparing / file.name)
-            sync_file(preparing / file.name)
-            os.replace(preparing / file.name, file)
+            staged = preparing / _UNLINKED / file.name  # apart from what lies there, which may have this name
+            staged.parent.mkdir(exist_ok=True)
+            shutil.copy2(file, staged)
+            sync_file(staged)
+            os.replace(staged, file)
+            staged.parent.rmdir()
             sync_file(folder)
 
 

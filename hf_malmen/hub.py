@@ -1,17 +1,22 @@
 """Folders -> repos on the Hub."""
 
-from functools import lru_cache
+import math
+import time
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined] # of whichever network library it uses
-from transformers.utils import logging
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from .errors import CheckpointError
 from .version import __version__
 
-logger = logging.get_logger(__name__)
+# The second one is the base of all errors of the network library, of which the client has used more than one.
+HUB_ERRORS: tuple[type[Exception], ...] = (OSError, HfHubHTTPError.__bases__[0])
 _TIMEOUT = 10  # seconds that the Hub has to answer a question that is no download
+_PATIENCE = 60  # seconds after which it is asked again
+# Configurations in the cache: whose repo was asked for its edits, and whose could not be.
+_asked: set[str] = set()
+_failed: dict[str, tuple[float, Exception]] = {}
 # Training checkpoints, pickles, and what stands between two states of a checkpoint.
 _NOT_PUSHED = ["checkpoint-*/**", "*.bin", "*.pt", "*.pth", "*.pkl", "edits/.*/**", "logs/**", "runs/**"]
 
@@ -63,33 +68,43 @@ def push_folder(
     return commit.pr_url if create_pr and commit.pr_url else commit.commit_url
 
 
-@lru_cache
-def cached_checkpoint(repo_id: str, commit: str) -> Path | None:
+def cached_checkpoint(repo_id: str, commit: str, token: str | bool | None = None) -> Path | None:
     """The cache's copy of a checkpoint that was loaded from the Hub, with the edits that its repo has.
 
-    Loading a model leaves those on the Hub. Where it cannot be reached, the copy is what it is, and the user is told.
+    Loading a model leaves those on the Hub. It is asked for them once, if it answers.
 
     Args:
         repo_id: `owner/name`.
         commit: that the model was loaded at.
+        token: access token; None takes the one that is logged in.
+
+    Raises:
+        OSError, HTTPError (`HUB_ERRORS`): the Hub cannot be asked.
     """
     found = try_to_load_from_cache(repo_id, "config.json", revision=commit)
     if not isinstance(found, str):
         return None
+    if found in _asked:
+        return Path(found).parent
+    failed_at, error = _failed.get(found, (-math.inf, None))
+    if error is not None and time.monotonic() < failed_at + _PATIENCE:
+        raise error
     try:
-        api = HfApi(library_name="hf_malmen", library_version=__version__)
+        api = HfApi(token=token, library_name="hf_malmen", library_version=__version__)
         files = api.model_info(repo_id, revision=commit, timeout=_TIMEOUT).siblings or []
         if any(file.rfilename.startswith("edits/") for file in files):
-            snapshot_download(repo_id, revision=commit, allow_patterns="edits/*", library_name="hf_malmen")
-    except (HTTPError, OSError) as error:
-        logger.warning(
-            f"Cannot ask the Hub whether {repo_id} has edits in force ({type(error).__name__}). Those that were not "
-            "downloaded before do not count."
-        )
+            snapshot_download(repo_id, revision=commit, allow_patterns="edits/*", token=token)
+    except HUB_ERRORS as error:
+        _failed[found] = time.monotonic(), error
+        raise
+    _asked.add(found)
     return Path(found).parent
 
 
 def cached_commit(repo_id: str, revision: str | None = None) -> str | None:
     """The commit of a repo that was just loaded from the Hub; None for a folder."""
-    found = None if Path(repo_id).exists() else try_to_load_from_cache(repo_id, "config.json", revision=revision)
+    try:
+        found = None if Path(repo_id).exists() else try_to_load_from_cache(repo_id, "config.json", revision=revision)
+    except HFValidationError:  # it was a folder, which is gone
+        return None
     return Path(found).parent.name if isinstance(found, str) else None

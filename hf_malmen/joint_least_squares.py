@@ -17,7 +17,8 @@ class JointLeastSquares:
     up to as many rows as the layers have key features in all, and beyond that as large as all key features.
 
     Args:
-        penalties: {module name: A, (key_size, key_size), symmetric and positive definite}. Left as they are.
+        penalties: {module name: A, (key_size, key_size), symmetric and positive definite}, all on one device, where
+            everything is computed. Left as they are.
             A = κ C, where C = KᵀK / m is the second moment of m other keys, costs κ times the mean squared move of what
             the layer puts out for them (MEMIT, arXiv 2210.07229, equation 14).
 

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from .batches import IGNORED, Tokenizer, TokenSequence, find_subject
 from .beginnings import Beginnings
 from .configuration import EditorConfig
-from .errors import ModelMismatchError
+from .errors import ModelMismatchError, NumericalError
 from .facts import Fact, require_fields
 from .joint_least_squares import JointLeastSquares
 from .least_squares import SOLVE_DTYPE, solve_device
@@ -79,6 +79,7 @@ class Request:
     """One fact, tokenised.
 
     Attributes:
+        prompt: the fact's, as it was given, for error messages.
         asked: the prompt with its target, by itself and behind each of `context_prefixes`.
         varied: the prompt with its target, with each of `context_infixes` behind its subject, and `n_word_dropouts`
             times without some of the words there. What a causal model has read at the subject is the same, and how it
@@ -86,6 +87,7 @@ class Request:
         essence: "{subject} is a", which is asked for the token that follows.
     """
 
+    prompt: str
     asked: list[Lookup]
     varied: list[Lookup]
     essence: Lookup
@@ -119,7 +121,7 @@ def tokenize_facts(facts: Sequence[Fact], tokenize: Tokenizer, config: EditorCon
         prompt_ids = essence.sequence.prompt_ids
         # Any label: what follows is compared as a distribution.
         only = TokenSequence(prompt_ids, (*[IGNORED] * (len(prompt_ids) - 1), 0))
-        requests.append(Request(asked, varied, replace(essence, sequence=only)))
+        requests.append(Request(fact.prompt, asked, varied, replace(essence, sequence=only)))
     return requests
 
 
@@ -190,15 +192,36 @@ def find_moves(
         room: of `clamp_factor`, see `room_of`.
 
     Raises:
-        NumericalError: a loss is not finite.
+        NumericalError: a move is not finite, as the loss that it was sought by was not; names the first such fact of
+            the batch.
     """
     moves = torch.zeros_like(states)
     prompts = [request.asked[0].sequence for request in requests]
     for chosen, _ in tokenize.batches(prompts, batch_size):
         batch = [requests[i] for i in chosen]
-        moves[chosen] = _find_moves_of_batch(model, tokenize, batch, states[chosen], block, config, share, room)
+        found = _find_moves_of_batch(model, tokenize, batch, states[chosen], block, config, share, room)
+        _require_finite(found, chosen, requests, config)
+        moves[chosen] = found
         progress(len(chosen))
     return moves
+
+
+def _require_finite(
+    moves: Tensor,  # (n_chosen, hidden_size)
+    chosen: Sequence[int],
+    requests: Sequence[Request],
+    config: EditorConfig,
+) -> None:
+    # After the last step and not at each, as a GPU waits each time it is asked: what Adam has once taken in stays.
+    is_finite = torch.isfinite(moves).all(dim=1).tolist()
+    spoilt = sorted(i for i, is_sound in zip(chosen, is_finite, strict=True) if not is_sound)
+    if spoilt:
+        others = f" (and {len(spoilt) - 1} more of its batch)" if len(spoilt) > 1 else ""
+        raise NumericalError(
+            f"The search for a state that makes the model answer {requests[spoilt[0]].prompt!r}{others} came to values "
+            "that are not finite. Either the base model overflows in its precision: load it in bfloat16 or float32; or "
+            f"the steps of the search are too long: lower EditorConfig.edit_lr, which is {config.edit_lr:g}."
+        )
 
 
 def _find_moves_of_batch(
@@ -232,9 +255,8 @@ def _find_moves_of_batch(
         loss = config.target_decay * moves.square().mean(dim=1).sum()
         if before is not None:
             after = _log_probabilities(describe(unit * moves)[0])
-            loss = loss + config.kl_weight * F.kl_div(
-                before, after, log_target=True, reduction="sum"
-            )  # after || before
+            change = F.kl_div(before, after, log_target=True, reduction="sum")  # after || before
+            loss = loss + config.kl_weight * change.to(loss.device)  # logits may come out on another card
         loss.backward()
         optimizer.step()
         with torch.no_grad():
@@ -300,7 +322,11 @@ def read_lookups(
     block: str,
     batch_size: int,
 ) -> tuple[dict[str, Tensor], Tensor]:  # {module name: (n_lookups, key_size)}, (n_lookups, hidden_size)
-    """Keys, and hidden states behind `block`, at the subjects' last tokens, in float32 or wider."""
+    """Keys, and hidden states behind `block`, at the subjects' last tokens, in float32 or wider.
+
+    All of them where `block` puts out its states, also of a model whose layers lie on several devices: layers are
+    solved for together, and what they put out adds up there.
+    """
     sequences = [lookup.until_subject for lookup in lookups]
     order: list[int] = []
     parts: list[dict[str, Tensor]] = []
@@ -313,8 +339,9 @@ def read_lookups(
             parts.append(keys | {block: hidden})
     back = torch.tensor(order).argsort()
     rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    device = rows[block].device
     rows = {
-        name: found[back.to(found.device)].to(torch.promote_types(found.dtype, torch.float32))
+        name: found[back.to(found.device)].to(device, torch.promote_types(found.dtype, torch.float32))
         for name, found in rows.items()
     }
     return rows, rows.pop(block)

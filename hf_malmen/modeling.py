@@ -3,7 +3,7 @@
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from shutil import copyfile
 from tempfile import TemporaryDirectory
@@ -24,7 +24,7 @@ from .edit import Edit, base_fingerprint, check_fingerprint
 from .errors import CheckpointError, ModelMismatchError, UntrainedEditorWarning
 from .evaluation import Evaluation, measure_edit
 from .facts import Fact, FactStream, load_facts
-from .hub import cached_commit, push_folder
+from .hub import HUB_ERRORS, cached_checkpoint, cached_commit, push_folder
 from .makers import MAKERS, EditRequest
 from .memory import parse_memory
 from .model_card import HUB_RESULTS_FILE, N_FACTS_SHOWN, PLOT_FILE, RESULTS_FILE, EditorRun, write_editor_card
@@ -428,6 +428,8 @@ class EditorModel(EditorNetworks):
             base = AUTO_CLASSES[self.config.task_type].from_pretrained(model, **loading)
             if commit := cached_commit(str(model), revision):
                 base.config._commit_hash = commit  # by which its edits are found
+                with suppress(*HUB_ERRORS):  # asked here, with the token; what is wrong is said later
+                    cached_checkpoint(str(model), commit, token)
             place(base)
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, **loading)
             edit = make_next_edit(self, base, facts, tokenizer, **options)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -19,10 +19,11 @@ from . import checkpoint, distributed
 from .batches import Tokenizer
 from .checkpoint import fingerprints_of, weights_before_edits
 from .edit import Edit, base_fingerprint, live_edits, weights_before_live_edits
-from .errors import EditStateError
+from .errors import CheckpointError, EditStateError, ModelMismatchError
 from .evaluation import evaluate_edit
 from .facts import Fact, FactStream
-from .hub import cached_checkpoint, cached_commit
+from .history import require_settled
+from .hub import HUB_ERRORS, cached_checkpoint, cached_commit
 from .least_squares import RidgeLeastSquares, RowSum, fitting_state, solve_device
 from .ledger import Ledger, NewFacts, build_ledger, read_facts
 from .makers import check_readable
@@ -30,10 +31,10 @@ from .memory import parse_memory, plan_groups
 from .model_card import N_FACTS_SHOWN
 from .records import EDITS_FOLDER, Record, read_history, read_ledger
 from .sharding import copy_of, overwrite, whole
-from .shards import raw
+from .shards import TensorEntry, raw, read_tensor_index
 from .shifts import Shift, dense
 from .state import EditState, Products, RowCollector, Rows, all_written
-from .targets import is_fan_in_fan_out, module_shape, plain_model, target_module, weight_of
+from .targets import is_fan_in_fan_out, module_shape, named_modules, plain_model, target_module, weight_of
 from .tracing import frozen, input_device
 
 if TYPE_CHECKING:
@@ -71,17 +72,19 @@ class EditInForce:
         return self.source.state if isinstance(self.source, Edit) else EditState.load(self.source)
 
 
-def edits_in_force(model: nn.Module) -> list[EditInForce]:
+def edits_in_force(model: nn.Module, *, strict: bool = False) -> list[EditInForce]:
     """The edits in force on a model, oldest first: those of the checkpoint that it was loaded from, then live ones.
 
     Args:
         model: the live model.
+        strict: whether it is an error if the checkpoint's cannot be told; else a warning, and they do not count.
 
     Raises:
         CheckpointError: the checkpoint has a damaged record.
+        EditStateError: with `strict`: the checkpoint's edits cannot be told.
     """
     found = []
-    for record in _loaded_records(model):
+    for record in _loaded_records(model, strict):
         found.append(EditInForce(record.id, read_facts(record.folder), record.summary.n_facts, record.folder))
     for number, edit in enumerate(live_edits(model), 1):
         found.append(EditInForce(f"live {number}", edit.facts, edit.n_facts, edit))
@@ -131,9 +134,9 @@ def fingerprint_before_edits(model: nn.Module, names: Iterable[str]) -> str | No
     model = plain_model(model)
     names = list(names)
     folder = _edited_folder(model)
-    if folder is None and _is_rounded(model, names):
-        folder = _source(model)
-    if folder is None or _n_loaded(model, folder, names) is None:
+    if folder is None:
+        return fingerprint_as_stored(model, names)
+    if _n_loaded(model, folder, names) is None:
         return None
     return checkpoint.fingerprint_before_edits(folder, *_layout(model, names))
 
@@ -145,11 +148,15 @@ def fingerprint_as_stored(model: nn.Module, names: Iterable[str]) -> str | None:
     """
     model = plain_model(model)
     names = list(names)
-    folder = _source(model)
-    n_loaded = _n_loaded(model, folder, names) if folder is not None and _is_rounded(model, names) else None
-    if folder is None or n_loaded is None:
+    folder = _source(model) if _is_rounded(model, names) else None
+    if folder is None:
         return None
-    return list(fingerprints_of(folder, *_layout(model, names)))[-1 - n_loaded]
+    with suppress(CheckpointError, ModelMismatchError):  # as where its weights are no safetensors files
+        n_loaded = _n_loaded(model, folder, names)
+        if n_loaded is not None:
+            n_lifted = len(read_history(folder)) - n_loaded
+            return next(islice(fingerprints_of(folder, *_layout(model, names)), n_lifted, None))
+    return None
 
 
 def editor_fingerprint(editor: "EditorModel") -> str:
@@ -204,24 +211,44 @@ def _ledger(edits: Iterable[EditInForce]) -> Ledger:
     return build_ledger((edit.id, edit.facts, edit.n_facts) for edit in edits)
 
 
-def _source(model: nn.Module) -> Path | None:
+def _source(model: nn.Module, strict: bool = False) -> Path | None:
     """The folder of the checkpoint that a model was loaded from; of one on the Hub, its copy in the cache.
 
     Where transformers does not say which commit was loaded, that of the main branch.
     """
+    model = plain_model(model)
     name = getattr(model, "name_or_path", None)
     if not name:
         return None
     if Path(name).is_dir():
         return Path(name)
     commit = getattr(getattr(model, "config", None), "_commit_hash", None) or cached_commit(name)
-    return cached_checkpoint(name, commit) if commit else None
+    if commit is None:
+        return None
+    try:
+        return cached_checkpoint(name, commit)
+    except HUB_ERRORS as error:
+        _doubt(
+            f"Cannot ask the Hub whether {name}, which this model was loaded from, has edits in force "
+            f"({type(error).__name__}). Try again later, or load the model from a download of the repo.",
+            strict,
+        )
+        return None
 
 
-def _edited_folder(model: nn.Module) -> Path | None:
+def _edited_folder(model: nn.Module, strict: bool = False) -> Path | None:
     """The folder of the checkpoint that a model was loaded from, if there are edits in it."""
-    folder = _source(model)
-    return folder if folder is not None and (folder / EDITS_FOLDER).is_dir() and read_history(folder) else None
+    folder = _source(model, strict)
+    if folder is None or not (folder / EDITS_FOLDER).is_dir():
+        return None
+    require_settled(folder)
+    return folder if read_history(folder) else None
+
+
+def _doubt(message: str, strict: bool) -> None:
+    if strict:
+        raise EditStateError(message)
+    logger.warning_once(f"{message} Until then they do not count.")
 
 
 def _n_loaded(model: nn.Module, folder: Path, names: Sequence[str]) -> int | None:
@@ -243,23 +270,32 @@ def _is_rounded(model: nn.Module, names: Iterable[str]) -> bool:
     return any(weight_of(model, name).dtype == torch.float16 for name in names)
 
 
-def _loaded_records(model: nn.Module) -> list[Record]:
+def _loaded_records(model: nn.Module, strict: bool = False) -> list[Record]:
     """The edits of the checkpoint that `model` was loaded from, as far as it holds them; none if it was changed."""
     model = plain_model(model)
-    folder = _edited_folder(model)
+    folder = _edited_folder(model, strict)
     if folder is None:
         return []
+    tensors = read_tensor_index(folder)
     records = read_history(folder)
-    names = sorted({name for record in records for name in record.modules})
-    n_loaded = _n_loaded(model, folder, names) if {*names} <= {name for name, _ in model.named_modules()} else None
+    # Not those of a lone file of weights that lies beside the checkpoint's.
+    own = {record.id for record in records if all(_is_in(entry, key, tensors) for key, entry in record.tensors.items())}
+    names = sorted({name for record in records if record.id in own for name in record.modules})
+    if not names:
+        return []
+    n_loaded = _n_loaded(model, folder, names) if {*names} <= {name for name, _ in named_modules(model)} else None
     if n_loaded is None:
-        logger.warning(
+        _doubt(
             f"{folder}, which this model was loaded from, has edits in force that the model does not hold: one of the "
-            "two was changed since, by other means than edits. They do not count. Load the model again to edit it as "
-            "the folder has it."
+            "two was changed since, by other means than edits. Load the model again to edit it as the folder has it.",
+            strict,
         )
         return []
-    return records[:n_loaded]
+    return [record for record in records[:n_loaded] if record.id in own]
+
+
+def _is_in(entry: TensorEntry, key: str, tensors: Mapping[str, TensorEntry]) -> bool:
+    return key in tensors and tensors[key].file == entry.file
 
 
 def _layout(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, tuple[int, int]], list[str]]:
@@ -301,7 +337,8 @@ def make_next_edit(
         FactError, ModelMismatchError, NumericalError: see `EditorModel.make_edit`.
     """
     stream = isinstance(facts, FactStream)
-    edits = edits_in_force(model)
+    edits = edits_in_force(model, strict=accumulate)
+    distributed.require_same([(edit.id, edit.n_facts) for edit in edits], "edits in force")
     if isinstance(facts, FactStream):
         facts.count()  # finds a bad fact in a file before the model runs
     new = NewFacts(facts, _ledger(edits), N_FACTS_SHOWN if stream else None)

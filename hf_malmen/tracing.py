@@ -105,6 +105,16 @@ def pass_cost(model: nn.Module) -> int:
     return 256 if _is_half(model) and torch.cpu.get_capabilities().get("amx_bf16") else 64
 
 
+def kept_logits(model: nn.Module, positions: Tensor) -> Tensor | list[int]:
+    """Positions as the argument `logits_to_keep`.
+
+    As numbers where accelerate has spread `model` over several devices: it takes every tensor to the first of them, and
+    the hidden states may come out on another, where they cannot be indexed by it.
+    """
+    devices = set((getattr(model, "hf_device_map", None) or {}).values())
+    return positions.tolist() if len(devices) > 1 else positions
+
+
 def model_inputs(model: nn.Module, batch: TokenBatch) -> dict[str, Any]:
     """Keyword arguments of a plain forward pass of `model` over `batch`."""
     accepted = inspect.signature(model.forward).parameters
@@ -142,7 +152,7 @@ def own_answer_logits(
     labels = batch.labels
     if "logits_to_keep" in inspect.signature(model.forward).parameters and not whole:
         positions = (labels != IGNORED).any(dim=0).nonzero().squeeze(-1)
-        inputs["logits_to_keep"] = positions
+        inputs["logits_to_keep"] = kept_logits(model, positions)
         labels = labels[:, positions]
     answered = (labels != IGNORED).nonzero(as_tuple=True)  # once: a GPU waits each time it is asked
     with _head_at(None if whole else _head(model), labels.shape, answered) as states, _attention(model, batch):

@@ -29,12 +29,13 @@ from hf_malmen import (
     EditorConfig,
     EditorModel,
     EditorTrainingArguments,
+    EditStateError,
     Fact,
     ModelMismatchError,
     facts_in_force,
 )
 from hf_malmen.configuration import FORMAT_VERSION, METHODS
-from hf_malmen.hub import cached_checkpoint, push_folder
+from hf_malmen.hub import push_folder
 
 from .hub_server import HubServer
 
@@ -433,7 +434,6 @@ def edited(
 ) -> tuple[list[Fact], dict[str, Tensor]]:
     """Facts, of which the first four are in force on `me/model`; and the weights that one shot over all would give."""
     facts = [Fact(f"The country of {city} is", "Peru") for city in ("Lyon", "Turin", "Osaka", "Quito", "Perth")]
-    cached_checkpoint.cache_clear()
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     editor.apply(tmp_path / "base", facts[:4], output_dir=tmp_path / "edited", accumulate=True)
@@ -462,22 +462,37 @@ def test_edits_of_a_checkpoint_on_the_hub_are_in_force(
         assert torch.allclose(loaded.get_submodule(name).weight, weight, atol=1e-6)
 
 
-def test_edits_of_a_checkpoint_from_a_hub_that_is_gone(
-    hub: HubServer, edited: tuple[list[Fact], dict[str, Tensor]], caplog: pytest.LogCaptureFixture
+def test_edits_of_a_private_checkpoint_are_in_force(
+    edited: tuple[list[Fact], dict[str, Tensor]], editor: EditorModel, tmp_path: Path
 ) -> None:
-    """What was not downloaded with the model does not count, which the user is told; what was does."""
+    """The repo is asked for them with the token that it was loaded with."""
+    facts, _ = edited
+    push_folder(tmp_path / "edited", "me/private", token=TOKEN, private=True)
+    for accumulate in (True, False):
+        options = {"output_dir": tmp_path / str(accumulate), "token": TOKEN}
+        edit = editor.apply("me/private", facts, accumulate=accumulate, **options)
+        assert (edit.n_facts, edit.n_skipped) == (1, 4)
+
+
+def test_edits_of_a_checkpoint_from_a_hub_that_is_gone(
+    hub: HubServer,
+    edited: tuple[list[Fact], dict[str, Tensor]],
+    editor: EditorModel,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """They do not count, of which the user is told; what would be wrong without them is refused."""
     loaded = AutoModelForCausalLM.from_pretrained("me/model")
     hub.stop()
     assert facts_in_force(loaded).n_in_force == 0
-    assert "whether me/model has edits in force" in caplog.text
-    assert facts_in_force(loaded).n_in_force == 0
+    assert "whether me/model, which this model was loaded from, has edits in force" in caplog.text
+    with pytest.raises(EditStateError, match=r"whether me/model.* has edits in force"):
+        editor.apply(loaded, edited[0], accumulate=True)
 
 
 def test_a_checkpoint_without_edits_is_asked_for_them_once(
     hub: HubServer, model: PreTrainedModel, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """By one process, however often it edits; nothing is printed."""
-    cached_checkpoint.cache_clear()
     model.save_pretrained(tmp_path / "base")
     push_folder(tmp_path / "base", "me/plain", token=TOKEN)
     loaded = AutoModelForCausalLM.from_pretrained("me/plain")

@@ -1,7 +1,8 @@
 """MEMIT: targets and shifts against one fact at a time and a dense solve in float64, with weights really written."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,12 @@ import datasets
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import dispatch_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_malmen import (
@@ -26,8 +31,18 @@ from hf_malmen import (
     NumericalError,
 )
 from hf_malmen.batches import IGNORED, Tokenizer, TokenSequence
-from hf_malmen.memit import _variants, find_answered, find_moves, keys_beside, read_lookups, room_of, tokenize_facts
+from hf_malmen.memit import (
+    _variants,
+    find_answered,
+    find_moves,
+    keys_beside,
+    read_lookups,
+    room_of,
+    tokenize_facts,
+    write_targets,
+)
 from hf_malmen.sequential import keys_in_force
+from hf_malmen.shifts import Shift, materialise
 from hf_malmen.targets import find_targets
 from hf_malmen.tracing import frozen
 
@@ -476,6 +491,149 @@ def test_edits_take_in_every_kind_of_block(kind: str, tokenizer: PreTrainedToken
     assert scores["edit_success"] > 0.9 > 0.5 > scores["edit_success_before"]
 
 
+# A model spread over two devices
+
+# Two cards for a machine without any. No tensor can be on a device of this name, but one can say that it is, and
+# autograd runs on its caller's thread then.
+CARDS = torch.device("lazy:0"), torch.device("lazy:1")
+_COPIES = torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default
+
+
+class OnCard(Tensor):
+    """Values that say they are on a card."""
+
+    here: Tensor
+
+    @staticmethod
+    def __new__(cls, here: Tensor, card: torch.device) -> "OnCard":
+        layout = {"strides": here.stride(), "storage_offset": here.storage_offset()}
+        made = Tensor._make_wrapper_subclass(cls, here.shape, dtype=here.dtype, device=card, **layout)
+        made.here = here
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, operation: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return computed(operation, args, kwargs or {})
+
+
+def computed(operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """What an operation gives, on the card that it would be on; an error where PyTorch has one, with tensors of two."""
+    given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+    # Beside a card's tensors one number may be on the CPU, and so may indices.
+    is_index = operation.overloadpacket.__name__.strip("_").startswith("index")
+    bound = [
+        value
+        for i, value in enumerate(given)
+        if isinstance(value, OnCard) or not (value.dim() == 0 or (is_index and i and value.dtype == torch.long))
+    ]
+    card = next((value.device for value in bound or given), torch.device("cpu"))
+    if operation not in _COPIES:
+        assert all(value.device == card for value in bound), f"{operation} takes tensors of two devices"
+    if kwargs.get("device") is not None:
+        card = torch.device(kwargs["device"])
+        kwargs = kwargs | {"device": "cpu"}
+    known = {id(value.here): value for value in given if isinstance(value, OnCard)}  # that it may write into
+    args, kwargs = tree_map_only(OnCard, lambda value: value.here, (args, kwargs))
+
+    def wrapped(value: Tensor) -> Tensor:
+        return value if card.type == "cpu" else known[id(value)] if id(value) in known else OnCard(value, card)
+
+    return tree_map_only(Tensor, wrapped, operation(*args, **kwargs))
+
+
+class Operations(TorchDispatchMode):
+    """Also those that take no tensor of a card."""
+
+    def __torch_dispatch__(self, operation: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return computed(operation, args, kwargs or {})
+
+
+class Lists(TorchFunctionMode):
+    """What PyTorch makes of a list, or into one, without an operation."""
+
+    def __torch_function__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if function is torch.tensor:
+            return function(*args, **kwargs | {"device": "cpu"}).to(kwargs.get("device", "cpu"))
+        if function is Tensor.tolist:
+            args = (args[0].cpu(),)
+        elif function in (Tensor.__getitem__, Tensor.__setitem__):
+            places = args[1] if isinstance(args[1], tuple) else (args[1],)
+            places = tuple(torch.tensor(place) if isinstance(place, list) else place for place in places)
+            args = (args[0], places, *args[2:])
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def two_cards() -> Iterator[None]:
+    """Within the context there are `CARDS`, and what mixes their tensors is an error."""
+    with Lists(), Operations():
+        yield
+
+
+def test_cards_do_not_mix() -> None:
+    """As two GPUs do not, not even for one number or an index; what is copied first is computed, with its gradient."""
+    with two_cards():
+        first, second = (torch.arange(3.0).to(card).requires_grad_() for card in CARDS)
+        assert (first.device, second.device) == CARDS
+        for mixed in (
+            lambda: first + second,
+            lambda: second + torch.ones(3),
+            lambda: first.sum() + second.sum(),
+            lambda: torch.cat((first, second)),
+            lambda: second[torch.tensor([0]).to(CARDS[0])],
+            lambda: torch.ones(3)[torch.tensor([0]).to(CARDS[0])],
+        ):
+            with pytest.raises(AssertionError, match="takes tensors of two devices"):
+                mixed()
+        product = first[torch.tensor([0, 2])] * second[[0, 2]].to(first) + torch.tensor(1.0)
+        product.sum().cpu().backward()
+        assert product.device == CARDS[0]
+        assert product.tolist() == [1, 5]
+        assert second.grad is not None
+        assert second.grad.device == CARDS[1]
+        assert second.grad.tolist() == [0, 0, 2]
+
+
+@pytest.mark.parametrize("n_first", [1, 2, 3])  # the second and the third block are edited
+def test_blocks_on_two_cards(
+    make_llama: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast, n_first: int
+) -> None:
+    """The shifts are the same where the model goes on from one card to another, between the edited blocks too."""
+    model = make_llama(torch.float64)
+    spread = deepcopy(model)
+    editor = build(model, tokenizer, n_passes=2, n_solves=2, n_steps=2)
+    written = {name: torch.ones(1, 48) for name in editor.module_names}
+
+    def write(model: PreTrainedModel) -> tuple[dict[str, Shift], dict[str, Tensor]]:
+        with frozen(model):
+            return write_targets(
+                model,
+                editor.tokenizer_for(model, tokenizer),
+                AT_SUBJECT[:2],
+                editor.module_names,
+                editor.config,
+                penalty=editor.key_penalty,
+                ridge=editor.ridge,
+                batch_size=2,
+                written=written,
+            )
+
+    expected, expected_keys = write(model)
+    # The head where the inputs are, as where it shares its weights with the embeddings.
+    parts = dict.fromkeys(["model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"], CARDS[0])
+    blocks = {f"model.layers.{i}": CARDS[i >= n_first] for i in range(4)}
+    with two_cards():
+        dispatch_model(spread, parts | blocks, main_device=CARDS[0], force_hooks=True)
+        devices = [spread.get_submodule(name).weight.device for name in editor.module_names]
+        assert devices == [CARDS[i >= n_first] for i in LAYERS]
+        shifts, keys = write(spread)
+        keys = {name: rows.cpu() for name, rows in keys.items()}
+    for name, shift in expected.items():
+        torch.testing.assert_close(materialise(shifts[name], True), materialise(shift, True), rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(keys[name], expected_keys[name])
+
+
 # Keys of facts written before
 
 
@@ -738,6 +896,28 @@ def test_states_that_are_not_finite_name_the_module(
     model.model.layers[1].mlp.up_proj.weight.data.fill_(float("inf"))
     with pytest.raises(NumericalError, match=r"model\.layers\.1\.mlp\.down_proj: its values are not finite"):
         editor.make_edit(model, facts, tokenizer)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+def test_targets_that_are_not_finite_name_the_fact(
+    make_llama: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast, batch_size: int
+) -> None:
+    """The first one of its batch, where the model overflows behind the subject; the others can be written."""
+    model = make_llama()
+    editor = build(model, tokenizer)
+    # A token that nothing but the targets of two facts has, which are not the last to be looked at.
+    (poison,) = set(tokenizer(" Ecuador and")["input_ids"]) - set(tokenizer(" and")["input_ids"])
+    model.get_input_embeddings().weight.data[poison] = float("inf")
+    editor.make_edit(model, AT_SUBJECT, tokenizer, batch_size=batch_size)
+    bad = [replace(AT_SUBJECT[i], target=f"Ecuador and{' Ghana' * n}") for i, n in ((1, 1), (3, 3))]
+    facts = [AT_SUBJECT[0], bad[0], AT_SUBJECT[2], bad[1], *AT_SUBJECT[4:]]
+    named = (
+        r"'The country of Quito' came"  # its text is longer, so that it comes in a batch before the other's
+        if batch_size == 1
+        else r"'The country of Turin' \(and 1 more of its batch\) came"
+    )
+    with pytest.raises(NumericalError, match=rf"the model answer {named} to values that are not finite\. .* lower "):
+        editor.make_edit(model, facts, tokenizer, batch_size=batch_size)
 
 
 @pytest.mark.parametrize(
