@@ -250,7 +250,7 @@ class Tokenizer:
                 "An encoder-decoder needs the token that its decoder starts with, and its configuration names none. "
                 "Set model.config.decoder_start_token_id (for T5, to tokenizer.pad_token_id)."
             )
-        ids, is_target = self._tokenize(target.strip(), 0)
+        ids, is_target = self._tokenize(target.strip(), -1)  # also a space that the tokenizer puts first
         if not any(is_target):
             raise FactError(f"The target {target!r} gives the tokens {ids}, none of them its own. Check the tokenizer.")
         labels = [token if flag else IGNORED for token, flag in zip(ids, is_target, strict=True)]
@@ -386,16 +386,20 @@ class Tokenizer:
         return text
 
     def _tokenize(self, text: str, start: int) -> tuple[list[int], list[bool]]:
-        """Token ids of `text`, and for each whether it reaches past character `start`."""
+        """Token ids of `text`, and for each whether it reaches past character `start` (-1: all but special ones)."""
         special = not self.config.use_chat_template  # a chat template writes its special tokens itself
         if self.tokenizer.is_fast:
-            encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+            encoded = self.tokenizer(
+                text, add_special_tokens=special, return_offsets_mapping=True, return_special_tokens_mask=True
+            )
             ids, spans = list(encoded["input_ids"]), encoded["offset_mapping"]
-            # Special tokens span nothing, so they are never part of the target, wherever they stand.
-            is_target = [end > begin and end > start for begin, end in spans]
+            # What the tokenizer adds is never part of the target, wherever it stands. An empty span does not tell: a
+            # token that is a space has one too, behind the space, where offsets leave spaces out, as Llama 3's do.
+            added = encoded["special_tokens_mask"]
+            is_target = [end > start and not flag for (_, end), flag in zip(spans, added, strict=True)]
         else:
             ids = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
-            prompt = list(self.tokenizer(text[:start], add_special_tokens=special)["input_ids"])
+            prompt = list(self.tokenizer(text[: max(start, 0)], add_special_tokens=special)["input_ids"])
             shared = next((i for i, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b), len(prompt))
             is_target = [i >= shared and token not in self.tokenizer.all_special_ids for i, token in enumerate(ids)]
         last = max((i for i, flag in enumerate(is_target) if flag), default=len(ids) - 1)

@@ -72,26 +72,77 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
+def _bare(value: Any) -> Any:
+    """The text of `{"str": text, "id": ...}`, as CounterFact writes its answers; any other value as it is."""
+    return value["str"] if isinstance(value, Mapping) and "str" in value else value
+
+
 def _first(value: Any) -> Any:
     """The first entry of a list, or the value itself: published files wrap a single answer in a list, or do not."""
     while isinstance(value, list | tuple):
         value = value[0] if value else None
-    return value
+    return _bare(value)
+
+
+def _text(name: str, value: Any) -> str:
+    """`value` as text; a number too, since published answers often are years.
+
+    Raises:
+        FactError: it is a list or a dict, which written out would be an answer that nobody meant.
+    """
+    if isinstance(value, Mapping | list | tuple):
+        raise FactError(
+            f"{name} is {value!r}, a {type(value).__name__}. Expected one text; give the text itself, or name the "
+            "column that holds it in column_mapping."
+        )
+    return "" if value is None else str(value)
+
+
+def _texts(name: str, value: Any) -> list[Any]:
+    """One text or a list of them, as a list. Its entries are checked with the fact that they become part of.
+
+    Raises:
+        FactError: as `_text`, of the value or of an entry.
+    """
+    entries = value if isinstance(value, list) else [value] if value else []
+    for entry in entries:
+        _text(f"An entry of {name}", entry)
+    return entries
+
+
+def _filled(prompt: Any, subject: Any) -> Any:
+    """The prompt with its subject for "{}", as in CounterFact and in the requests of ROME, MEMIT and EasyEdit."""
+    return prompt.replace("{}", _text("subject", subject)) if isinstance(prompt, str) and subject else prompt
 
 
 def _pairs(groups: Any) -> list[tuple[str, str]]:
     """The (prompt, answer) pairs of `{kind: [{"prompt": ..., "ground_truth": ...}]}`, of all kinds.
 
-    The answer is the first of those that count as right. Published sets hold probes without any, which nothing can be
-    compared with: they are left out.
+    A kind may also hold one such dict: of one prompt, or of a list of prompts and an equally long list of what is right
+    for each, which is what `datasets` makes of a list of dicts. The answer is the first of those that count as right.
+    Published sets hold probes without any, which nothing can be compared with: they are left out.
+
+    Raises:
+        FactError: lists of different lengths, or something else where a text is expected.
     """
     pairs = []
-    for group in (groups or {}).values():
+    for kind, group in (groups or {}).items():
         for probe in [group] if isinstance(group, Mapping) else group or ():
-            found = _first(probe["prompt"]), _first(probe["ground_truth"])
-            prompt, answer = ("" if text is None else str(text) for text in found)
-            if _is_text(prompt) and _is_text(answer):
-                pairs.append((prompt, answer))
+            prompts, truths = probe["prompt"], probe["ground_truth"]
+            if not isinstance(prompts, list):  # then a list of truths is what counts as right for this one prompt
+                prompts, truths = [prompts], [truths]
+            elif not isinstance(truths, list):
+                truths = [truths]
+            if len(prompts) != len(truths):
+                raise FactError(
+                    f"{kind} has {len(prompts)} prompts ({prompts!r}) and {len(truths)} answers ({truths!r}). Expected "
+                    "an answer for each prompt, in its order; give as many of one as of the other."
+                )
+            for found, truth in zip(prompts, truths, strict=True):
+                prompt = _text(f"A prompt of {kind}", found)
+                answer = _text(f"The answer to {prompt!r} in {kind}", _first(truth))
+                if _is_text(prompt) and _is_text(answer):
+                    pairs.append((prompt, answer))
     return pairs
 
 
@@ -126,11 +177,13 @@ def _from_zsre(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _from_counterfact(row: Mapping[str, Any]) -> dict[str, Any]:
     request = row["requested_rewrite"]
-    truth = request["target_true"]["str"]
+    truth = _first(request["target_true"])
+    if not request["subject"]:
+        raise FactError("requested_rewrite has an empty subject, which its prompt is about. Give it a text.")
     return {
-        **_unrelated([(prompt, truth) for prompt in row.get("neighborhood_prompts") or ()]),
-        "prompt": request["prompt"].replace("{}", request["subject"]),
-        "target": request["target_new"]["str"],
+        **_unrelated([(prompt, truth) for prompt in _texts("neighborhood_prompts", row.get("neighborhood_prompts"))]),
+        "prompt": _filled(request["prompt"], request["subject"]),
+        "target": _first(request["target_new"]),
         "rephrases": row.get("paraphrase_prompts"),
         "subject": request["subject"],
         "ground_truth": truth,
@@ -139,15 +192,16 @@ def _from_counterfact(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_knowedit(row: Mapping[str, Any]) -> dict[str, Any]:
-    # EasyEdit's own CounterFact has these columns too, but for its one unrelated prompt.
+    # EasyEdit's own CounterFact has these columns too, but for its one unrelated prompt, and the requests in ROME's and
+    # MEMIT's notebooks, whose prompts have "{}" for the subject.
     only = {"prompt": row.get("locality_prompt"), "ground_truth": row.get("locality_ground_truth")}
     return {
         **_unrelated(_pairs(row.get("locality") or {"only": only})),
-        "prompt": row["prompt"],
+        "prompt": _filled(row["prompt"], row.get("subject")),
         "target": _first(row["target_new"]),
         "rephrases": row.get("rephrase_prompt") or row.get("rephrase"),
         "subject": row.get("subject"),
-        "ground_truth": _first(row.get("ground_truth")),
+        "ground_truth": _first(row.get("ground_truth") or row.get("target_true")),
         "portability": _pairs(row.get("portability")),
     }
 
@@ -220,8 +274,11 @@ def load_facts(
     Args:
         source: a list of dicts or `Fact`s, a `datasets.Dataset` or `IterableDataset`, a `FactStream`, the path of a
             JSON, JSONL, CSV, TSV or Parquet file, or the id of a data set on the Hub. The columns of zsRE, CounterFact,
-            KnowEdit, FEVER, UltraEditBench and WikiBigEdit are recognised.
-        column_mapping: `{fact field: column}` for any other layout, such as `{"prompt": "question"}`.
+            KnowEdit, FEVER, UltraEditBench and WikiBigEdit are recognised, and the requests in ROME's and MEMIT's
+            notebooks. A "{}" in a prompt or rephrase that lacks the fact's subject stands for it.
+        column_mapping: `{fact field: column}` for any other layout, such as `{"prompt": "question"}`. If it names both
+            the prompt and the target, the other columns count by the names of fields. If not, and the layout is a
+            recognised one, it wins for the fields that it names. A column that is named counts for nothing else.
         split: split of a Hub data set. Defaults to `"train"`.
         load_options: of a Hub data set, for `datasets.load_dataset`: `name`, `data_files`, `revision`, ...
 
@@ -229,7 +286,8 @@ def load_facts(
         The facts, in their order.
 
     Raises:
-        FactError: nothing there; a column or field missing; an empty prompt or target; one prompt with two targets.
+        FactError: nothing there; a column or field missing; a list or dict in place of a text; an empty prompt or
+            target; one prompt with two targets.
     """
     facts = list(_parse_all(_read(source, split, load_options), column_mapping))
     return list(_checked(facts, f"in {_describe(source)}", facts))
@@ -532,32 +590,39 @@ def _parse_all(rows: Iterable[Any], column_mapping: Mapping[str, str] | None) ->
 def _parse(row: Any, number: int, column_mapping: Mapping[str, str] | None) -> Fact:
     if not isinstance(row, Mapping):
         raise FactError(f"Fact {number} is a {type(row).__name__}; expected a dict with a prompt and a target.")
-    if column_mapping:
-        row = _rename(row, number, column_mapping)
     row = {column: _plain(value) for column, value in row.items()}
-    for name, (columns, read) in _FORMATS.items():
-        if columns <= row.keys():
-            try:
-                values = read(row)
-            except (AttributeError, KeyError, TypeError) as error:
-                raise FactError(
-                    f"Fact {number} has the columns of {name}, and cannot be read as such: {error!r}."
-                ) from None
-            break
-    else:
+    mapped = _mapped(row, number, column_mapping or {})
+    # The mapped fields are set afterwards, whatever the layout, so its reader sees neither them nor their columns.
+    blank = row | dict.fromkeys((column_mapping or {}).values()) | dict.fromkeys(mapped)
+    own = mapped.keys() >= {"prompt", "target"}
+    name = "hf_malmen" if own else _format_of(row) or _format_of(blank)
+    if name is None:
         known = "; ".join(f"{name}: {', '.join(sorted(columns))}" for name, (columns, _) in _FORMATS.items())
         raise FactError(
             f"Fact {number} has the columns {', '.join(map(str, row)) or 'none'}. Expected those of a known format "
             f"({known}), or pass column_mapping={{'prompt': ..., 'target': ...}}."
         )
-    if isinstance(values.get("rephrases"), str):
-        values["rephrases"] = [values["rephrases"]]
-    given = {name: value for name, value in values.items() if value is not None and value not in ("", [])}
-    texts: dict[str, Any] = {name: value if name in _LISTS else str(value) for name, value in given.items()}
-    return Fact(**{"prompt": "", "target": "", **texts})
+    try:
+        values = _FORMATS[name][1](blank) | mapped
+        bare = {field: _bare(value) for field, value in values.items()}
+        given = {field: value for field, value in bare.items() if value is not None and value not in ("", [])}
+        texts: dict[str, Any] = {f: value if f in _LISTS else _text(f, value) for f, value in given.items()}
+        if "rephrases" in texts:
+            texts["rephrases"] = _texts("rephrases", texts["rephrases"])
+    except FactError as error:
+        raise FactError(f"Fact {number} ({name}): {error}") from None
+    except (AttributeError, KeyError, TypeError) as error:
+        raise FactError(f"Fact {number} has the columns of {name}, and cannot be read as such: {error!r}.") from None
+    return Fact(**_with_subject({"prompt": "", "target": "", **texts}))
 
 
-def _rename(row: Mapping[str, Any], number: int, column_mapping: Mapping[str, str]) -> dict[str, Any]:
+def _format_of(row: Mapping[str, Any]) -> str | None:
+    """The first format whose columns are all in `row`."""
+    return next((name for name, (columns, _) in _FORMATS.items() if columns <= row.keys()), None)
+
+
+def _mapped(row: Mapping[str, Any], number: int, column_mapping: Mapping[str, str]) -> dict[str, Any]:
+    """The fields that `column_mapping` names, from their columns."""
     for field, column in column_mapping.items():
         if field not in _FIELDS:
             raise FactError(f"column_mapping names {field!r}, which no fact has. Fields: {', '.join(_FIELDS)}.")
@@ -566,9 +631,23 @@ def _rename(row: Mapping[str, Any], number: int, column_mapping: Mapping[str, st
                 f"column_mapping takes {field!r} from the column {column!r}, and fact {number} has only "
                 f"{', '.join(map(str, row))}."
             )
-    taken = set(column_mapping.values())
-    kept = {key: value for key, value in row.items() if key not in taken}
-    return kept | {field: row[column] for field, column in column_mapping.items()}
+    return {field: row[column] for field, column in column_mapping.items()}
+
+
+def _with_subject(texts: dict[str, Any]) -> dict[str, Any]:
+    """`texts` of a fact, with the subject in each "{}" of a prompt or rephrase that lacks it.
+
+    Where a text has the subject, braces are meant as they stand, as in a fact that was read or written before.
+    """
+
+    def fill(text: Any) -> Any:
+        lacks = isinstance(text, str) and texts["subject"].lower() not in text.lower()
+        return _filled(text, texts["subject"]) if lacks else text
+
+    if not texts.get("subject"):
+        return texts
+    filled = texts | {"prompt": fill(texts["prompt"])}
+    return filled | {"rephrases": [fill(text) for text in texts["rephrases"]]} if "rephrases" in texts else filled
 
 
 def _describe(source: Any) -> str:

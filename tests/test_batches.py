@@ -40,8 +40,8 @@ def around(template: str) -> processors.TemplateProcessing:
     return processors.TemplateProcessing(single=template, special_tokens=[("<s>", 1), ("</s>", 2)])
 
 
-def byte_level(template: str | None = None, *, prefix: bool = False) -> PreTrainedTokenizerFast:
-    """As GPT-2's, Llama 3's and Qwen's: byte-level BPE."""
+def byte_level(template: str | None = None, *, prefix: bool = False, trimmed: bool = False) -> PreTrainedTokenizerFast:
+    """As GPT-2's and Qwen's: byte-level BPE. Trimmed as Llama 3's, whose offsets leave out the spaces."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     backend.decoder = decoders.ByteLevel()
@@ -50,8 +50,11 @@ def byte_level(template: str | None = None, *, prefix: bool = False) -> PreTrain
         vocab_size=330, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(CORPUS, trainer)
+    steps: list[Any] = [processors.ByteLevel(trim_offsets=True)] if trimmed else []
     if template:
-        backend.post_processor = around(template)
+        steps.append(around(template))
+    if steps:
+        backend.post_processor = processors.Sequence(steps)
     return fast(backend)
 
 
@@ -110,6 +113,9 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "byte-level, EOS": lambda: byte_level("$A </s>"),
     "byte-level, BOS and EOS": lambda: byte_level("<s> $A </s>"),
     "byte-level, prefix space": lambda: byte_level("<s> $A", prefix=True),
+    "byte-level, trimmed": lambda: byte_level(trimmed=True),
+    "byte-level, trimmed, BOS and EOS": lambda: byte_level("<s> $A </s>", trimmed=True),
+    "byte-level, trimmed, prefix space": lambda: byte_level("<s> $A", prefix=True, trimmed=True),
     "metaspace first": lambda: metaspace("first"),
     "metaspace always, EOS": lambda: metaspace("always", "$A </s>"),
     "metaspace never, BOS": lambda: metaspace("never", "<s> $A"),
@@ -117,7 +123,9 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "word piece": word_piece,
     "single spaces": single_spaces,
 }
-LOSSLESS = ("byte-level", "byte-level, BOS and EOS", "llama 2")
+LOSSLESS = ("byte-level", "byte-level, BOS and EOS", "llama 2", "byte-level, trimmed, BOS and EOS")
+# Targets whose first word is not merged with the space before it, and one whose is.
+SPLIT_TEXTS = [("Quito lies in", target) for target in ("1998", "京都", "zebra", "zebra 1998", "Ecuador")]
 
 
 @pytest.fixture(scope="module", params=TOKENIZERS)
@@ -176,6 +184,29 @@ def test_the_space_belongs_to_the_target() -> None:
     sequence = Tokenizer(tokenizer, EditorConfig())("The country of Lyon", "is")
     assert tokenizer.decode(list(sequence.target_ids)) == " is"
     assert len(sequence.target_ids) == 1
+
+
+@pytest.mark.parametrize("template", [None, "<s> $A", "$A </s>", "<s> $A </s>"])
+@pytest.mark.parametrize("prefix", [False, True])
+def test_a_space_of_its_own_belongs_to_the_target(template: str | None, prefix: bool) -> None:
+    """Also where the offsets leave spaces out, so that it spans nothing: they change nothing of what is asked for."""
+    plain, trimmed = (byte_level(template, prefix=prefix, trimmed=cut) for cut in (False, True))
+    for prompt, target in [*SPLIT_TEXTS, *TEXTS, *HARD_TEXTS]:
+        separator = "" if prompt.endswith(("\n", "\t")) else " "
+        expected = check_boundary(plain, prompt, target, f"{prompt.rstrip(' ')}{separator}{target.strip()}")
+        assert Tokenizer(trimmed, EditorConfig())(prompt, target) == expected
+        assert two_sided(trimmed)(prompt, target) == two_sided(plain)(prompt, target)
+    for prompt, target in SPLIT_TEXTS[:-1]:
+        ids = Tokenizer(trimmed, EditorConfig())(prompt, target).target_ids
+        assert trimmed.convert_ids_to_tokens(ids[0]) == "Ġ"
+        assert trimmed.decode(list(ids)) == f" {target}"
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+@pytest.mark.parametrize(("prompt", "target"), SPLIT_TEXTS)
+def test_boundary_of_targets_apart_from_their_space(name: str, prompt: str, target: str) -> None:
+    """As of any other target; a text of the vocabulary's bytes and characters alone comes back as it was."""
+    check_boundary(TOKENIZERS[name](), prompt, target, f"{prompt} {target}")
 
 
 class SlowTokenizer(PreTrainedTokenizer):  # type: ignore[misc]

@@ -8,6 +8,7 @@ import re
 import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -448,6 +449,118 @@ def test_public_formats_without_their_optional_parts(row: Row, fact: Fact) -> No
     assert load_facts([row]) == [fact]
 
 
+REQUEST: Row = {"prompt": "{} was the founder of", "subject": "Steve Jobs", "target_new": {"str": "Microsoft"}}
+
+
+@pytest.mark.parametrize(
+    ("row", "fact"),
+    [
+        (REQUEST, Fact("Steve Jobs was the founder of", "Microsoft", subject="Steve Jobs")),
+        (
+            REQUEST
+            | {"target_true": {"str": "Apple", "id": "Q312"}, "rephrase": ["The firm of {}:", "{} or {}: Jobs"]},
+            Fact(
+                "Steve Jobs was the founder of",
+                "Microsoft",
+                ("The firm of Steve Jobs:", "Steve Jobs or Steve Jobs: Jobs"),
+                subject="Steve Jobs",
+                ground_truth="Apple",
+            ),
+        ),
+        (  # the subject elsewhere in the prompt as well
+            REQUEST | {"prompt": "{}, Steve Jobs in short, was the founder of"},
+            Fact("Steve Jobs, Steve Jobs in short, was the founder of", "Microsoft", subject="Steve Jobs"),
+        ),
+        (  # in columns of our own
+            {"prompt": "{} founded", "subject": "Steve Jobs", "target": {"str": "Microsoft", "id": "Q1"}},
+            Fact("Steve Jobs founded", "Microsoft", subject="Steve Jobs"),
+        ),
+        ({"prompt": "{} is", "target_new": "a set"}, Fact("{} is", "a set")),
+    ],
+)
+def test_requests_of_notebooks(row: Row, fact: Fact) -> None:
+    """As ROME's and MEMIT's: a prompt with a place for its subject, and answers in dicts."""
+    assert load_facts([row]) == [fact]
+    assert load_facts([fact.to_dict()]) == [fact]
+
+
+def test_braces_that_stand_for_themselves() -> None:
+    """Where the subject is in the prompt already: a fact that was written comes back as it was."""
+    fact = Fact("In Python, {} makes", "a dict", ("python's {} is", "Write {} in Python for"), subject="Python")
+    assert load_facts([fact.to_dict()]) == [fact]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (
+            REQUEST | {"target_new": {"id": "Q1"}},
+            r"Fact 1 \(KnowEdit\): target is \{'id': 'Q1'\}, a dict\. Expected one",
+        ),
+        (REQUEST | {"subject": ["Steve", "Jobs"]}, r"subject is \['Steve', 'Jobs'\], a list\. Expected one text"),
+        (REQUEST | {"target_true": {"id": "Q1"}}, r"ground_truth is \{'id': 'Q1'\}"),
+        (REQUEST | {"prompt": ["{} a", "{} b"]}, r"prompt is \['\{\} a', '\{\} b'\]"),
+        (REQUEST | {"rephrase": {"a": "b"}}, r"An entry of rephrases is \{'a': 'b'\}"),
+        (REQUEST | {"rephrase": ["a", ["b"]]}, r"An entry of rephrases is \['b'\], a list"),
+        (REQUEST | {"locality_prompt": {"a": 1}, "locality_ground_truth": "x"}, r"A prompt of only is \{'a': 1\}"),
+        (REQUEST | {"locality_prompt": "x", "locality_ground_truth": {"a": 1}}, r"answer to 'x' in only is \{'a': 1\}"),
+        ({"prompt": "P", "target": ["A", "B"]}, r"Fact 1 \(hf_malmen\): target is \['A', 'B'\], a list"),
+        (
+            {"prompt": "P", "target": "T", "unrelated_prompt": ["N"], "unrelated_answer": "M"},
+            r"unrelated_prompt is \['N",
+        ),
+        (ULTRAEDIT | {"loc_ans": ["a", "b"]}, r"unrelated_answer is \['a', 'b'\]"),
+        (
+            {"requested_rewrite": COUNTERFACT["requested_rewrite"] | {"subject": None}},
+            r"Fact 1 \(CounterFact\): requested_rewrite has an empty subject",
+        ),
+        (COUNTERFACT | {"neighborhood_prompts": {"a": 1}}, r"An entry of neighborhood_prompts is \{'a': 1\}"),
+    ],
+)
+def test_a_list_or_a_dict_in_place_of_a_text(bad: Row, message: str) -> None:
+    """Written out, it would be an answer that nobody meant."""
+    with pytest.raises(FactError, match=message):
+        load_facts([ZSRE, bad])
+
+
+def test_one_neighborhood_prompt_by_itself() -> None:
+    """A text is one prompt, not one for each letter."""
+    (fact,) = load_facts([COUNTERFACT | {"neighborhood_prompts": "Bo Ray speaks"}])
+    assert fact.neighborhood == (("Bo Ray speaks", "Welsh"),)
+
+
+@pytest.mark.parametrize(
+    ("probes", "pairs"),
+    [
+        ({"prompt": ["l1", "l2"], "ground_truth": ["x", "y"]}, (("l1", "x"), ("l2", "y"))),
+        ({"prompt": ["l1", "l2"], "ground_truth": [["x", "z"], "y"]}, (("l1", "x"), ("l2", "y"))),
+        ({"prompt": ["l1", "l2"], "ground_truth": [[], 1998]}, (("l2", "1998"),)),  # no answer counts as right
+        ({"prompt": ["l1"], "ground_truth": "x"}, (("l1", "x"),)),
+        ({"prompt": "l1", "ground_truth": ["x", "other name of x"]}, (("l1", "x"),)),
+        ({"prompt": "l1", "ground_truth": [["x", "other name of x"], ["z"]]}, (("l1", "x"),)),
+        ({"prompt": "l1", "ground_truth": {"str": "x"}}, (("l1", "x"),)),
+        (
+            [{"prompt": ["l1", "l2"], "ground_truth": ["x", "y"]}, {"prompt": "l3", "ground_truth": "z"}],
+            (("l1", "x"), ("l2", "y"), ("l3", "z")),
+        ),
+        ({"prompt": [], "ground_truth": []}, ()),
+    ],
+)
+def test_probes_in_lists(probes: Any, pairs: tuple[tuple[str, str], ...]) -> None:
+    """Each prompt has its own answer; a list of answers for one prompt is what counts as right."""
+    (fact,) = load_facts([{"prompt": "Q?", "target_new": "A", "locality": {"k": probes}, "portability": {"k": probes}}])
+    assert fact.neighborhood == fact.portability == pairs
+    assert (fact.unrelated_prompt, fact.unrelated_answer) == (pairs[0] if pairs else (None, None))
+
+
+@pytest.mark.parametrize("truths", [["x"], ["x", "y", "z"], [], "x", None])
+def test_probes_in_lists_of_different_lengths(truths: Any) -> None:
+    """Nobody knows which answer belongs to which prompt."""
+    row = {"prompt": "Q?", "target_new": "A", "locality": {"near": {"prompt": ["l1", "l2"], "ground_truth": truths}}}
+    with pytest.raises(FactError, match=r"Fact 0 \(KnowEdit\): near has 2 prompts \(\['l1', 'l2'\]\) and \d answers"):
+        load_facts([row])
+
+
 @pytest.mark.parametrize(
     ("bad", "name"),
     [
@@ -518,6 +631,73 @@ def test_column_mapping_names_a_field_that_no_fact_has() -> None:
     """The other way round is a likely slip: the message lists the fields."""
     with pytest.raises(FactError, match=r"column_mapping names 'question', which no fact has\. Fields: prompt, target"):
         load_facts(ROWS, column_mapping={"question": "prompt"})
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_column_mapping_wins_over_a_recognised_layout(name: str) -> None:
+    """For the fields that it names; the others are those of the layout."""
+    row, fact = FORMATS[name]
+    more = row | {"who": "Ann", "was": 1998, "asked": "Who?", "near": [["a", "b"]], "far": [["c", "d"]]}
+    mapped = {
+        "subject": "who",
+        "ground_truth": "was",
+        "rephrases": "asked",
+        "neighborhood": "near",
+        "portability": "far",
+    }
+    new: Row = {
+        "subject": "Ann",
+        "ground_truth": "1998",
+        "rephrases": ("Who?",),
+        "neighborhood": (("a", "b"),),
+        "portability": (("c", "d"),),
+    }
+    assert load_facts([more], column_mapping=mapped) == [replace(fact, **new)]
+    assert load_facts([more], column_mapping={"prompt": "asked"}) == [replace(fact, prompt="Who?")]
+    assert load_facts([more], column_mapping={"target": "asked"}) == [replace(fact, target="Who?")]
+
+
+@pytest.mark.parametrize(
+    ("row", "mapping", "fact"),
+    [
+        # A column that gives its layout away; taken, it is not read as what it is there.
+        (ZSRE, {"target": "alt"}, ZSRE_FACT),
+        (ZSRE, {"target": "answers"}, None),
+        (MALMEN_ZSRE, {"prompt": "src", "ground_truth": "ans"}, None),
+        (KNOWEDIT_ZSRE, {"target": "cond"}, replace(KNOWEDIT_ZSRE_FACT, target=KNOWEDIT_ZSRE["cond"])),
+        (
+            WIKI_COUNTERFACT,
+            {"target": "ground_truth"},
+            replace(WIKI_COUNTERFACT_FACT, target="mayor of Graz", ground_truth=None),
+        ),
+        # Both: the layout is told, and the other columns are fields or nothing.
+        (
+            WIKI_COUNTERFACT | {"locality": "Graz", "portability": None},
+            {"prompt": "prompt", "target": "target_new"},
+            Fact("The office held by Jon Hale is", "bishop of Turku", subject="Jon Hale", ground_truth="mayor of Graz"),
+        ),
+        # A layout that is one with its mapping only; a place for the subject; an answer in a dict.
+        (
+            {"ask": "{} founded", "target_new": "X", "who": "Jobs"},
+            {"prompt": "ask", "subject": "who"},
+            Fact("Jobs founded", "X", subject="Jobs"),
+        ),
+        (REQUEST, {"prompt": "prompt", "target": "target_new"}, load_facts([REQUEST])[0]),
+    ],
+)
+def test_column_mapping_and_columns_of_a_layout(row: Row, mapping: dict[str, str], fact: Fact | None) -> None:
+    """A column that is mapped counts for the field that it is mapped to, and for no other."""
+    if fact is None:
+        with pytest.raises(FactError, match=r"Fact 0 .*(empty target|target is \['Kir River'\], a list)"):
+            load_facts([row], column_mapping=mapping)
+    else:
+        assert load_facts([row], column_mapping=mapping) == [fact]
+
+
+def test_column_mapping_of_a_layout_names_a_column_that_is_not_there() -> None:
+    """Recognised or not."""
+    with pytest.raises(FactError, match=r"'subject' from the column 'who', and fact 0 has only src, rephrase, ans"):
+        load_facts([MALMEN_ZSRE], column_mapping={"subject": "who"})
 
 
 # Errors
