@@ -322,30 +322,30 @@ def evaluate(
     place(base)
     found = trained.measure(base, checked, batch_size=batch_size, generate=generate, probabilities=probabilities)
     edit = trained.make_edit(base, checked, batch_size=batch_size) if other_texts or tasks else None
-    if not distributed.writes():
+    is_writer = distributed.writes()
+    if is_writer:  # also before side effects are measured, which takes long and may fail
+        print(scores_table({len(checked): found.scores}, found.intervals), flush=True)
+        _write_scores(found.scores, output)
+        if per_fact is not None:
+            per_fact.parent.mkdir(parents=True, exist_ok=True)
+            found.per_fact.to_parquet(str(per_fact))
+    # Processes that hold the base model together run it together; of others, one is enough.
+    if edit is None or not (is_writer or distributed.in_unison()):
         return
-    print(scores_table({len(checked): found.scores}, found.intervals))
-    scores = dict(found.scores)
-    if edit is not None:
-        effects = measure_side_effects(
-            base,
-            edit,
-            trained.tokenizer_for(base).tokenizer,
-            texts=other_texts,
-            tasks=tasks.split(",") if tasks else (),
-            limit=limit,
-            include_path=include_path,
-        )
+    effects = measure_side_effects(
+        base,
+        edit,
+        trained.tokenizer_for(base).tokenizer,
+        texts=other_texts,
+        tasks=tasks.split(",") if tasks else (),
+        limit=limit,
+        include_path=include_path,
+    )
+    if is_writer:
         names = [name for name in effects if not name.endswith(("_before", "_change"))]
         rows = [[name, f"{effects[f'{name}_before']:.4g}", f"{effects[name]:.4g}"] for name in names]
         print(f"\n{table(['side effect', 'before', 'after'], rows)}")
-        scores |= effects
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(scores, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    if per_fact is not None:
-        per_fact.parent.mkdir(parents=True, exist_ok=True)
-        found.per_fact.to_parquet(str(per_fact))
+        _write_scores(found.scores | effects, output)
 
 
 @app.command()
@@ -478,6 +478,12 @@ def _numbers(text: str) -> list[int]:
         return [int(number) for number in _listed(text)]
     except ValueError:
         raise ValueError(f"--sizes is {text!r}; expected whole numbers separated by commas, such as 64,256.") from None
+
+
+def _write_scores(scores: dict[str, float], output: Path | None) -> None:
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(scores, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _require_unused(folder: Path | None) -> None:

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .comparison_settings import SHARED_FIELDS, SPLITS, Amount, Comparison
-from .configuration import METHODS
+from transformers.utils.hub import cached_file
+
+from .comparison_settings import SHARED_FIELDS, SPLITS, Amount, Comparison, require_shared_format
+from .configuration import METHODS, EditorConfig
 from .facts import Fact, load_facts, read_facts
-from .hub import cached_commit
 from .version import __version__
 
 FACTS_FOLDER, LOGS_FOLDER = "facts", "logs"
@@ -159,7 +160,7 @@ def plan(comparison: Comparison, splits: Mapping[str, Sequence[Fact]]) -> list[J
     common = {
         "release": __version__,
         "base_model": comparison.base_model,
-        "base": _identity(comparison.base_model),
+        "base": _model_identity(comparison.base_model, comparison.prompt_format.base_model_revision),
         **{name: settings[name] for name in ("dtype", "seed")},
         "format": {name: comparison.editor.get(name) for name in SHARED_FIELDS},
     }
@@ -181,7 +182,7 @@ def plan(comparison: Comparison, splits: Mapping[str, Sequence[Fact]]) -> list[J
             **common,
             "editor": comparison.editor_settings(name),
             "editor_folder": method.editor_folder,
-            "editor_identity": _identity(method.editor_folder),
+            "editor_identity": method.editor_folder and _model_identity(method.editor_folder),
         }
         if METHODS[name].is_trained:
             own |= {"train_facts": digests["train"], "training": {**comparison.training, **method.training}}
@@ -226,9 +227,15 @@ def run_comparison(
         {name of the job: its result, or `{"error": ...}`}.
 
     Raises:
-        FactError, ValueError: facts that cannot be compared on; before anything is run.
+        FactError, ValueError: facts that cannot be compared on, or a given editor of another method or prompt format;
+            before anything is run.
+        ModelMismatchError, OSError: no given editor where there should be one, or no base model; likewise.
     """
     splits, left_out = split_facts(comparison)
+    for name, method in comparison.methods.items():
+        if method.editor_folder is not None:
+            require_shared_format(EditorConfig.from_pretrained(method.editor_folder), name, comparison)
+    jobs = plan(comparison, splits)
     if left_out:
         say(f"{left_out} facts left out, of which a text stands in a fact before.")
     folder = Path(comparison.output_dir)
@@ -237,8 +244,9 @@ def run_comparison(
         write_text(folder / FACTS_FOLDER / f"{name}.jsonl", lines)
     counts = ", ".join(f"{len(facts):,} {name}" for name, facts in splits.items())
     write_json(folder / "settings.json", dataclasses.asdict(comparison) | {"n_facts": counts, "left_out": left_out})
-    jobs = plan(comparison, splits)
     say(f"{len(jobs)} jobs in {folder}; facts: {counts}.")
+    if isinstance(commit := jobs[0].settings["base"], str):  # a branch may move on while jobs run
+        comparison = dataclasses.replace(comparison, editor={**comparison.editor, "base_model_revision": commit})
     results: dict[str, dict[str, Any]] = {}
     for position, job in enumerate(jobs, 1):
         result, how = job.read(), "done before"
@@ -302,13 +310,26 @@ def _digest(lines: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
+def _model_identity(source: str, revision: str | None = None) -> Any:
+    """Of a folder, as `_identity`; of a model's or editor's repo on the Hub, the commit that jobs will load.
+
+    Its configuration is asked for, and so a repo that nobody has loaded yet has the identity that it has afterwards.
+    Without a connection, the one that was loaded last counts, as it does for the jobs.
+
+    Raises:
+        OSError: there is no such folder, repo or revision; or no connection, and nothing in the cache.
+    """
+    if Path(source).exists():
+        return _identity(source)
+    found = cached_file(source, "config.json", revision=revision or "main")
+    assert found is not None  # for the type checker: it raises where there is none
+    return Path(found).parent.name
+
+
 def _identity(source: str | None) -> Any:
-    """What tells one state of a file, folder or repo from another, without reading it."""
-    if source is None:
+    """What tells one state of a file or folder from another, without reading it; None of what is neither."""
+    if source is None or not (path := Path(source)).exists():
         return None
-    path = Path(source)
-    if not path.exists():
-        return cached_commit(source)
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 

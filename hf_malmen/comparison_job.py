@@ -22,9 +22,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from .base_model import tokenizer_for
 from .batches import Tokenizer
 from .comparison import FACTS_FOLDER, Job, asked, evaluated, write_json
-from .comparison_settings import Amount, Comparison, comparison_from
+from .comparison_settings import WHOLE_FIELDS, Amount, Comparison, comparison_from, require_shared_format
 from .configuration import METHODS, EditorConfig
 from .edit import Edit
 from .errors import NumericalError
@@ -64,7 +65,7 @@ class Base:
     """
 
     def __init__(self, comparison: Comparison) -> None:
-        settings = EditorConfig(**comparison.editor)
+        settings = comparison.prompt_format
         hub = {"revision": settings.base_model_revision or "main"}
         self.device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         auto_class = AUTO_CLASSES[settings.task_type]
@@ -83,9 +84,7 @@ class Base:
 def ask_before(base: Base, comparison: Comparison, job: Job) -> dict[str, Any]:
     """What the unedited model answers to all that any cell asks, and its losses on the unrelated texts."""
     began = time.perf_counter()
-    tokenize = EditorModel.from_base(base.model, EditorConfig(**comparison.editor)).tokenizer_for(
-        base.model, base.tokenizer
-    )
+    tokenize = tokenizer_for(base.model, comparison.prompt_format, base.tokenizer)
     forced: dict[int, Fact] = {}
     freely: dict[int, Fact] = {}
     test = _facts(comparison, "test")
@@ -121,6 +120,7 @@ def make_editor(base: Base, comparison: Comparison, job: Job) -> dict[str, Any]:
     trials: list[dict[str, Any]] = []
     if settings.editor_folder is not None:
         editor = EditorModel.from_pretrained(settings.editor_folder)
+        require_shared_format(editor.config, method, comparison)  # the folder may be another than when it was planned
         editor.check_base(base.model)
         how = f"given: {settings.editor_folder}"
     elif METHODS[method].is_trained:
@@ -132,11 +132,6 @@ def make_editor(base: Base, comparison: Comparison, job: Job) -> dict[str, Any]:
         best = max(trials, key=lambda trial: trial["score"])
         editor = made.editor(best["values"])
         how = f"best of {len(trials)} trials" if settings.search else "not tuned"
-    if editor.config.method != method:
-        raise ValueError(
-            f"{settings.editor_folder} holds an editor of method {editor.config.method!r}; expected {method!r}. Give "
-            "it where that method is set up."
-        )
     if folder.exists():
         shutil.rmtree(folder)
     editor.save_pretrained(folder)
@@ -248,8 +243,9 @@ class Untrained:
         config = EditorConfig(**{**self.comparison.editor_settings(self.method), **values})
         editor = _placed(EditorModel.from_base(self.base.model, config), self.base)
         buffers = dict(editor.named_buffers())
-        # Layers of one shape have buffers of one shape, so these alone do not tell whose they are.
-        key = tuple(editor.module_names), tuple((name, buffer.shape) for name, buffer in buffers.items())
+        # Layers of one shape have buffers of one shape, so these alone do not tell whose they are, nor of which tokens.
+        shapes = tuple((name, buffer.shape) for name, buffer in buffers.items())
+        key = tuple(editor.module_names), editor.config.traced_tokens, shapes
         if key not in self._read:
             untouched = {name: buffer.clone() for name, buffer in buffers.items()}
             if n_facts := self.comparison.methods[self.method].warm_up_facts:
@@ -318,15 +314,15 @@ def drawn(search: Mapping[str, Any], n_trials: int, seed: int) -> list[dict[str,
         else:
             low, high = map(math.log, values)
             column = [math.exp(low + (high - low) * (i + generator.random()) / n_trials) for i in range(n_trials)]
-            column = [float(f"{value:.3g}") for value in column]
+            column = [round(value) if name in WHOLE_FIELDS else float(f"{value:.3g}") for value in column]
         generator.shuffle(column)
         columns[name] = column
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def harmonic_mean(values: Sequence[float]) -> float:
-    """0 where one of them is 0, or where there is none."""
-    return len(values) / sum(1 / value for value in values) if values and min(values) > 0 else 0.0
+    """0 where one of them is 0 or no number, or where there is none."""
+    return len(values) / sum(1 / value for value in values) if values and all(v > 0 for v in values) else 0.0
 
 
 def _placed(editor: EditorModel, base: Base) -> EditorModel:
@@ -366,8 +362,12 @@ def _perplexity(losses: Sequence[tuple[float, int]] | None) -> list[float]:
     """Perplexity, and its 95 % interval by bootstrap over texts."""
     counts = np.array([[n_tokens] for _, n_tokens in losses or ()], dtype=np.float64)
     means = np.array([[loss / max(1, n_tokens)] for loss, n_tokens in losses or ()])
+    mean = float((means * counts).sum() / counts.sum())
+    if not math.isfinite(mean):  # of a model that overflows, there is nothing to resample
+        return [mean, math.nan, math.nan]
     (ends,) = bootstrap_intervals(means, counts)
-    return [float(np.exp(value)) for value in (float((means * counts).sum() / counts.sum()), *ends)]
+    with np.errstate(over="ignore"):  # infinite, then
+        return [float(np.exp(value)) for value in (mean, *ends)]
 
 
 def _peak_of_process() -> int:

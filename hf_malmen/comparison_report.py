@@ -109,14 +109,16 @@ def best(results: Results, amount: Amount, metric: str) -> list[str]:
     """The methods that are best on a metric: the one with the best mean first, then those that it does not beat.
 
     A method is beaten when the 95 % bootstrap interval of the difference, over the same facts (of perplexity: texts),
-    leaves out 0.
+    leaves out 0. One whose mean is not finite, as of a model that overflows, is none of them.
     """
     cells = results.measured(amount)
     found = {method: _sample(cell, metric) for method, cell in cells.items()}
     samples = {method: sample for method, sample in found.items() if sample is not None}
-    if not samples:
+    with np.errstate(invalid="ignore"):  # infinities of both signs
+        means = {m: np.average(values, weights=weights) for m, (values, weights) in samples.items() if weights.any()}
+    means = {method: mean for method, mean in means.items() if math.isfinite(mean)}
+    if not means:
         return []
-    means = {method: np.average(values, weights=weights) for method, (values, weights) in samples.items()}
     ordered = sorted(means, key=lambda method: -means[method])
     first, weights = samples[ordered[0]]
     winners = ordered[:1]
@@ -129,8 +131,12 @@ def best(results: Results, amount: Amount, metric: str) -> list[str]:
 
 
 def unbeaten(results: Results, amount: Amount) -> list[str]:
-    """The methods than which no other has a higher mean on edit success, generalization and locality alike."""
-    cells = {m: cell["scores"] for m, cell in results.measured(amount).items()}
+    """The methods than which no other has a higher mean on edit success, generalization and locality alike.
+
+    One of which such a mean is not finite is none of them, and beats none.
+    """
+    measured = {m: cell["scores"] for m, cell in results.measured(amount).items()}
+    cells = {m: s for m, s in measured.items() if all(math.isfinite(s[name]) for name in MAIN_METRICS if name in s)}
 
     def beats(a: Mapping[str, float], b: Mapping[str, float]) -> bool:
         shared = [name for name in MAIN_METRICS if name in a and name in b]
@@ -147,9 +153,10 @@ def _sample(cell: Mapping[str, Any], metric: str) -> tuple[Any, Any] | None:
         return (np.array([-loss / n for loss, n in losses]), counts) if losses else None
     if metric not in cell["per_fact"]:
         return None
-    values = np.array([math.nan if score is None else score for score in cell["per_fact"][metric]])
-    measured = ~np.isnan(values)
-    return np.where(measured, values, 0.0), measured.astype(np.float64)
+    scores = cell["per_fact"][metric]
+    values = np.array([0.0 if score is None else score for score in scores])
+    # None is of a fact that has no such score; NaN, of one whose score is not finite, which counts.
+    return values, np.array([score is not None for score in scores], dtype=np.float64)
 
 
 def _tables_of(results: Results, amount: Amount) -> list[str]:
@@ -160,7 +167,7 @@ def _tables_of(results: Results, amount: Amount) -> list[str]:
         shown = [name for name in names if name in some["scores"]]
         if not shown:
             continue
-        rows = [["unedited", *(f"{some['scores'][f'{name}_before']:.3f}" for name in shown)]]
+        rows = [["unedited", *(_number(some["scores"][f"{name}_before"]) for name in shown)]]
         for method in results.comparison.methods:
             cell = cells.get(method)
             rows.append(
@@ -182,7 +189,7 @@ def _tables_of(results: Results, amount: Amount) -> list[str]:
         rows.append(
             [
                 method,
-                f"{before[0]:.2f}" if before else "not measured",
+                _number(before[0], digits=2) if before else "not measured",
                 _with_interval(after[0], after[1:], digits=2) if after else "not measured",
                 f"{cell['seconds']:.1f}",
                 _gib(cell["peak_memory"]),
@@ -194,7 +201,13 @@ def _tables_of(results: Results, amount: Amount) -> list[str]:
 
 
 def _with_interval(score: float, ends: Sequence[float], digits: int = 3) -> str:
+    if not math.isfinite(score):
+        return _number(score)
     return f"{score:.{digits}f} [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
+
+
+def _number(score: float, digits: int = 3) -> str:
+    return f"{score:.{digits}f}" if math.isfinite(score) else "not finite"
 
 
 def _gib(memory: Mapping[str, int]) -> str:
@@ -314,6 +327,16 @@ def _rows(results: Results) -> list[dict[str, Any]]:
 # Plots
 
 
+def _drawable(values: Sequence[float] | None) -> tuple[float, float, float] | None:
+    """A score and its interval as they can be drawn: around the score; None where it was not measured or not finite."""
+    if values is None or not math.isfinite(values[0]):
+        return None
+    score, *ends = values
+    low, high = (end if math.isfinite(end) else score for end in ends)
+    # Rounding can leave a mean 1e-16 outside its interval, and matplotlib takes no negative spread.
+    return score, min(low, score), max(high, score)
+
+
 def _styles(results: Results) -> dict[str, dict[str, Any]]:
     return {
         method: {"color": _COLORS[i % len(_COLORS)], "marker": _MARKERS[i % len(_MARKERS)]}
@@ -325,16 +348,18 @@ def _plot_scores(results: Results, path: Path) -> None:
     """A panel a score, a line a method with its interval as a band; hollow, the cell that was edited in turns."""
     from matplotlib.figure import Figure  # a second to import
 
-    def of_score(name: str) -> Callable[[Mapping[str, Any]], Sequence[float] | None]:
-        return lambda cell: (cell["scores"][name], *cell["intervals"][name]) if name in cell["scores"] else None
+    def of_score(name: str) -> Callable[[Mapping[str, Any]], tuple[float, float, float] | None]:
+        return lambda cell: (
+            _drawable((cell["scores"][name], *cell["intervals"][name])) if name in cell["scores"] else None
+        )
 
     panels: dict[str, Any] = {title: of_score(name) for name, title in METRIC_TITLES.items()}
     panels |= {f"{METRIC_TITLES[name]}, generated": of_score(f"{name}_generated") for name in MAIN_METRICS}
-    panels |= {"perplexity of other text": lambda cell: cell.get(PERPLEXITY, {}).get("after")}
+    panels |= {"perplexity of other text": lambda cell: _drawable(cell.get(PERPLEXITY, {}).get("after"))}
     cells = [cell for cell in results.cells.values() if "error" not in cell]
     panels = {title: read for title, read in panels.items() if any(read(cell) for cell in cells)}
-    columns = min(4, len(panels))
-    n_rows = -(-len(panels) // columns)
+    columns = max(1, min(4, len(panels)))
+    n_rows = max(1, -(-len(panels) // columns))
     figure = Figure(figsize=(3.4 * columns, 3.1 * n_rows + 0.5), layout="constrained")
     grid = figure.subplots(n_rows, columns, squeeze=False).ravel()
     for axes, (title, read) in zip(grid, panels.items(), strict=False):
@@ -357,7 +382,8 @@ def _plot_scores(results: Results, path: Path) -> None:
         axes.minorticks_off()
         if title.startswith("perplexity"):
             before = next(cell[PERPLEXITY]["before"][0] for cell in cells if PERPLEXITY in cell)
-            axes.axhline(before, color="grey", ls=":", lw=1)
+            if math.isfinite(before):
+                axes.axhline(before, color="grey", ls=":", lw=1)
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("{x:g}")
@@ -371,7 +397,7 @@ def _plot_scores(results: Results, path: Path) -> None:
     handles, labels = grid[0].get_legend_handles_labels()
     turns = "; hollow: edited in turns" if results.comparison.turns else ""
     title = f"against the number of facts edited; bands: 95 % intervals{turns}"
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), title=title)
+    figure.legend(handles, labels, loc="outside lower center", ncols=max(1, len(labels)), title=title)
     figure.savefig(path, dpi=130, format="png")
 
 
@@ -389,9 +415,12 @@ def _plot_tradeoff(results: Results, path: Path) -> None:
         for method, cell in results.measured(amount).items():
             if not {"generalization", "locality"} <= set(cell["scores"]):
                 continue
-            (x, *x_ends), (y, *y_ends) = (
-                (cell["scores"][name], *cell["intervals"][name]) for name in ("generalization", "locality")
+            x_drawn, y_drawn = (
+                _drawable((cell["scores"][name], *cell["intervals"][name])) for name in ("generalization", "locality")
             )
+            if x_drawn is None or y_drawn is None:
+                continue
+            (x, *x_ends), (y, *y_ends) = x_drawn, y_drawn
             drawn[method] = axes.errorbar(
                 x,
                 y,

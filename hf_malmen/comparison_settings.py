@@ -1,7 +1,8 @@
 """The settings of a comparison: what is compared, read from a file and checked before anything is run."""
 
 import dataclasses
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from .settings import field_names, read_settings, require_known
 EXAMPLE = "recipes/compare-geography.yaml"
 # Of every prompt alike, so that one set of answers before the edit serves all methods.
 SHARED_FIELDS = ("prompt_template", "use_chat_template", "task_type", "base_model_revision")
+# Fields of `EditorConfig` whose values are whole numbers, also where a range of them is searched.
+WHOLE_FIELDS = frozenset(entry.name for entry in dataclasses.fields(EditorConfig) if entry.type is int)
 SPLITS = ("train", "validation", "test")
 
 
@@ -54,7 +57,8 @@ class MethodSettings:
         editor: fields of `EditorConfig`.
         training: fields of `EditorTrainingArguments`, of a method that is trained.
         search: `{field of EditorConfig: [low, high]}`, of a method that is not: the range that is searched,
-            logarithmically; or `{field: {choices: [...]}}`. Empty: nothing is tuned.
+            logarithmically, in whole numbers where the field takes no others; or `{field: {choices: [...]}}`. Empty:
+            nothing is tuned.
         warm_up_facts: training facts whose statistics the editor of a method that is not trained starts with.
         editor_folder: folder or Hub id of an editor that is there already, instead of making one. That it was not
             trained on the test facts is for you to know.
@@ -124,6 +128,11 @@ class Comparison:
         at_once = [Amount(size) for size in self.sizes]
         return at_once + ([Amount(self.turns * self.facts_per_turn, self.facts_per_turn)] if self.turns else [])
 
+    @property
+    def prompt_format(self) -> EditorConfig:
+        """What all methods share, for what no method's editor does: some fields of `editor` only some methods take."""
+        return EditorConfig(**{name: self.editor[name] for name in SHARED_FIELDS if name in self.editor})
+
     def editor_settings(self, method: str) -> dict[str, Any]:
         """Fields of `EditorConfig`: those of all methods, and those of `method`."""
         return {"method": method, **self.editor, **self.methods[method].editor}
@@ -185,12 +194,15 @@ def load_comparison(
             raise ValueError(f"{where}: there is no method {name!r}. Methods: {', '.join(METHODS)}.")
     content = {**content, **overrides}
     content["methods"] = {
-        name: _nested(MethodSettings, methods.get(name), f"{where}, methods.{name}") for name in chosen
+        name: _nested(MethodSettings, methods.get(name), f"{where}, methods.{name}", ("editor", "training", "search"))
+        for name in chosen
     }
+    for name in ("editor", "training"):
+        content[name] = _section(content.get(name), f"{where}: {name}")
     content["evaluation"] = _nested(EvaluationSettings, content.get("evaluation"), f"{where}, evaluation")
     content["tuning"] = _nested(TuningSettings, content.get("tuning"), f"{where}, tuning")
     if max_steps is not None:
-        content["training"] = {**(content.get("training") or {}), "max_steps": max_steps}
+        content["training"] = {**content["training"], "max_steps": max_steps}
         for name, method in content["methods"].items():
             training = {key: value for key, value in method.training.items() if key != "max_steps"}
             content["methods"][name] = dataclasses.replace(method, training=training)
@@ -213,12 +225,49 @@ def comparison_from(content: Mapping[str, Any]) -> Comparison:
     return Comparison(**{**content, **nested, "methods": methods})
 
 
-def _nested(settings_type: Any, content: Any, where: str) -> Any:
+def require_shared_format(config: EditorConfig, method: str, comparison: Comparison) -> None:
+    """Check that a given editor is of its method, and reads prompts as the answers before the edit were asked.
+
+    Args:
+        config: the editor's.
+        method: that it is given for.
+        comparison: the settings.
+
+    Raises:
+        ValueError: it is not, or does not.
+    """
+    source = comparison.methods[method].editor_folder
+    if config.method != method:
+        raise ValueError(
+            f"{source} holds an editor of method {config.method!r}; expected {method!r}. Give it where that method is "
+            "set up."
+        )
+    shared = comparison.prompt_format
+    for name in ("prompt_template", "use_chat_template", "task_type"):
+        own, wanted = getattr(config, name), getattr(shared, name)
+        if own != wanted:
+            raise ValueError(
+                f"{source}, the editor of {method!r}, has {name} {own!r}, and the comparison has {wanted!r}; expected "
+                f"the same, since all methods are scored against the same answers. Put {name}: {own!r} under editor:, "
+                "which is for all methods, or give another editor."
+            )
+
+
+def _nested(settings_type: Any, content: Any, where: str, sections: Sequence[str] = ()) -> Any:
+    """Settings of a type; what is named in `sections` holds names with values again."""
     content = {} if content is None else content
     if not isinstance(content, Mapping):
         raise ValueError(f"{where} is {content!r}; expected {', '.join(sorted(field_names(settings_type)))}.")
     require_known(content, field_names(settings_type), where)
-    return settings_type(**content)
+    inner = {name: _section(content.get(name), f"{where}.{name}") for name in sections}
+    return settings_type(**{**content, **inner})
+
+
+def _section(content: Any, where: str) -> dict[str, Any]:
+    """Names with values; {} for a section without any, which YAML reads as None."""
+    if content is not None and not isinstance(content, dict):
+        raise ValueError(f"{where} is {content!r}; expected settings with their values, or nothing.")
+    return content or {}
 
 
 def _check_numbers(comparison: Comparison, where: str) -> None:
@@ -263,15 +312,16 @@ def _check_sources(comparison: Comparison, where: str) -> None:
 
 
 def _check_methods(comparison: Comparison, where: str) -> None:
-    known = field_names(EditorConfig)
-    require_known(comparison.editor, known, f"{where}, editor")
+    _check_editor(comparison.editor, f"{where}, editor")
+    _check_training(comparison.training, f"{where}, training")
     for name, method in comparison.methods.items():
         place = f"{where}, methods.{name}"
-        require_known(method.editor, known, f"{place}.editor")
-        require_known(method.search, known, f"{place}.search")
-        for shared in SHARED_FIELDS:
-            if shared in method.editor:
-                raise ValueError(f"{place}.editor: {shared} is the same for all methods; give it in `editor`.")
+        _check_editor(method.editor, f"{place}.editor")
+        require_known(method.search, field_names(EditorConfig), f"{place}.search")
+        for section, fields in (("editor", method.editor), ("search", method.search)):
+            for shared in SHARED_FIELDS:
+                if shared in fields:
+                    raise ValueError(f"{place}.{section}: {shared} is the same for all methods; give it in `editor`.")
         if type(method.accumulate) is not bool:
             raise ValueError(f"{place}: accumulate is {method.accumulate!r}; expected true or false.")
         if METHODS[name].is_trained and (method.search or method.warm_up_facts):
@@ -280,9 +330,36 @@ def _check_methods(comparison: Comparison, where: str) -> None:
             )
         if not METHODS[name].is_trained and method.training:
             raise ValueError(f"{place}.training: {name!r} is not trained. Tune it with search.")
+        _check_training(method.training, f"{place}.training")
+        settings = comparison.editor_settings(name)
+        EditorConfig(**settings)  # raises what is not allowed, before anything is run
         for setting, values in method.search.items():
-            _check_range(values, f"{place}.search.{setting}")
-        EditorConfig(**comparison.editor_settings(name))  # raises what is not allowed, before anything is run
+            _check_search(setting, values, settings, f"{place}.search.{setting}")
+
+
+def _check_editor(editor: Mapping[str, Any], where: str) -> None:
+    require_known(editor, field_names(EditorConfig), where)
+    if "method" in editor:
+        raise ValueError(f"{where}: method is {editor['method']!r}; expected none. What is compared stands in methods.")
+
+
+def _check_training(training: Mapping[str, Any], where: str) -> None:
+    if training:
+        from .training import EditorTrainingArguments  # seconds to import
+
+        require_known(training, set(inspect.signature(EditorTrainingArguments).parameters), where)
+
+
+def _check_search(setting: str, values: Any, settings: Mapping[str, Any], where: str) -> None:
+    """Check the range of a setting, and that the method takes both of its ends, or all of its choices."""
+    if setting == "method":
+        raise ValueError(f"{where} is {values!r}; expected none. What is compared stands in methods.")
+    _check_range(values, where)
+    for value in values["choices"] if isinstance(values, dict) else values:
+        try:
+            EditorConfig(**{**settings, setting: value})
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
 
 
 def _check_range(values: Any, where: str) -> None:

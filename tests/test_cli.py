@@ -261,6 +261,42 @@ def test_evaluate(home: Path, call: Callable[..., Done], dtype: str, tmp_path: P
     assert below(home) == before
 
 
+def test_side_effects_need_all_that_hold_the_model(
+    call: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where processes act as one, all measure and one writes; before that, it has written the scores of facts."""
+    scores, per_fact = tmp_path / "scores.json", tmp_path / "facts.parquet"
+    (tmp_path / "texts.txt").write_text("Lyon is a city in France.", encoding="utf-8")
+    command = ["evaluate", "editor", "model", "facts.jsonl", "--n-facts", 3, "--texts", tmp_path / "texts.txt"]
+    command += ["--output", scores, "--per-fact", per_fact]
+    calls: list[bool] = []
+
+    def measure(*_: Any, **__: Any) -> dict[str, float]:
+        calls.append(scores.is_file() and per_fact.is_file())
+        return {"perplexity": 3.0, "perplexity_before": 2.0, "perplexity_change": 1.0}
+
+    monkeypatch.setattr("hf_malmen.side_effects.measure_side_effects", measure)
+    monkeypatch.setattr("hf_malmen.distributed.writes", lambda: False)
+    assert call(*command) == Done(0, "", "") and calls == []
+    monkeypatch.setattr("hf_malmen.distributed.in_unison", lambda: True)
+    monkeypatch.setattr("hf_malmen.sharding.place", lambda _: None)  # there is nothing to shard with
+    assert call(*command) == Done(0, "", "") and calls == [False]
+    assert not scores.exists() and not per_fact.exists()
+    monkeypatch.setattr("hf_malmen.distributed.writes", lambda: True)
+    assert "| perplexity " in call(*command).out and calls == [False, True]
+    assert {"perplexity", "edit_success"} <= set(json.loads(scores.read_text(encoding="utf-8")))
+
+    def fail(*_: Any, **__: Any) -> dict[str, float]:
+        raise ValueError("too long")
+
+    monkeypatch.setattr("hf_malmen.side_effects.measure_side_effects", fail)
+    per_fact.unlink()
+    done = call(*command)
+    assert done.code == 2 and "edit success" in done.out and "too long" in done.err
+    kept = json.loads(scores.read_text(encoding="utf-8"))
+    assert per_fact.is_file() and "edit_success" in kept and "perplexity" not in kept
+
+
 def rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSONL file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

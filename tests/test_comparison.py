@@ -30,8 +30,17 @@ from hf_malmen.comparison import (
     run_comparison,
     split_facts,
 )
-from hf_malmen.comparison_job import drawn, harmonic_mean, perform
-from hf_malmen.comparison_report import Results, best, score_tables, unbeaten, write_report
+from hf_malmen.comparison_job import Base, Untrained, _perplexity, drawn, harmonic_mean, perform
+from hf_malmen.comparison_report import (
+    MAIN_METRICS,
+    Results,
+    _plot_scores,
+    _plot_tradeoff,
+    best,
+    score_tables,
+    unbeaten,
+    write_report,
+)
 from hf_malmen.comparison_settings import Amount, Comparison, MethodSettings, load_comparison
 from hf_malmen.evaluation import measure_edit
 from hf_malmen.side_effects import perplexity
@@ -403,6 +412,9 @@ def test_what_is_tested_was_not_trained_on(home: Path, tmp_path: Path) -> None:
         ({"test_facts": "test.jsonl"}, "give facts, to be split, or all of train_facts"),
         ({"editor": {"rnak": 3}}, "editor: unknown 'rnak'. Known: "),
         ({"editor": {"edit_lr": 0}}, "EditorConfig.edit_lr is 0"),
+        ({"editor": {"method": "mend"}}, "editor: method is 'mend'; expected none. What is compared stands in methods"),
+        ({"editor": [1]}, r"editor is \[1\]; expected settings with their values, or nothing"),
+        ({"training": {"max_step": 3}}, "training: unknown 'max_step'. Known: .*max_steps"),
         ({"methods": ["memot"]}, "there is no method 'memot'. Methods: malmen, "),
     ],
 )
@@ -424,6 +436,14 @@ def test_settings_are_checked(home: Path, tmp_path: Path, change: dict[str, Any]
         ("ultraedit", {"search": {"edit_rl": [1, 2]}}, "search: unknown 'edit_rl'"),
         ("ultraedit", {"serach": {}}, "methods.ultraedit: unknown 'serach'"),
         ("malmen", {"editor": {"prompt_template": "Q: {prompt}"}}, "prompt_template is the same for all methods"),
+        ("malmen", {"training": {"max_step": 3}}, "methods.malmen.training: unknown 'max_step'. Known: .*max_steps"),
+        ("malmen", {"editor": {"method": "mend"}}, "methods.malmen.editor: method is 'mend'; expected none"),
+        ("malmen", {"editor": 3}, "methods.malmen.editor is 3; expected settings with their values, or nothing"),
+        ("ultraedit", {"search": {"method": {"choices": ["memit", "ft"]}}}, "search.method is .* expected none"),
+        ("ultraedit", {"search": {"use_chat_template": {"choices": [True]}}}, "search: use_chat_template is the same"),
+        ("ultraedit", {"search": {"n_steps": [1, 4]}}, "search.n_steps: EditorConfig.n_steps is 1; allowed: nothing"),
+        ("memit", {"search": {"n_steps": [2, 4.5]}}, "search.n_steps: EditorConfig.n_steps is 4.5; allowed: a whole"),
+        ("ultraedit", {"search": {"statistics": {"choices": ["frozen", "warm"]}}}, "statistics is 'warm'; allowed"),
         ("ultraedit", 3, "methods.ultraedit is 3; expected accumulate, editor"),
     ],
 )
@@ -448,9 +468,104 @@ def test_drawn_settings_cover_their_ranges() -> None:
     assert len({(np.argsort([trial[name] for trial in trials]).tobytes()) for name in ("edit_lr", "ridge")}) == 2
 
 
+def test_whole_numbers_are_drawn_whole() -> None:
+    """A setting that is a number of something is one, within the range."""
+    found = [trial["n_steps"] for trial in drawn({"n_steps": [2, 9]}, 12, seed=1)]
+    assert all(type(value) is int and 2 <= value <= 9 for value in found) and len(set(found)) > 4
+
+
+def test_empty_sections_are_none(home: Path, tmp_path: Path) -> None:
+    """YAML reads a heading with nothing below it as null."""
+    content = yaml.safe_load((home / "compare.yaml").read_text(encoding="utf-8")) | {"output_dir": "out"}
+    content |= {"editor": None, "training": None, "methods": {"malmen": {"editor": None, "training": None}}}
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    found = load_comparison(tmp_path / "compare.yaml")
+    assert found.editor == found.training == found.methods["malmen"].editor == found.methods["malmen"].training == {}
+    assert load_comparison(tmp_path / "compare.yaml", max_steps=3).training == {"max_steps": 3}
+
+
+def test_settings_of_some_methods(home: Path, tmp_path: Path) -> None:
+    """What is set for all may be what only the compared methods have; the answers before the edit need none of it."""
+    only = {"methods": ["ft"], "sizes": [4], "turns": 0, "editor": {"n_steps": 2, "target_modules": ["mlp.down_proj"]}}
+    results = run_comparison(settings(home, tmp_path, **only), lambda _: None, Runner())
+    assert EditorConfig.from_pretrained(tmp_path / "editors" / "ft").n_steps == 2
+    assert "error" not in results["cells/ft-4"]
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"prompt_template": "Q: {prompt} A:"}, "has prompt_template 'Q: {prompt} A:', and the comparison has None.*"),
+        (
+            {"method": "mend"},
+            "holds an editor of method 'mend'; expected 'malmen'. Give it where that method is set up",
+        ),
+    ],
+)
+def test_a_given_editor_is_checked(
+    home: Path, tmp_path: Path, make_llama: Build, make_editor: Build, own: dict[str, Any], message: str
+) -> None:
+    """One that would be scored against answers to other prompts is refused before anything is run."""
+    make_editor(make_llama(), **{"method": "malmen", "rank": 4, **own}).save_pretrained(tmp_path / "editor")
+    content = yaml.safe_load((home / "compare.yaml").read_text(encoding="utf-8"))
+    content |= {"output_dir": str(tmp_path / "out"), "sizes": [4], "turns": 0}
+    content["methods"] = {"malmen": {"editor_folder": str(tmp_path / "editor")}}
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        run_comparison(load_comparison(tmp_path / "compare.yaml"), lambda _: None, Runner("before"))
+    assert not (tmp_path / "out").exists()
+    if "prompt_template" in own:
+        shared = load_comparison(tmp_path / "compare.yaml", {"editor": SHARED | own})
+        assert "error" not in run_comparison(shared, lambda _: None, Runner())["cells/malmen-4"]
+
+
+def test_statistics_of_other_tokens(home: Path, tmp_path: Path, make_llama: Build) -> None:
+    """Editors that trace other tokens do not share what was read beforehand, those with another step do."""
+    found = settings(home, tmp_path, methods=["ultraedit"])
+    with pytest.raises(StoppedError):
+        run_comparison(found, lambda _: None, Runner("before"))  # writes the facts
+    made = Untrained(Base(found), found, "ultraedit")
+    answer, other, everything = (made.editor(v) for v in ({}, {"edit_lr": 0.5}, {"token_selection": "all"}))
+    by_hand = EditorModel.from_base(
+        make_llama(), EditorConfig(method="ultraedit", token_selection="all", target_modules=["mlp.down_proj"])
+    )
+    by_hand.warm_up(made.base.model, load_facts(tmp_path / "facts" / "train.jsonl")[:6], made.base.tokenizer)
+    states = [
+        {n: b.cpu() for n, b in e.named_buffers() if "statistics" in n} for e in (answer, other, everything, by_hand)
+    ]
+    same = [[all(torch.equal(b, two[n]) for n, b in one.items()) for two in states] for one in states]
+    assert states[0] and same[0] == [True, True, False, False] and same[2] == [False, False, True, True]
+
+
+def test_a_base_on_the_hub_is_the_same_before_and_after(home: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Nobody has loaded it when jobs are planned; the jobs load the commit that was planned with."""
+    loaded: list[str] = []
+    asked_for: list[tuple[str, str]] = []
+
+    def cached_file(repo: str, name: str, revision: str) -> str:
+        asked_for.append((repo, revision))
+        return str(tmp_path / "snapshots" / "c0ffee" / name)
+
+    monkeypatch.setattr(comparison, "cached_file", cached_file)
+    found = settings(home, tmp_path / "out", base_model="me/base", editor={"base_model_revision": "v1"})
+    runner = Runner("cells/malmen-4")
+
+    def run(job: Job, used: Comparison) -> None:
+        loaded.append(used.editor["base_model_revision"])
+        job.write({"summary": ""}) if job.kind != "cell" else runner(job, used)
+
+    with pytest.raises(StoppedError):
+        run_comparison(found, lambda _: None, run)
+    assert set(loaded) == {"c0ffee"} and set(asked_for) == {("me/base", "v1")}
+    jobs = plan(found, split_facts(found)[0])
+    assert [job.name for job in jobs if job.read() is not None] == ["before", "editors/malmen", "editors/ultraedit"]
+    assert jobs[0].settings["base"] == "c0ffee"
+
+
 def test_harmonic_mean() -> None:
     """By hand."""
     assert harmonic_mean([0.5, 1.0, 0.25]) == pytest.approx(3 / 7)
+    assert harmonic_mean([0.5, float("nan")]) == 0
     assert harmonic_mean([0.5, 0.0]) == harmonic_mean([]) == 0
 
 
@@ -500,6 +615,39 @@ def test_ties_are_ties(tmp_path: Path) -> None:
     assert best(results, amount, "locality") == ["malmen"]
     assert best(results, amount, "perplexity") == []
     assert unbeaten(results, amount) == ["malmen", "mend"]
+
+
+def test_what_is_not_finite_never_wins(tmp_path: Path) -> None:
+    """The NaN of a model that overflows is last and called so; plots leave it out, and take means off by rounding."""
+    nan, some = float("nan"), [0.2, 0.9, 0.4, 0.7]
+    scores = {name: dict.fromkeys(MAIN_METRICS, some) for name in ("malmen", "mend", "ultraedit")}
+    scores["malmen"] = {metric: [nan, *some[1:]] for metric in MAIN_METRICS}
+    results = results_of(scores, tmp_path)
+    losses = {"malmen": [(nan, 3), (2.0, 2)], "mend": [(6.0, 3), (5.0, 2)], "ultraedit": [(6.0, 3), (float("inf"), 2)]}
+    written: Any = results.cells
+    for (method, _), cell in written.items():
+        cell["losses"] = losses[method]
+        cell["perplexity"] = {"before": [2.0, 1.0, 3.0], "after": _perplexity(losses[method])}
+        for name in MAIN_METRICS:
+            cell["intervals"][name] = [np.nextafter(cell["scores"][name], 1), 0.9]
+    amount = Amount(4)
+    assert best(results, amount, "perplexity") == ["mend"]
+    assert best(results, amount, "locality") == unbeaten(results, amount) == ["mend", "ultraedit"]
+    tables = score_tables(results)
+    assert "nan" not in tables and "inf" not in tables
+    assert [row.count("not finite") for row in tables.splitlines() if "| malmen" in row] == [3, 1]
+    assert [row.count("not finite") for row in tables.splitlines() if "| ultraedit" in row] == [0, 1]
+    for turns in (0, 2):  # drawn with spreads, too
+        turned = dataclasses.replace(results.comparison, sizes=[] if turns else [4], turns=turns, facts_per_turn=2)
+        cells = {(method, turned.amounts[0].name): cell for (method, _), cell in results.cells.items()}
+        for draw in (_plot_scores, _plot_tradeoff):
+            draw(dataclasses.replace(results, comparison=turned, cells=cells), tmp_path / "plot.png")
+    for cell in written.values():
+        cell["scores"] |= dict.fromkeys(MAIN_METRICS, nan)
+        cell["perplexity"]["after"] = [nan] * 3
+    _plot_scores(results, tmp_path / "plot.png")
+    _plot_tradeoff(results, tmp_path / "plot.png")
+    assert best(results_of({"mend": {"locality": [nan]}}, tmp_path), amount, "locality") == []
 
 
 def test_report(done: tuple[Comparison, dict[str, Any], list[str]], tmp_path: Path) -> None:
@@ -574,8 +722,6 @@ def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
 def test_peak_memory_counts(home: Path) -> None:
     """What was held for a moment is in the peak."""
-    from hf_malmen.comparison_job import Base
-
     base = Base(Comparison(str(home / "base"), ""))
     before = base.peak_memory()["memory"]
     held = torch.ones(before // 4 + 2**26)  # four bytes each: more than the process ever had
