@@ -181,6 +181,8 @@ class FeatureFolder:
 def features_fingerprint(model: nn.Module, *settings: Any) -> str:
     """SHA-256 of all weights of `model`, their dtypes, its configuration, and what else features depend on.
 
+    Of PEFT's adapters too which are active, merged into the weights, or disabled, and how they are scaled.
+
     Args:
         model: the base model, all of it in memory.
         settings: anything with a telling `repr`, such as the names of the traced modules.
@@ -201,6 +203,11 @@ def features_fingerprint(model: nn.Module, *settings: Any) -> str:
             )
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_bytes(tensor))
+    for name, module in model.named_modules():
+        # A model has a method of this name, an adapted layer a flag.
+        if isinstance(getattr(module, "disable_adapters", None), bool):
+            told_of_adapters = {state: getattr(module, state, None) for state in _ADAPTER_STATES}
+            digest.update(f"{name} {told_of_adapters!r}".encode())
     return digest.hexdigest()
 
 
@@ -211,6 +218,9 @@ def sequence_key(kind: str, sequence: TokenSequence) -> Key:
 
 # Of a configuration: where the model came from, and what wrote it.
 _NOT_OF_THE_MODEL = ("_name_or_path", "name_or_path", "transformers_version", "_commit_hash")
+
+# Of a layer that PEFT has adapted: what its weights do not say about what it computes.
+_ADAPTER_STATES = ("disable_adapters", "active_adapters", "merged_adapters", "scaling")
 
 
 def _name(key: Key) -> str:

@@ -1,6 +1,6 @@
 """The passes that no edit changes: what training needs of the unedited model, each once a sequence."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,17 +8,14 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .batches import TokenBatch, Tokenizer, TokenSequence
+from .batches import IGNORED, TokenBatch, Tokenizer, TokenSequence
 from .features import FeatureCache, Key, sequence_key
 from .sharding import is_sharded
 from .targets import blocks_of, target_module
 from .tracing import Trace, answer_states, at_answers, input_device, logits_of_states, own_answer_logits, pass_cost
-from .trunk import Trunk
+from .trunk import DEFAULT_TOLERANCE, TOLERANCE, Trunk
 
 logger = logging.get_logger(__name__)
-
-# Two ways to the same logits may differ by this share of their spread, for rounding.
-_TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 class FrozenPasses:
@@ -134,33 +131,39 @@ class FrozenPasses:
     def _find_shortened(self, batch: TokenBatch) -> list[nn.Module]:
         """Modules of the last block that need run on answer tokens alone, such as its feed-forward layers.
 
-        Not told by name, but tried: with the modules shortened the answers must be the same.
+        Not told by name, but tried: with the modules shortened they must put out the same for answer tokens, and the
+        answers must be the same, whatever they put out for other tokens.
         """
         found = blocks_of(self.model, self.module_names)
         if found is None:
             return []
         *_, last = target_module(self.model, found[0]).children()
         candidates = [child for child in last.children() if any(p.dim() > 1 for p in child.parameters())]
-        fitting: list[nn.Module] = []
+        fitting: dict[nn.Module, Tensor] = {}
+        found_rows: dict[nn.Module, Tensor] = {}
+        is_answer = batch.labels != IGNORED
 
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             shapes = [x.shape[:-1] for x in (*args, output) if isinstance(x, Tensor)]
             if len(args) == 1 and not kwargs and shapes == [batch.labels.shape] * 2:
-                fitting.append(module)
+                fitting[module] = output[is_answer.to(output.device)]
 
-        handles = [child.register_forward_hook(look, with_kwargs=True) for child in candidates]
-        try:
+        def spoil(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            rows = is_answer.to(output.device)
+            found_rows[module] = output[rows]
+            # Any answer that reads another token is not a number either. How far zeros would move it says little: in
+            # a mean over all tokens, beside the large bias of a class, no further than rounding.
+            return output.masked_fill(~rows[..., None], torch.nan)
+
+        with _hooked(candidates, look, with_kwargs=True):
             logits = self._answer_logits(batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-        if fitting:
-            with at_answers(fitting, batch):
-                if not _is_close(self._answer_logits(batch), logits, self.model):
-                    fitting = []
-        if not fitting:
-            logger.info("The last block can only run as a whole; running it at every token.")
-        return fitting
+        # Hooks run in turn: after that of `at_answers`, which puts the tokens back in their places.
+        with at_answers(list(fitting), batch), _hooked(fitting, spoil):
+            is_same = _is_close(self._answer_logits(batch), logits, self.model) if fitting else False
+        if is_same and all(_are_close(found_rows[module], rows, self.model) for module, rows in fitting.items()):
+            return list(fitting)
+        logger.info("The last block can only run as a whole; running it at every token.")
+        return []
 
     def _answer_logits(self, batch: TokenBatch) -> Tensor:
         return own_answer_logits(self.model, batch)[0]
@@ -195,8 +198,30 @@ class FrozenPasses:
 def _is_close(found: Tensor, expected: Tensor, model: nn.Module) -> bool:
     """Whether two ways to the same logits differ by no more than rounding."""
     found, expected = found.float(), expected.float()
-    tolerance = _TOLERANCE.get(next(model.parameters()).dtype, 1e-4) * expected.std(correction=0)
+    tolerance = _tolerance(model) * expected.std(correction=0)
     return found.shape == expected.shape and bool((found - expected).abs().max() <= tolerance)
+
+
+def _are_close(found: Tensor, expected: Tensor, model: nn.Module) -> bool:
+    """Whether two ways to the same rows, (n, size), differ by no more than rounding, row by row."""
+    found, expected = found.float(), expected.float()
+    distance, size = torch.linalg.vector_norm(found - expected, dim=-1), torch.linalg.vector_norm(expected, dim=-1)
+    return bool((distance <= _tolerance(model) * size).all())
+
+
+def _tolerance(model: nn.Module) -> float:
+    return TOLERANCE.get(next(model.parameters()).dtype, DEFAULT_TOLERANCE)
+
+
+@contextmanager
+def _hooked(modules: Iterable[nn.Module], hook: Callable[..., Any], **settings: bool) -> Iterator[None]:
+    """`hook` runs after each of the modules."""
+    handles = [module.register_forward_hook(hook, **settings) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _trace_key(sequence: TokenSequence) -> Key:

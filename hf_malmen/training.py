@@ -1,5 +1,6 @@
 """`EditorTrainer`: meta-training of the hyper-network with the decoupled gradient (paper section 4.3)."""
 
+import os
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence, Sized
@@ -122,6 +123,7 @@ class EditorTrainingArguments(TrainingArguments):
     scale_learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of log η, log λ and log κ."})
 
     def __post_init__(self) -> None:
+        self._refuse_mixed_precision()
         super().__post_init__()
         # It shards whatever transformers loads or makes while it is there: the editor too.
         self.deepspeed_plugin = None
@@ -141,6 +143,19 @@ class EditorTrainingArguments(TrainingArguments):
                 f"EditorTrainingArguments.hub_strategy is {strategy.value!r}; allowed: "
                 f"{', '.join(repr(allowed.value) for allowed in _HUB_STRATEGIES)}. The others push the state of the "
                 "optimizer, which is a pickle; an editor's repo holds safetensors only."
+            )
+
+    def _refuse_mixed_precision(self) -> None:
+        """The step computes its own gradients: no scaler sees them, and autocast would round the value differences."""
+        asked = [f"EditorTrainingArguments.{name} is True" for name in ("fp16", "bf16") if getattr(self, name)]
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+        if precision != "no":
+            asked.append(f"ACCELERATE_MIXED_PRECISION, which accelerate's configuration sets, is {precision!r}")
+        if asked:
+            raise ValueError(
+                f"{' and '.join(asked)}; expected no mixed precision. The dtype that the base model is loaded in is "
+                "the precision, and the hyper-network stays in float32. Leave the setting out, and load the base model "
+                'with dtype="bfloat16", as a recipe says it with dtype: bfloat16.'
             )
 
 
@@ -237,6 +252,7 @@ class EditorTrainer(Trainer):
         place(base_model, args.device)
         self.passes = self._passes(editor)
         self.add_callback(_ForgetFeatures(self.passes.features))
+        self.add_callback(_StartOver(self))
         self._losses: list[tuple[float, float]] = []
         self._sequence = _Sequence()
         self.run: EditorRun | None = None
@@ -267,7 +283,8 @@ class EditorTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """`Trainer`'s optimizer, with log η, log λ and log κ in a group of their own."""
         if self.optimizer is None:
-            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.editor)
+            chosen = self.optimizer_cls_and_kwargs
+            optimizer_class, settings = chosen or self.get_optimizer_cls_and_kwargs(self.args, self.editor)
             scales = [p for name, p in self.editor.named_parameters() if _is_scale(name)]
             others = [p for name, p in self.editor.named_parameters() if not _is_scale(name)]
             groups = [
@@ -538,6 +555,28 @@ class _ForgetFeatures(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Empty it."""
         self.features.clear()
+
+
+class _StartOver(TrainerCallback):
+    """Drops what an interrupted run, or a try that `auto_find_batch_size` repeats, left of its last step.
+
+    The sets of that step are no part of the next one's sequence, and its losses no part of the next log.
+    """
+
+    def __init__(self, trainer: EditorTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Of every run, and of every try."""
+        self.trainer._losses.clear()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Before the first set of an optimizer step."""
+        self.trainer._sequence = _Sequence()
 
 
 def _joined(window: Sequence[tuple[Sequence[TokenSequence], ...]], part: int) -> list[TokenSequence]:

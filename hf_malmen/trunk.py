@@ -7,18 +7,28 @@ own, and every later pass over that sequence (before the edit, after it, in the 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .batches import TokenBatch, Tokenizer, TokenSequence
+from .batches import IGNORED, TokenBatch, Tokenizer, TokenSequence
 from .features import FeatureCache, Key
 from .sharding import is_sharded
 from .targets import blocks_of, target_module
-from .tracing import input_device, pass_cost, run_until
+from .tracing import input_device, model_inputs, pass_cost, run_until
 
 logger = logging.get_logger(__name__)
+
+# Two ways to the same logits may differ by this share of their spread, for rounding.
+TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
+DEFAULT_TOLERANCE = 1e-4
+
+_N_TRIED = 6  # tokens of a trial
+
+# Last of some blocks -> whether passes may start behind it, where that has been tried.
+_tried: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 
 
 class Trunk:
@@ -51,14 +61,14 @@ class Trunk:
     @torch.no_grad()
     def fill(self, sequences: Sequence[TokenSequence], tokenize: Tokenizer, batch_size: int) -> None:
         """Run the trunk over those sequences that it has no output for. `model` is inside `frozen`."""
-        if not self.is_usable:
+        if not self._can_replay():
             return
         wanted = {sequence.input_ids: sequence for sequence in sequences}
         missing = [sequence for ids, sequence in wanted.items() if self._output(ids) is None]
         for chosen, batch in tokenize.batches(missing, batch_size, pass_cost(self.model) // 4):  # no vocabulary
             output = self._run(batch.to(input_device(self.model)))
             if output is None:
-                logger.info("The blocks below the edited ones return more than a hidden state; running them in full.")
+                _tell_fallback()
                 self.blocks = []
                 return
             read = output[batch.attention_mask.bool().to(output.device)].to(input_device(self.model))
@@ -73,7 +83,8 @@ class Trunk:
         """Within the context a forward pass over `batch` starts above the trunk, where `fill` has run its sequences."""
         ids = _input_ids(batch) if self.is_usable else []
         found = [output for output in map(self._output, ids) if output is not None]
-        if not found or len(found) < len(ids):
+        # What is found may come from the disk, from where nothing of this model has been tried yet.
+        if not found or len(found) < len(ids) or not self._can_replay():
             yield
             return
         hidden = found[0].new_zeros((*batch.input_ids.shape, found[0].shape[-1]))
@@ -84,13 +95,18 @@ class Trunk:
                 stack.enter_context(_returning(block, result))
             yield
 
+    def _can_replay(self) -> bool:
+        """Whether there are blocks to save, and what runs above them reads their last hidden state alone."""
+        if self.blocks and not _is_replayable(self.model, self.blocks):
+            self.blocks = []
+        return self.is_usable
+
     def _run(self, batch: TokenBatch) -> Tensor | None:
-        """The trunk's output for `batch`; None if it is more than one hidden state."""
+        """The trunk's output for `batch`; None if it is not one hidden state of every token."""
         output = run_until(self.model, batch, self.blocks[-1])
         self._in_tuple = isinstance(output, tuple)
-        if self._in_tuple:
-            output = output[0] if len(output) == 1 else None
-        return output if isinstance(output, Tensor) else None
+        hidden = _hidden_state(output)
+        return hidden if hidden is not None and hidden.shape[:2] == batch.input_ids.shape else None
 
     def _output(self, input_ids: tuple[int, ...]) -> Tensor | None:
         """What is kept for a sequence, (length, hidden_size)."""
@@ -103,7 +119,9 @@ class Trunk:
 
 @contextmanager
 def started_behind(model: nn.Module, block: str, output: Any) -> Iterator[None]:
-    """Within the context a pass starts behind a block, whose output is known; not where it is more than a hidden state.
+    """Within the context a pass starts behind a block, whose output is known.
+
+    It runs in full where the block puts out more than a hidden state, or the blocks above it read more than that.
 
     Args:
         model: the base model.
@@ -113,9 +131,12 @@ def started_behind(model: nn.Module, block: str, output: Any) -> Iterator[None]:
     name, _, place = block.rpartition(".")
     blocks = target_module(model, name)
     assert isinstance(blocks, nn.ModuleList)  # for the type checker: it is one of its blocks
-    is_hidden_state = isinstance(output, Tensor) or (isinstance(output, tuple) and len(output) == 1)
+    below = list(blocks)[: int(place) + 1]
+    # Not tried where processes hold the blocks together: a trial runs past what puts them together.
+    if _hidden_state(output) is None or not (is_sharded(model) or _is_replayable(model, below)):
+        below = []
     with ExitStack() as stack:
-        for entry in list(blocks)[: int(place) + 1] if is_hidden_state else ():
+        for entry in below:
             stack.enter_context(_returning(entry, output))
         yield
 
@@ -129,6 +150,84 @@ def _blocks_below(model: nn.Module, module_names: Sequence[str]) -> list[nn.Modu
     blocks = target_module(model, name)
     assert isinstance(blocks, nn.ModuleList)  # for the type checker
     return list(blocks)[: min(places)]
+
+
+def _hidden_state(output: Any) -> Tensor | None:  # (n_sequences, length, hidden_size)
+    """What a block puts out, if that is one hidden state, as such or in a tuple. Some put out several streams."""
+    if isinstance(output, tuple) and len(output) == 1:
+        output = output[0]
+    return output if isinstance(output, Tensor) and output.dim() == 3 else None
+
+
+def _is_replayable(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
+    """Whether what runs above the blocks reads nothing of them but what the last one puts out.
+
+    Not told by name, but tried, once: Gemma 4's upper layers, for one, read keys and values of the lower ones.
+    """
+    last = blocks[-1]
+    if last not in _tried:
+        _tried[last] = _try_out(model, blocks)
+        if not _tried[last]:
+            _tell_fallback()
+    return _tried[last]
+
+
+@torch.no_grad()
+def _try_out(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
+    """Whether a pass over a few tokens that starts behind the blocks comes to the logits of a whole one."""
+    reached: list[Any] = []
+    handle = blocks[-1].register_forward_hook(lambda _, __, output: reached.append(_copied(output)))
+    try:
+        batch, other = _tokens_to_try(model)
+        expected = _logits(model, batch)
+        # Other tokens in between, for what outlives a pass: what the blocks last left must not be taken for theirs.
+        contrast = _logits(model, other)
+        handle.remove()
+        hidden = _hidden_state(reached[0])
+        if hidden is None or hidden.shape[:2] != batch.input_ids.shape:
+            return False
+        with ExitStack() as stack:
+            for block in blocks:
+                stack.enter_context(_returning(block, reached[0]))
+            found = _logits(model, batch)
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the blocks
+    except Exception as error:  # whatever a block says that misses what was not run
+        logger.debug(f"A pass that starts behind {type(blocks[-1]).__name__} fails: {error!r}")
+        return False
+    finally:
+        handle.remove()
+    # Against what the tokens do to the logits: their spread may be that of the bias of a class, whatever is read.
+    tolerance = TOLERANCE.get(next(model.parameters()).dtype, DEFAULT_TOLERANCE)
+    return bool((found - expected).abs().max() <= tolerance * (contrast - expected).abs().max())
+
+
+def _tokens_to_try(model: nn.Module) -> tuple[TokenBatch, TokenBatch]:
+    """A few tokens from the middle of the vocabulary, where none is special; and the same the other way round."""
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator] # of every transformers model
+    n_tokens = embedding.weight.shape[0]
+    ids = (n_tokens // 2 + torch.arange(_N_TRIED)).clamp(max=n_tokens - 1)[None]
+    batch, other = (
+        TokenBatch(tokens, torch.ones_like(tokens), torch.full_like(tokens, IGNORED)) for tokens in (ids, ids.flip(1))
+    )
+    return batch.to(input_device(model)), other.to(input_device(model))
+
+
+def _logits(model: nn.Module, batch: TokenBatch) -> Tensor:
+    # Not by a call, whose hooks may be the caller's, who has put beginnings before the batch.
+    logits: Tensor = model.forward(**model_inputs(model, batch)).logits
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _copied(output: Any) -> Any:
+    """What a block puts out, before another one adds to it in place."""
+    if isinstance(output, tuple):
+        return tuple(map(_copied, output))
+    return output.clone() if isinstance(output, Tensor) else output
+
+
+def _tell_fallback() -> None:
+    logger.info("The blocks below the edited ones hand on more than a hidden state; running them in full.")
 
 
 def _key(input_ids: tuple[int, ...]) -> Key:

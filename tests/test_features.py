@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -157,6 +159,35 @@ def test_fingerprint_sees_every_weight_and_setting(make_llama: Callable[..., Pre
     rescaled = make_llama()
     rescaled.config.rms_norm_eps = 1e-3
     assert features_fingerprint(rescaled, ["a"], "answer") != before
+
+
+def test_fingerprint_sees_the_state_of_adapters(make_llama: Callable[..., PreTrainedModel]) -> None:
+    """Which are active, whether they are switched off or merged, and their scales; put back, it is as it was."""
+    model = make_llama()
+    for name in ("first", "second"):
+        model.add_adapter(LoraConfig(target_modules=["up_proj"], init_lora_weights=False), name)
+
+    def digest() -> str:
+        return features_fingerprint(model, ["a"], "answer")
+
+    layer: Any = model.get_submodule("model.layers.0.mlp.up_proj")
+    model.set_adapter("first")
+    found = [digest()]
+    model.set_adapter("second")
+    found.append(digest())
+    model.disable_adapters()
+    found.append(digest())
+    model.enable_adapters()
+    layer.scaling["second"] *= 2
+    found.append(digest())
+    layer.scaling["second"] /= 2
+    model.set_adapter("second")
+    assert digest() == found[1]
+    weight = layer.weight.detach().clone()
+    layer.merge()
+    layer.weight.data.copy_(weight)  # so that nothing but the flag says it
+    found.append(digest())
+    assert len(set(found)) == 5
 
 
 def test_fingerprint_of_offloaded_weights_is_refused(make_llama: Callable[..., PreTrainedModel]) -> None:

@@ -513,6 +513,70 @@ def test_a_sequence_is_an_optimizer_step(
         assert logged(resumed, key) == logged(whole, key)
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_an_interrupted_step_leaves_nothing_to_the_next(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+    monkeypatch: pytest.MonkeyPatch,
+    again: bool,
+) -> None:
+    """Ctrl-C between the sets of a sequence, or a lack of memory there: the next run or try begins with its first set.
+
+    So do the losses of its logs.
+    """
+    befores: list[bool] = []
+    leaves = EditorTrainer._leaves
+
+    def fail_once(self: EditorTrainer, solutions: Any, before: Any) -> Any:
+        befores.append(bool(before))
+        if len(befores) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.") if again else KeyboardInterrupt
+        return leaves(self, solutions, before)
+
+    monkeypatch.setattr(EditorTrainer, "_leaves", fail_once)
+    trainer = make_trainer(
+        make_editor(llama, seed=None, method="rledit", **TARGETS), llama, many, per_device_train_batch_size=2,
+        gradient_accumulation_steps=2, max_steps=2, auto_find_batch_size=again, logging_steps=1,
+    )  # fmt: skip
+    n_averaged: list[int] = []
+    log = EditorTrainer.log
+
+    def count(self: EditorTrainer, logs: dict[str, float], *rest: Any) -> None:
+        if "loss" in logs:
+            n_averaged.append(len(self._losses))
+        log(self, logs, *rest)
+
+    monkeypatch.setattr(EditorTrainer, "log", count)
+    if again:
+        trainer.train()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        trainer.train()
+    assert befores == [False, True] + [False, True] * 2
+    assert n_averaged == [2, 2]
+
+
+def test_an_optimizer_of_ones_own(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    """`Trainer`'s argument for one counts, and the scales keep their own learning rate."""
+    arguments = EditorTrainingArguments(output_dir=tmp_path, use_cpu=True, report_to=[], scale_learning_rate=0.5)
+    trainer = EditorTrainer(
+        make_editor(llama, seed=None, **TARGETS), llama, arguments, many, processing_class=tokenizer,
+        optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.25, "momentum": 0.5}),
+    )  # fmt: skip
+    optimizer = trainer.create_optimizer()
+    assert type(optimizer) is torch.optim.SGD
+    assert [(group["lr"], group["momentum"]) for group in optimizer.param_groups] == [(0.25, 0.5), (0.5, 0.5)]
+
+
 def test_checkpoint_is_an_editor(
     llama: PreTrainedModel,
     many: list[Fact],
@@ -625,6 +689,20 @@ def test_arguments_are_checked(tmp_path: Path, name: str, value: float) -> None:
     """A setting that cannot be is named with its value."""
     with pytest.raises(ValueError, match=rf"{name} is {value}"):
         EditorTrainingArguments(output_dir=tmp_path, use_cpu=True, **{name: value})
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("by_accelerate", [False, True])
+def test_mixed_precision_is_refused(
+    tmp_path: Path, precision: str, by_accelerate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base model's dtype is the precision, whichever way another one is asked for."""
+    if by_accelerate:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    asked = {} if by_accelerate else {precision: True}
+    named = f"ACCELERATE_MIXED_PRECISION.*{precision}" if by_accelerate else f"{precision} is True"
+    with pytest.raises(ValueError, match=rf"{named}.*dtype.*float32.*Leave the setting out"):
+        EditorTrainingArguments(output_dir=tmp_path, use_cpu=True, **asked)
 
 
 def test_sharding_the_editor_is_refused(
