@@ -25,7 +25,7 @@ from .errors import CheckpointError, CheckpointWriteError, FingerprintWarning, M
 from .history import add_in_place, locked, recorded, recover_locked, require_settled, sync_file
 from .mapping import TensorShift, direct_shifts, map_shifts
 from .model_card import EditSummary
-from .records import EDITS_FOLDER, read_history
+from .records import EDITS_FOLDER, JOURNAL, read_history
 from .shards import (
     DTYPES,
     INDEX_FILE,
@@ -190,8 +190,7 @@ def write_shifts(
                 except _NoMatch:
                     pass
             return write(source, tensors, find(source, tensors), lambda: _check_stamps(source, stamps))
-    require_settled(source.folder)
-    found = _state(source)
+    found = _settled_state(source)
     tensors = source.tensors()
     plan = find(source, tensors)  # before anything is copied
     with _staged_copy(source, Path(output_dir or ""), {tensors[key].file for key in plan}, found) as stage:
@@ -240,8 +239,7 @@ def copy_checkpoint(
     """
     _check_destination(checkpoint, output_dir, in_place=False)
     source = _resolve(checkpoint, False, revision, token)
-    require_settled(source.folder)
-    with _staged_copy(source, Path(output_dir), set(), _state(source)):
+    with _staged_copy(source, Path(output_dir), set(), _settled_state(source)):
         pass
 
 
@@ -452,6 +450,15 @@ def _state(place: Source) -> tuple[dict[Path, tuple[int, int]], list[str]]:
     return _stamps(place), sorted(path.name for path in edits.iterdir()) if edits.is_dir() else []
 
 
+def _settled_state(place: Source) -> tuple[dict[Path, tuple[int, int]], list[str]]:
+    """`_state`, of a checkpoint that no change has begun to."""
+    require_settled(place.folder)
+    stamps, names = _state(place)
+    if JOURNAL in names:  # of a writer that began since; its weights may be all there, and its record is not
+        raise _changed(place)
+    return stamps, names
+
+
 def _changed(place: Source) -> CheckpointError:
     return CheckpointError(f"Weight files of {place.folder} changed while they were read. Try again.")
 
@@ -464,7 +471,7 @@ def _staged_copy(source: Source, target: Path, edited: set[Path], state: object)
         source: the checkpoint.
         target: where the copy goes.
         edited: the files that are to be written, and so are copied.
-        state: `_state` of the source when it was looked at, which must be that of what was copied.
+        state: `_settled_state` of the source when it was looked at, which must be that of what was copied.
     """
 
     def copy(file: str, place: str) -> str:
@@ -484,7 +491,14 @@ def _staged_copy(source: Source, target: Path, edited: set[Path], state: object)
             def ignored(folder: str, names: list[str]) -> set[str]:
                 return (unfinished if Path(folder) == source.folder / EDITS_FOLDER else hidden)(folder, names)
 
-            shutil.copytree(source.folder, stage, dirs_exist_ok=True, ignore=ignored, copy_function=copy)
+            try:
+                shutil.copytree(source.folder, stage, dirs_exist_ok=True, ignore=ignored, copy_function=copy)
+            except (CheckpointError, OSError) as error:
+                if _state(source) != state:  # as where an edit is undone, whose files are gone
+                    raise _changed(source) from error
+                raise
+            if (edits := stage / EDITS_FOLDER).is_dir() and not any(edits.iterdir()):
+                edits.rmdir()
         if _state(source) != state:
             raise _changed(source)
         for file in edited:

@@ -81,8 +81,8 @@ def cached_checkpoint(repo_id: str, commit: str, token: str | bool | None = None
     Raises:
         OSError, HTTPError (`HUB_ERRORS`): the Hub cannot be asked.
     """
-    found = try_to_load_from_cache(repo_id, "config.json", revision=commit)
-    if not isinstance(found, str):
+    found = _cached_config(repo_id, commit)
+    if found is None:
         return None
     if found in _asked:
         return Path(found).parent
@@ -103,8 +103,13 @@ def cached_checkpoint(repo_id: str, commit: str, token: str | bool | None = None
 
 def cached_commit(repo_id: str, revision: str | None = None) -> str | None:
     """The commit of a repo that was just loaded from the Hub; None for a folder."""
+    found = None if Path(repo_id).exists() else _cached_config(repo_id, revision)
+    return None if found is None else Path(found).parent.name
+
+
+def _cached_config(repo_id: str, revision: str | None) -> str | None:
     try:
-        found = None if Path(repo_id).exists() else try_to_load_from_cache(repo_id, "config.json", revision=revision)
+        found = try_to_load_from_cache(repo_id, "config.json", revision=revision)
     except HFValidationError:  # it was a folder, which is gone
         return None
-    return Path(found).parent.name if isinstance(found, str) else None
+    return found if isinstance(found, str) else None

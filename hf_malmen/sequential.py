@@ -31,7 +31,7 @@ from .memory import parse_memory, plan_groups
 from .model_card import N_FACTS_SHOWN
 from .records import EDITS_FOLDER, Record, read_history, read_ledger
 from .sharding import copy_of, overwrite, whole
-from .shards import TensorEntry, raw, read_tensor_index
+from .shards import INDEX_FILE, SINGLE_FILE, TensorEntry, raw, read_tensor_index
 from .shifts import Shift, dense
 from .state import EditState, Products, RowCollector, Rows, all_written
 from .targets import is_fan_in_fan_out, module_shape, named_modules, plain_model, target_module, weight_of
@@ -242,6 +242,8 @@ def _edited_folder(model: nn.Module, strict: bool = False) -> Path | None:
     if folder is None or not (folder / EDITS_FOLDER).is_dir():
         return None
     require_settled(folder)
+    if not any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
+        return None  # the edits are those of a lone file of weights, beside others that are no safetensors files
     return folder if read_history(folder) else None
 
 

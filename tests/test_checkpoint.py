@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import hf_malmen.history
-from hf_malmen import CheckpointError, Edit, Fact, ModelMismatchError, NumericalError
+from hf_malmen import CheckpointError, Edit, Fact, ModelMismatchError, NumericalError, read_history, undo_edit
+from hf_malmen.checkpoint import copy_checkpoint
 from hf_malmen.errors import CheckpointWriteError
 from hf_malmen.shards import TensorEntry, read_tensor_index
 
@@ -637,6 +638,70 @@ def test_a_file_that_changes_while_it_is_read(
     expected = weights[:-1] + bytes([weights[-1] ^ 1]) if in_place else weights
     assert after == before | {"model.safetensors": expected}
     assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+@pytest.mark.parametrize("moment", [1, 4, 7])
+@pytest.mark.parametrize("other", ["write", "undo"])
+@pytest.mark.parametrize("operation", ["write", "copy"])
+def test_another_writer_in_the_middle_of_a_copy(
+    operation: str, other: str, moment: int, make_llama: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the copy would be of the weights before it: nothing is left, and the next try has all of it."""
+    model = make_llama()
+    source, target = save(model, tmp_path / "source", sharded=True), tmp_path / "target"
+    if other == "undo":
+        edit_for(model, layers=(0, 3)).write(source, in_place=True)
+    real, calls, found = hf_malmen.checkpoint._copy, [], {}
+
+    def meanwhile(file: Path, place: Path, **options: Any) -> str:
+        calls.append(file)
+        if len(calls) == moment:
+            if other == "write":
+                edit_for(model, layers=(0, 3)).write(source, in_place=True)
+            else:
+                undo_edit(source)
+            found.update(everything_below(source))
+        return real(file, place, **options)
+
+    def act() -> None:
+        if operation == "write":
+            edit_for(model, layers=(1,)).write(source, target)
+        else:
+            copy_checkpoint(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hf_malmen.checkpoint, "_copy", meanwhile)
+        with pytest.raises(CheckpointError, match=r"source changed while they were read\. Try again"):
+            act()
+    assert len(calls) >= moment
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert everything_below(source) == found
+    act()
+    assert everything_below(source) == found
+    assert len(read_history(target)) == (other == "write") + (operation == "write")
+    if operation == "copy":
+        assert everything_below(target) == found
+
+
+@pytest.mark.parametrize("n_edits", [0, 1])
+@pytest.mark.parametrize("leftover", [".preparing", ".closed", ".dropped"])
+def test_what_a_dead_writer_left_is_not_copied(leftover: str, n_edits: int, make_llama: Build, tmp_path: Path) -> None:
+    """Of its preparations, or of what it was done with; the source keeps it."""
+    model = make_llama()
+    source, clean = save(model, tmp_path / "source"), save(model, tmp_path / "clean")
+    for folder in (source, clean)[: 2 * n_edits]:
+        edit_for(model, layers=(0,)).write(folder, in_place=True)
+    place = source / "edits" / leftover / "replacing"
+    place.mkdir(parents=True)
+    (place / "originals.safetensors").write_bytes(b"half of")
+    before = everything_below(source)
+    edit_for(model).write(source, tmp_path / "target")
+    edit_for(model).write(clean, tmp_path / "expected")
+    assert everything_below(tmp_path / "target").keys() == everything_below(tmp_path / "expected").keys()
+    assert len(read_history(tmp_path / "target")) == n_edits + 1
+    copy_checkpoint(source, tmp_path / "copy")
+    assert everything_below(tmp_path / "copy").keys() == everything_below(clean).keys()
+    assert everything_below(source) == before
 
 
 @pytest.mark.parametrize(("in_place", "last"), [(False, 1), (False, 2), (False, 3), (True, 1), (True, 2)])

@@ -28,6 +28,8 @@ from hf_malmen import (
     recover_checkpoint,
     undo_edit,
 )
+from hf_malmen.checkpoint import copy_checkpoint
+from hf_malmen.sequential import edits_in_force
 from hf_malmen.shifts import FactoredShift
 
 Build = Callable[..., Any]
@@ -148,6 +150,50 @@ def test_the_next_open_recovers(
         assert state_of(target or folder) == state_of(expected)
         return
     assert state_of(folder) == before
+
+
+@pytest.mark.parametrize("n_edits", [0, 1])
+def test_what_is_in_force_on_a_model_is_asked_of_a_recovered_folder(
+    n_edits: int, make_llama: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The edits that it was loaded with, and not what a writer that died since has left in their place."""
+    model = make_llama()
+    folder = save(model, tmp_path / "source")
+    for seed in range(n_edits):
+        edit_of(model, seed).write(folder, in_place=True)
+    live = AutoModelForCausalLM.from_pretrained(folder)
+    for parameter in live.parameters():  # which may be mapped from the file that is about to be written
+        parameter.data = parameter.data.clone()
+    before = state_of(folder)
+    open_journal(folder, edit_of(model, 1), monkeypatch)
+    assert [edit.id for edit in edits_in_force(live, strict=True)] == ["0001"][:n_edits]
+    assert state_of(folder) == before
+
+
+@pytest.mark.parametrize("operation", ["write", "copy"])
+def test_a_writer_that_begins_before_a_copy_and_ends_after_it(
+    operation: str, make_llama: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All its weights are written and its record is not: a copy would have an edit that nobody can take back."""
+    model = make_llama()
+    folder = save(model, tmp_path / "source")
+    real = hf_malmen.checkpoint.require_settled
+
+    def meanwhile(place: Path) -> None:
+        real(place)
+        open_journal(folder, edit_of(model, 0), monkeypatch)
+
+    def act() -> None:
+        if operation == "write":
+            edit_of(model, 1).write(folder, tmp_path / "target")
+        else:
+            copy_checkpoint(folder, tmp_path / "target")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hf_malmen.checkpoint, "require_settled", meanwhile)
+        with pytest.raises(CheckpointError, match=r"changed while they were read\. Try again"):
+            act()
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_an_open_journal_in_the_hubs_cache_is_not_replayed(
@@ -298,6 +344,76 @@ def test_the_edited_copy_is_an_ordinary_checkpoint(make_model: Build, tmp_path: 
     edit.apply_to(model)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
     assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+# Lone files of weights
+
+
+@pytest.mark.parametrize("seeds", [(0, 1), (0, 0)], ids=["two edits", "the same edit"])
+def test_lone_files_of_one_folder_have_edits_of_their_own(
+    seeds: tuple[int, int], make_llama: Build, tmp_path: Path
+) -> None:
+    """Of tensors with the same keys, and of the same bytes: undo restores one file and leaves the other, exactly."""
+    model = make_llama()
+    whole = save(model, tmp_path / "whole", n_shards=1) / "model.safetensors"
+    folder = tmp_path / "lone"
+    folder.mkdir()
+    first, second = (Path(shutil.copy(whole, folder / name)) for name in ("a.safetensors", "b.safetensors"))
+    edit_of(model, seeds[0]).write(first, in_place=True)
+    edit_of(model, seeds[1]).write(second, in_place=True)
+    edited = second.read_bytes()
+    assert whole.read_bytes() not in (first.read_bytes(), edited)
+    report = undo_edit(folder, "1")
+    assert (report.exact, report.remaining) == (True, ["0002"])
+    assert first.read_bytes() == whole.read_bytes()
+    assert second.read_bytes() == edited
+    # What is left of the history is that of the other file.
+    edit_of(model, 2).write(second, in_place=True)
+    undo_edit(folder)
+    assert second.read_bytes() == edited
+    undo_edit(folder)
+    assert state_of(folder) == {file.name: whole.read_bytes() for file in (first, second)}
+
+
+@pytest.mark.parametrize("name", ["originals", "edit", "weights"])
+def test_a_linked_file_that_is_named_like_one_of_ours(make_llama: Build, name: str, tmp_path: Path) -> None:
+    """Edits and both kinds of undo, to the byte; the other link keeps its bytes."""
+    model = make_llama()
+    whole = save(model, tmp_path / "whole", n_shards=1) / "model.safetensors"
+    (tmp_path / "lone").mkdir()
+    file = tmp_path / "lone" / f"{name}.safetensors"
+    shutil.copy(whole, file)
+    states: list[bytes] = []
+
+    def link() -> None:
+        states.append(file.read_bytes())
+        os.link(file, tmp_path / f"link {len(states)}")
+        assert file.stat().st_nlink == 2
+
+    for seed in (0, 1):
+        link()
+        edit_of(model, seed).write(file, in_place=True)
+    link()
+    undo_edit(file.parent, "1")
+    edit_of(model, 1).write(whole, in_place=True)
+    assert file.read_bytes() == whole.read_bytes()
+    link()
+    undo_edit(file.parent)
+    assert state_of(file.parent) == {file.name: states[0]}
+    assert [(tmp_path / f"link {number}").read_bytes() for number in range(1, 5)] == states
+
+
+def test_a_linked_file_that_is_named_like_one_of_ours_and_overflows(make_llama: Build, tmp_path: Path) -> None:
+    """In the last layer: it is as it was, and nothing is left beside it."""
+    model = make_llama(torch.float16)
+    whole = save(model, tmp_path / "whole", n_shards=1) / "model.safetensors"
+    (tmp_path / "lone").mkdir()
+    file = tmp_path / "lone" / "originals.safetensors"
+    os.link(whole, file)
+    edit = edit_of(model, 0)
+    *others, last = edit.shifts
+    spoiled = Edit({**{name: edit.layers[name] for name in others}, last: edit.shifts[last] + 1e6})
+    refused(tmp_path, lambda: spoiled.write(file, in_place=True), NumericalError, "not finite")
 
 
 # A card that somebody else writes, too

@@ -1,5 +1,6 @@
 """Editing for life: turns, repeated calls and restarts; what is in force; what follows the edits."""
 
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -507,6 +508,143 @@ def test_in_float16(
     assert [record.summary.n_facts for record in read_history(tmp_path / "base")] == [4, 4]
     editor.config.fingerprint_policy = "error"  # the editor is for these weights, before edits and rounding
     editor.check_base(load_apart(tmp_path / "base"))
+
+
+@pytest.mark.parametrize("pickled", ["loaded", "named"])
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside an edited file"])
+def test_in_float16_from_a_folder_of_bin_files(
+    beside: bool,
+    pickled: str,
+    make_llama: Build,
+    make_editor: Build,
+    tokenizer: PreTrainedTokenizerFast,
+    make_facts: Build,
+    tmp_path: Path,
+) -> None:
+    """Edits are never written into these: the model is edited as one without a name."""
+    base, facts, folder = make_llama(torch.float16), make_facts(6), tmp_path / "base"
+    base.config.save_pretrained(folder)
+    torch.save(base.state_dict(), folder / "pytorch_model.bin")
+    live = make_llama(torch.float16)
+    if pickled == "loaded":
+        base, live = (load_apart(folder, dtype=torch.float16) for _ in range(2))
+    base.name_or_path, live.name_or_path = "", str(folder)
+    editor = make_editor(base).float()
+    if beside:
+        save_file(base.state_dict(), folder / "ema.safetensors")
+        editor.make_edit(base, facts, tokenizer).write(folder / "ema.safetensors", in_place=True)
+    for accumulate in (True, False):
+        assert facts_in_force(live).entries == []
+        with (
+            editor.applied(base, facts, tokenizer=tokenizer, accumulate=accumulate),
+            editor.applied(live, facts, tokenizer=tokenizer, accumulate=accumulate) as edit,
+        ):
+            assert edit.n_facts == 6
+            wanted = weights(base, editor)
+            assert all(torch.equal(weight, wanted[name]) for name, weight in weights(live, editor).items())
+
+
+@pytest.mark.parametrize("where", ["absolute", "relative", "with a configuration from the Hub"])
+def test_a_model_whose_folder_is_gone(
+    where: str,
+    make_llama: Build,
+    make_editor: Build,
+    tokenizer: PreTrainedTokenizerFast,
+    make_facts: Build,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Removed, or looked for from elsewhere: the model is edited as one without a name."""
+    facts, base, folder = make_facts(6), make_llama(), tmp_path / "runs" / "first" / "base"
+    base.save_pretrained(folder)
+    monkeypatch.chdir(tmp_path)
+    live = load_apart(Path("runs/first/base") if where == "relative" else folder)
+    if where == "with a configuration from the Hub":
+        live.config._commit_hash = "0123456789" * 4
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    if where != "relative":
+        shutil.rmtree(folder)
+    editor = make_editor(base)
+    assert facts_in_force(live).entries == []
+    for accumulate in (True, False):
+        edit = editor.apply(base, facts, tokenizer, accumulate=accumulate)
+        wanted = weights(base, editor)
+        edit.undo()
+        edits = [editor.apply(live, part, tokenizer, accumulate=accumulate) for part in (facts, facts[:2])]
+        assert [edit.n_facts for edit in edits] == [6, 0]
+        assert all(torch.equal(weight, wanted[name]) for name, weight in weights(live, editor).items())
+        edits[0].undo()
+
+
+def test_a_lone_file_beside_the_models_own(
+    model: PreTrainedModel, folder: Path, make_editor: Build, tokenizer: PreTrainedTokenizerFast, make_facts: Build
+) -> None:
+    """Its edits are not in force on the model; those of the model's own files are, whichever came first."""
+    editor, facts = make_editor(model), make_facts(12)
+    base, wanted = weights(model, editor), dense_answer(editor, model, tokenizer, facts)
+    ema = folder / "ema.safetensors"
+    save_file({key: value.clone() for key, value in model.state_dict().items()}, ema)
+    editor.make_edit(model, facts[2:6], tokenizer).write(ema, in_place=True)
+    live = load_apart(folder)
+    assert facts_in_force(live).entries == []
+    assert [editor.apply(live, part, tokenizer, accumulate=True).n_skipped for part in (facts[:4], facts[4:])] == [0, 0]
+    assert_near(weights(live, editor), wanted, base, 1e-5)
+
+    editor.apply(folder, facts[:4], in_place=True, accumulate=True)
+    editor.make_edit(model, facts[6:], tokenizer).write(ema, in_place=True)
+    live = load_apart(folder)
+    assert [edit.id for edit in edits_in_force(live, strict=True)] == ["0002"]
+    editor.apply(live, facts[4:], tokenizer, accumulate=True)
+    assert_near(weights(live, editor), wanted, base, 1e-5)
+    editor.apply(folder, facts[4:], in_place=True, accumulate=True)
+    assert_near(weights(load(folder), editor), wanted, base, 1e-5)
+
+
+def test_a_model_with_compiled_blocks(
+    make_llama: Build, make_editor: Build, tokenizer: PreTrainedTokenizerFast, make_facts: Build, tmp_path: Path
+) -> None:
+    """Its modules have other names, and the edits of its folder are in force on it."""
+    facts, base = make_facts(8), make_llama()
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    editor = make_editor(base)
+    editor.apply(tmp_path / "base", facts[:4], in_place=True, accumulate=True)
+    live = load_apart(tmp_path / "base")
+    for index, block in enumerate(live.model.layers):
+        live.model.layers[index] = torch.compile(block, backend="eager")
+    assert [edit.id for edit in edits_in_force(live, strict=True)] == ["0001"]
+    edit = editor.apply(live, facts, tokenizer, accumulate=True)
+    assert (edit.n_facts, edit.n_skipped) == (4, 4)
+    wanted = dense_answer(editor, base, tokenizer, facts)
+    assert_near(weights(live, editor), wanted, weights(base, editor), 1e-5)
+
+
+def test_a_model_that_was_changed_by_other_means(
+    model: PreTrainedModel,
+    folder: Path,
+    make_editor: Build,
+    tokenizer: PreTrainedTokenizerFast,
+    facts: list[Fact],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Nobody knows what to solve for, so accumulate=True is refused; without it the folder's edits do not count."""
+    editor = make_editor(model)
+    editor.config.fingerprint_policy = "ignore"
+    editor.apply(folder, facts[:4], in_place=True, accumulate=True)
+    live = load_apart(folder)
+    with torch.no_grad():
+        weight_of(live, editor.module_names[0])[0, 0] += 1
+    before = weights(live, editor)
+    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(EditStateError, match=r"edits in force that the model does not hold.*Load the model again"):
+        editor.apply(live, facts[4:], tokenizer, accumulate=True)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(live, editor).items())
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == files
+    assert "do not count" not in caplog.text
+    edit = editor.apply(live, facts, tokenizer)
+    assert (edit.n_facts, edit.n_skipped) == (8, 0)
+    assert caplog.text.count("Until then they do not count") == 1
 
 
 def test_a_model_without_a_name(tmp_path: Path, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
