@@ -347,6 +347,7 @@ def _styles(results: Results) -> dict[str, dict[str, Any]]:
 def _plot_scores(results: Results, path: Path) -> None:
     """A panel a score, a line a method with its interval as a band; hollow, the cell that was edited in turns."""
     from matplotlib.figure import Figure  # a second to import
+    from matplotlib.ticker import LogFormatter
 
     def of_score(name: str) -> Callable[[Mapping[str, Any]], tuple[float, float, float] | None]:
         return lambda cell: (
@@ -386,7 +387,7 @@ def _plot_scores(results: Results, path: Path) -> None:
                 axes.axhline(before, color="grey", ls=":", lw=1)
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))  # labels where there is room
             axes.tick_params(axis="y", which="both", labelsize="x-small")
         else:
             axes.set_ylim(-0.02, 1.02)
