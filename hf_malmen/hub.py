@@ -1,4 +1,4 @@
-"""Folders -> repos on the Hub."""
+"""Folders -> repos on the Hub, and what the cache and the repo of a loaded model hold."""
 
 import math
 import time
