@@ -31,11 +31,11 @@ from .model_card import HUB_RESULTS_FILE, N_FACTS_SHOWN, PLOT_FILE, RESULTS_FILE
 from .networks import DEFAULT_EDITOR_BATCH_SIZE, EditorNetworks
 from .records import CARD_FILE
 from .sequential import (
+    Standing,
     fingerprint_as_stored,
     fingerprint_before_edits,
-    keys_in_force,
     make_next_edit,
-    statistics_in_force,
+    standing_of,
     statistics_kind,
 )
 from .sharding import place
@@ -165,6 +165,7 @@ class EditorModel(EditorNetworks):
         editor_batch_size: int = DEFAULT_EDITOR_BATCH_SIZE,
         statistics: Mapping[str, Tensor] | None = None,
         max_memory: int | str | None = None,
+        standing: Standing | None = None,
     ) -> Edit:
         """Compute the edit that writes `facts` into `model`, without applying it.
 
@@ -185,6 +186,7 @@ class EditorModel(EditorNetworks):
                 bytes or as a text such as `"8GiB"`. Where all layers take more, groups of them are solved one after
                 the other; see `memory.traces_by_group` for what that costs. Models, their passes and the shifts come
                 on top. Does not change the result. Not of `"memit"` and `"ft"`, which hold all facts and layers.
+            standing: what edits before it have left, as turns pass it on; None: it is read off `model`.
 
         Raises:
             FactError: a fact is bad, or too long for the model.
@@ -195,15 +197,13 @@ class EditorModel(EditorNetworks):
         limit = parse_memory(max_memory)
         source = _facts(facts)
         model = base_of(model)
-        found = self.check_ready(model)
-        if statistics is None and self.config.follows_edits:
-            statistics = statistics_in_force(model, self)
+        standing = standing_of(model, self) if standing is None else standing
+        statistics = standing.statistics if statistics is None else statistics
         reader = FactReader(source, self.tokenizer_for(model, tokenizer), N_FACTS_SHOWN)
-        written = keys_in_force(model) if self.config.follows_edits else {}
-        request = EditRequest(model, reader, batch_size, editor_batch_size, statistics, written, limit)
+        request = EditRequest(model, reader, batch_size, editor_batch_size, statistics, standing.written, limit)
         with frozen(model), self.beside(input_device(model)):
             made = MAKERS[self.config.maker](self, request)
-        edit = self.wrap(made.shifts, model, reader.kept, reader.n_facts or 0, fingerprint=found)
+        edit = self.wrap(made.shifts, model, reader.kept, reader.n_facts or 0, fingerprint=standing.fingerprint)
         kind = statistics_kind(self) if made.statistics else None
         edit.state = EditState(kind, dict(made.statistics), written=dict(made.written))
         return edit
@@ -602,7 +602,7 @@ def _warn_untrained(config: EditorConfig) -> None:
         else "This editor's statistics are frozen and have seen no data, so its inputs are not standardised. Call "
         "editor.warm_up(model, facts), or let them follow the edits: EditorConfig(statistics='following')."
     )
-    warnings.warn(text, UntrainedEditorWarning, stacklevel=4)
+    warnings.warn(text, UntrainedEditorWarning, stacklevel=5)
 
 
 AutoConfig.register(EditorConfig.model_type, EditorConfig, exist_ok=True)

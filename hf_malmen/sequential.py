@@ -108,21 +108,53 @@ def facts_in_force(model: nn.Module | str | Path) -> Ledger:
     return _ledger(edits_in_force(model))
 
 
-def statistics_in_force(model: nn.Module, editor: "EditorModel") -> dict[str, Tensor]:
-    """The running statistics after the last edit in force whose statistics are of the same kind as `editor`'s.
+@dataclass(frozen=True)
+class Standing:
+    """What the edits in force on a model have left for the next edit of one editor.
 
-    Empty before any. Of the same kind are those of one method, of the same layers, tokens and template of prompts.
+    Attributes:
+        fingerprint: of the target weights before any live edit.
+        statistics: running statistics after the last edit whose statistics are of the same kind as the editor's: those
+            of one method, of the same layers, tokens and template of prompts. Empty before any, or where they are not
+            to follow.
+        written: keys that the facts of these edits were written at, {module name: (n, key_size)}; see
+            `EditState.written`. Empty as before.
     """
+
+    fingerprint: str
+    statistics: Mapping[str, Tensor]
+    written: Mapping[str, Tensor]
+
+    def after(self, edit: Edit) -> "Standing":
+        """The same when `edit`, by that editor, has come on top."""
+        written = all_written([EditState(written=dict(self.written)), edit.state])
+        return Standing(self.fingerprint, edit.statistics or self.statistics, written)
+
+
+def standing_of(model: nn.Module, editor: "EditorModel", edits: Sequence[EditInForce] | None = None) -> Standing:
+    """Where a model stands for the next edit by `editor`, once it is checked that the two fit.
+
+    Args:
+        model: the live model.
+        editor: the editor.
+        edits: those in force on the model, where they are known.
+
+    Raises:
+        ModelMismatchError: see `EditorModel.check_base`.
+    """
+    fingerprint = editor.check_ready(model) or base_fingerprint(model, editor.module_names)
+    if not editor.config.follows_edits:
+        return Standing(fingerprint, {}, {})
+    edits = edits_in_force(model) if edits is None else edits
+    return Standing(fingerprint, _last_statistics(edits, editor), all_written(edit.state for edit in edits))
+
+
+def _last_statistics(edits: Sequence[EditInForce], editor: "EditorModel") -> dict[str, Tensor]:
     kind = statistics_kind(editor)
-    for edit in reversed(edits_in_force(model)):
+    for edit in reversed(edits):
         if edit.state.statistics and edit.state.editor == kind:
             return edit.state.statistics
     return {}
-
-
-def keys_in_force(model: nn.Module) -> dict[str, Tensor]:
-    """Keys that the facts of edits in force were written at, {module name: (n, key_size)}; see `EditState.written`."""
-    return all_written(edit.state for edit in edits_in_force(model))
 
 
 def fingerprint_before_edits(model: nn.Module, names: Iterable[str]) -> str | None:
@@ -350,7 +382,7 @@ def make_next_edit(
     elif accumulate:
         edit = _make_accumulated(editor, model, new, edits, tokenizer, batch_size, max_memory)
     else:
-        edit = _make_in_turns(editor, model, new, stream, tokenizer, batch_size, facts_per_turn, max_memory)
+        edit = _make_in_turns(editor, model, new, edits, stream, tokenizer, batch_size, facts_per_turn, max_memory)
     edit.n_skipped = new.n_skipped
     if new.n_skipped:
         logger.info(f"Skipped {new.n_skipped} facts that are in force already, or come twice.")
@@ -365,6 +397,7 @@ def _make_in_turns(
     editor: "EditorModel",
     model: PreTrainedModel,
     facts: NewFacts,
+    edits: Sequence[EditInForce],
     stream: bool,
     tokenizer: PreTrainedTokenizerBase | None,
     batch_size: int,
@@ -376,9 +409,12 @@ def _make_in_turns(
         check_readable(editor, facts, editor.tokenizer_for(model, tokenizer))
     edit: Edit | None = None
     at_once: Sequence[Fact] | FactStream = FactStream(facts) if stream else list(facts)
+    standing = standing_of(_plain(model), editor, edits)  # once, as it reads the weights, of an edited checkpoint twice
     try:
         for turn_facts in [at_once] if facts_per_turn is None else _turns(facts, facts_per_turn):
-            turn = editor.make_edit(model, turn_facts, tokenizer, batch_size=batch_size, max_memory=max_memory)
+            options: dict[str, Any] = {"batch_size": batch_size, "max_memory": max_memory}
+            turn = editor.make_edit(model, turn_facts, tokenizer, standing=standing, **options)
+            standing = standing.after(turn)
             turn.facts = []  # kept once, for all turns
             if edit is not None:  # one merged edit in force, so that memory does not grow with the turns
                 edit.undo()

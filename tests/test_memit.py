@@ -41,7 +41,7 @@ from hf_malmen.memit import (
     tokenize_facts,
     write_targets,
 )
-from hf_malmen.sequential import keys_in_force
+from hf_malmen.sequential import standing_of
 from hf_malmen.shifts import Shift, materialise
 from hf_malmen.targets import find_targets
 from hf_malmen.tracing import frozen
@@ -725,7 +725,7 @@ def test_keys_of_an_editor_of_other_layers_count_where_both_write(
     build(model, tokenizer).apply(model, AT_SUBJECT[:3], tokenizer)
     other = build(model, tokenizer, layers_to_transform=[2, 3], fingerprint_policy="ignore")
     edit = other.apply(model, AT_SUBJECT[3:], tokenizer)
-    counts = [len(keys) for keys in keys_in_force(model).values()]
+    counts = [len(keys) for keys in standing_of(model, other).written.values()]
     assert edit.state.written.keys() == set(other.module_names)
     assert counts == [3, 6, 3]
 
@@ -750,9 +750,10 @@ def test_written_keys_go_on_after_a_restart(
         scale = float((weight - load_file(tmp_path / "base" / "model.safetensors")[f"{name}.weight"]).norm())
         assert float((reloaded.get_submodule(name).weight.detach() - weight).norm()) <= 1e-4 * scale
         assert len(last.state.written[name]) == 2  # its own, for undo to take back with it
-        torch.testing.assert_close(keys_in_force(reloaded)[name], whole.state.written[name], rtol=1e-4, atol=1e-6)
+        written = standing_of(reloaded, again).written[name]
+        torch.testing.assert_close(written, whole.state.written[name], rtol=1e-4, atol=1e-6)
     last.undo()
-    assert {len(keys) for keys in keys_in_force(reloaded).values()} == {4}
+    assert {len(keys) for keys in standing_of(reloaded, again).written.values()} == {4}
 
 
 # What users do with it

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -22,11 +23,13 @@ from hf_malmen import (
     FactError,
     FactStream,
     ModelMismatchError,
+    checkpoint,
+    edit,
     facts_in_force,
     read_history,
     undo_edit,
 )
-from hf_malmen.sequential import edits_in_force, statistics_in_force
+from hf_malmen.sequential import edits_in_force, standing_of
 from hf_malmen.state import STATE_FILE, EditState, Products, Rows
 from hf_malmen.targets import weight_of
 from hf_malmen.tracing import frozen
@@ -258,11 +261,30 @@ def test_statistics_of_other_layers_are_left_alone(
     )
     one = first.apply(model, facts[:4], tokenizer)
     for other in (second, elsewhere):
-        assert statistics_in_force(model, other) == {}
+        assert standing_of(model, other).statistics == {}
     second.apply(model, facts[4:], tokenizer)
-    found = statistics_in_force(model, first)
+    found = standing_of(model, first).statistics
     assert found.keys() == one.state.statistics.keys() and found
     assert all(torch.equal(found[name], tensor) for name, tensor in one.state.statistics.items())
+
+
+def test_more_turns_read_the_weights_no_more_often(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, make_facts: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model from an edited checkpoint, whose weights are compared with those on disk: hashing takes its time."""
+    facts = make_facts(12)
+    editor = EditorModel.from_base(load(folder), EditorConfig(method="ultraedit", edit_lr=1e-3))
+    editor.apply(folder, facts[:4], in_place=True)
+    counts = []
+    for facts_per_turn in (8, 2):
+        live = load(folder)
+        on_model, on_disk = Mock(wraps=edit.fingerprint), Mock(wraps=checkpoint.stored_fingerprint)
+        with monkeypatch.context() as patch:
+            patch.setattr(edit, "fingerprint", on_model)
+            patch.setattr(checkpoint, "stored_fingerprint", on_disk)
+            assert editor.apply(live, facts, tokenizer, facts_per_turn=facts_per_turn).n_facts == 8
+        counts.append((on_model.call_count, on_disk.call_count))
+    assert counts[0] == counts[1] and min(counts[0]) > 0
 
 
 @pytest.mark.parametrize("method", ["malmen", "memit"])
