@@ -366,6 +366,17 @@ class EditorNetworks(PreTrainedModel):
             for of_process in distributed.gather_rows(seen[shape].pack()[None]):
                 own.merge_packed(of_process[0])
 
+    @contextmanager
+    def statistics_restored_on_error(self) -> Iterator[None]:
+        """What fails within the context leaves the running statistics as they were before it."""
+        before = deepcopy(self.statistics)
+        try:
+            yield
+        except BaseException:
+            for shape, own in self.statistics.items():
+                own.load_state_dict(before[shape].state_dict())
+            raise
+
     def statistics_after(
         self,
         traces: Iterable[Mapping[str, Trace]],

@@ -1,5 +1,6 @@
 """`EditorTrainer`: meta-training of the hyper-network with the decoupled gradient (paper section 4.3)."""
 
+import math
 import os
 import random
 import time
@@ -29,6 +30,7 @@ from transformers.utils.hub import PushInProgress
 
 from . import distributed
 from .batches import TokenBatch, TokenSequence
+from .errors import NumericalError
 from .evaluation import n_measured
 from .facts import Fact, load_facts, require_fields
 from .features import FeatureCache, FeatureFolder, features_fingerprint
@@ -300,6 +302,10 @@ class EditorTrainer(Trainer):
         """Edit the facts of `inputs`, and leave the gradient of the meta loss on the editor's parameters.
 
         Several processes call it with the same facts, and all get the same loss and gradient.
+
+        Raises:
+            NumericalError: the loss or its gradient is not finite, or something on the way to them; on all processes
+                alike. The editor is as it was before the step.
         """
         model.train()
         facts: list[Fact] = inputs["facts"]
@@ -308,7 +314,10 @@ class EditorTrainer(Trainer):
         edits = _own([self.tokenize.edit(fact) for fact in facts])
         before = self._sequence.shifts
         window = [(rephrases, unrelated), *self._sequence.sets][: self.args.look_back]
-        with frozen(self.base_model):
+        share = 1 / self.current_gradient_accumulation_steps
+        penalty = 0.0
+        gradients = {}
+        with frozen(self.base_model), self.editor.statistics_restored_on_error():
             self.passes.begin_step(edits, *(_joined(window, part) for part in (0, 1)))
             traces = self._trace(edits, before)
             self.editor.update_statistics(traces)
@@ -322,16 +331,15 @@ class EditorTrainer(Trainer):
                 weight = self.args.look_back_decay**age
                 losses = self._meta_loss(*shown, *questions, weight)
                 generalization, locality = generalization + losses[0], locality + losses[1]
-        share = 1 / self.current_gradient_accumulation_steps
-        penalty = 0.0
-        gradients = {}
-        for name, leaf in leaves.items():
-            gradients[name] = torch.zeros_like(leaf) if leaf.grad is None else share * leaf.grad
-            if self.args.shift_penalty:  # of a dense shift: see `_leaves`
-                shift = solutions[name].shift.to(leaf)
-                penalty += self.args.shift_penalty * shift.square().sum().item()
-                if distributed.is_main():  # it counts once
-                    gradients[name] += share * 2 * self.args.shift_penalty * shift
+            for name, leaf in leaves.items():
+                gradients[name] = torch.zeros_like(leaf) if leaf.grad is None else share * leaf.grad
+                if self.args.shift_penalty:  # of a dense shift: see `_leaves`
+                    shift = solutions[name].shift.to(leaf)
+                    penalty += self.args.shift_penalty * shift.square().sum().item()
+                    if distributed.is_main():  # it counts once
+                        gradients[name] += share * 2 * self.args.shift_penalty * shift
+            loss = generalization + self.args.locality_weight * locality + penalty
+            self._require_finite(loss, gradients)
         self.editor.backward(traces, solutions, gradients, self.args.editor_batch_size, passes)
         self.editor.preserve(traces)
         if self.args.is_sequential:
@@ -341,7 +349,6 @@ class EditorTrainer(Trainer):
             if self._sequence.n_sets >= self.current_gradient_accumulation_steps:
                 self._sequence = _Sequence()
         self._losses.append((generalization, locality))
-        loss = generalization + self.args.locality_weight * locality + penalty
         return torch.tensor(loss * share, device=self.args.device)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -494,6 +501,28 @@ class EditorTrainer(Trainer):
         totals = [sum(part.item() for part in parts) for parts in (losses, divergences)]
         generalization, locality = distributed.add_up(torch.tensor(totals, dtype=torch.float64)).tolist()
         return generalization, locality
+
+    def _require_finite(self, loss: float, gradients: Mapping[str, Tensor]) -> None:
+        """Refuse a step that would turn every parameter of the editor into NaN.
+
+        Args:
+            loss: of all processes.
+            gradients: {module name: this process's part of the gradient of `loss`}.
+
+        Raises:
+            NumericalError: one of them is not finite, on any process.
+        """
+        flags = torch.stack([~gradient.isfinite().all() for gradient in gradients.values()])
+        counts = distributed.add_up(flags.to("cpu", torch.float64)).tolist()
+        broken = [name for name, count in zip(gradients, counts, strict=True) if count]
+        if broken or not math.isfinite(loss):
+            raise NumericalError(
+                f"Step {self.state.global_step + 1}: the loss of the edited model is {loss:.4g}"
+                + (f", and its gradient is not finite at {', '.join(broken)}" if broken else "")
+                + ". Expected finite numbers; the editor is as it was before the step. The edit may be too large for "
+                f"the base model's dtype, {self.base_model.dtype}: load it in bfloat16 or float32. Or lower "
+                "EditorConfig.edit_lr, from which η starts, or the learning rates."
+            )
 
     @contextmanager
     def _shifted(self, batch: TokenBatch, shifts: Mapping[str, Tensor]) -> Iterator[None]:

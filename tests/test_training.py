@@ -20,7 +20,15 @@ from transformers import (
     TrainerState,
 )
 
-from hf_malmen import EditorModel, EditorTrainer, EditorTrainingArguments, Fact, FactError, ModelMismatchError
+from hf_malmen import (
+    EditorModel,
+    EditorTrainer,
+    EditorTrainingArguments,
+    Fact,
+    FactError,
+    ModelMismatchError,
+    NumericalError,
+)
 
 TARGETS = {"target_modules": ["down_proj", "o_proj"], "layers_to_transform": [2, 3]}
 METRICS = ("edit_success", "generalization", "locality", "unrelated_accuracy")
@@ -288,6 +296,26 @@ def test_evaluation_does_not_change_the_editor(
     for name in METRICS:
         assert 0 <= metrics[f"eval_{name}"] <= 1
         assert metrics[f"eval_{name}"] == again[f"eval_{name}"]
+
+
+@pytest.mark.parametrize("method", ["malmen", "rledit"])
+def test_a_step_that_overflows_leaves_the_editor_as_it_was(
+    many: list[Fact],
+    make_llama: Callable[..., PreTrainedModel],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+    tmp_path: Path,
+    method: str,
+) -> None:
+    """An edit too large for float16 ends training where it happens: no bit of the editor moves, nothing is saved."""
+    model = make_llama(torch.float16)
+    editor = make_editor(model, method=method, edit_lr=1e4, n_preserved_keys=4, **TARGETS).float()
+    before = copy_of(editor)
+    trainer = make_trainer(editor, model, many, per_device_train_batch_size=4, max_steps=2, save_steps=1)
+    with pytest.raises(NumericalError, match=r"^Step 1: .*model\.layers\.\d.*torch\.float16: load it in bfloat16"):
+        trainer.train()
+    assert_identical(editor.state_dict(), before)
+    assert not list(tmp_path.glob("run/checkpoint-*"))
 
 
 # Evaluation
