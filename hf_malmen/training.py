@@ -252,8 +252,8 @@ class EditorTrainer(Trainer):
             forget_sharding(self.accelerator.state)
             nn.Module.to(editor, args.device)
         place(base_model, args.device)
-        self.passes = self._passes(editor)
-        self.add_callback(_ForgetFeatures(self.passes.features))
+        self._passes: FrozenPasses | None = None
+        self.add_callback(_ForgetFeatures(self))
         self.add_callback(_StartOver(self))
         self._losses: list[tuple[float, float]] = []
         self._sequence = _Sequence()
@@ -265,6 +265,13 @@ class EditorTrainer(Trainer):
         editor = self.accelerator.unwrap_model(self.model)
         assert isinstance(editor, EditorModel)  # for the type checker
         return editor
+
+    @property
+    def passes(self) -> FrozenPasses:
+        """What is computed of the unedited base model, kept as the arguments say; of the base as this run found it."""
+        if self._passes is None:
+            self._passes = self._make_passes()
+        return self._passes
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """All processes read the same sets of facts, which `training_step` shares out.
@@ -541,8 +548,8 @@ class EditorTrainer(Trainer):
         for chosen, batch in self.tokenize.batches(sequences, self.args.lm_batch_size, pass_cost(self.base_model)):
             yield chosen, batch.to(input_device(self.base_model))
 
-    def _passes(self, editor: EditorModel) -> FrozenPasses:
-        """What is computed of the unedited base model, kept as the arguments say."""
+    def _make_passes(self) -> FrozenPasses:
+        editor = self.editor
         names, selection = editor.module_names, editor.config.traced_tokens
         disk = None
         if self.args.trunk_cache_dir:
@@ -578,18 +585,19 @@ class _ForgetFeatures(TrainerCallback):
     checkpoint and one that resumes from it end with the same bits only if both start with the same memory.
     """
 
-    def __init__(self, features: FeatureCache) -> None:
-        self.features = features
+    def __init__(self, trainer: EditorTrainer) -> None:
+        self.trainer = trainer
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Empty it."""
-        self.features.clear()
+        self.trainer.passes.features.clear()
 
 
 class _StartOver(TrainerCallback):
     """Drops what an interrupted run, or a try that `auto_find_batch_size` repeats, left of its last step.
 
-    The sets of that step are no part of the next one's sequence, and its losses no part of the next log.
+    The sets of that step are no part of the next one's sequence, and its losses no part of the next log. What was
+    computed of the base model goes too, as it may have changed between two runs: be edited, or no longer be.
     """
 
     def __init__(self, trainer: EditorTrainer) -> None:
@@ -599,6 +607,8 @@ class _StartOver(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Of every run, and of every try."""
+        self.trainer.editor.check_base(self.trainer.base_model)
+        self.trainer._passes = self.trainer._make_passes()
         self.trainer._losses.clear()
 
     def on_step_begin(

@@ -587,6 +587,31 @@ def test_an_interrupted_step_leaves_nothing_to_the_next(
     assert n_averaged == [2, 2]
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_base_that_was_edited_between_two_runs_is_read_anew(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    tokenizer: PreTrainedTokenizerFast,
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+    tmp_path: Path,
+    on_disk: bool,
+) -> None:
+    """What was computed of it before, in memory or on disk, is not taken for that of the model as it is now."""
+    settings: dict[str, Any] = {"per_device_train_batch_size": 4, "max_steps": 2, "optim": "sgd", "logging_steps": 1}
+    settings |= {"save_strategy": "no"}  # which would empty the memory
+    kept = {"trunk_cache_dir": str(tmp_path / "features")} if on_disk else {}
+    editor = make_editor(llama, seed=None, **TARGETS)
+    trainer = make_trainer(editor, llama, many, **settings, **kept)
+    trainer.train()
+    make_editor(llama, seed=3, edit_lr=1.0, **TARGETS).apply(llama, many, tokenizer)
+    fresh = make_trainer(deepcopy(editor), llama, many, **settings)
+    fresh.train()
+    trainer.train()
+    assert logged(trainer, "loss") == logged(fresh, "loss")
+    assert_identical(editor.state_dict(), fresh.editor.state_dict())
+
+
 def test_an_optimizer_of_ones_own(
     llama: PreTrainedModel,
     many: list[Fact],
