@@ -4,7 +4,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Collection, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
@@ -26,12 +26,13 @@ from transformers import (
 )
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy, speed_metrics
+from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from . import distributed
-from .batches import TokenBatch, TokenSequence
-from .errors import NumericalError
-from .evaluation import n_measured
+from .batches import TokenBatch, Tokenizer, TokenSequence
+from .errors import FactError, NumericalError
+from .evaluation import measured_metrics, n_measured, questions
 from .facts import Fact, load_facts, require_fields
 from .features import FeatureCache, FeatureFolder, features_fingerprint
 from .least_squares import Solution
@@ -103,6 +104,8 @@ class EditorTrainingArguments(TrainingArguments):
         rephrases_per_fact: rephrases of each fact drawn into the generalisation loss at every step.
         scale_learning_rate: learning rate of log η, log λ and log κ. They are logarithms of scales that have orders of
             magnitude to travel, so they get a rate of their own.
+        metric_for_best_model: as in `TrainingArguments`, a metric of `EditorModel.evaluate`. Where one is needed and
+            none is given, `"generalization"`.
     """
 
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Facts edited together in a step."})
@@ -126,7 +129,11 @@ class EditorTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._refuse_mixed_precision()
+        names_metric, names_direction = self.metric_for_best_model is not None, self.greater_is_better is not None
         super().__post_init__()
+        if self.metric_for_best_model is not None and not names_metric:
+            self.metric_for_best_model = "generalization"  # `Trainer`'s own is a loss, which no evaluation has
+            self.greater_is_better = self.greater_is_better if names_direction else True
         # It shards whatever transformers loads or makes while it is there: the editor too.
         self.deepspeed_plugin = None
         self.remove_unused_columns = False  # facts are not columns
@@ -185,7 +192,8 @@ class EditorTrainer(Trainer):
         base_model: the model to edit; never trained, and as it was after every step.
         args: training arguments.
         train_dataset, eval_dataset: anything `load_facts` takes. Training facts need `rephrases`, and, unless
-            `locality_weight` is 0, `unrelated_prompt` and `unrelated_answer`.
+            `locality_weight` is 0, `unrelated_prompt` and `unrelated_answer`. For evaluation also several of them,
+            {name: data set}, whose metrics are then called `eval_<name>_...`.
         processing_class: the base model's tokenizer; loaded from beside the base model if None.
         callbacks: as in `Trainer`.
         **kwargs: any other argument of `Trainer`.
@@ -194,9 +202,10 @@ class EditorTrainer(Trainer):
         run: what the card of a pushed editor says about its training and its scores; None says what the arguments say.
 
     Raises:
-        FactError: a training fact lacks a field, or is bad.
+        FactError: a training fact lacks a field, or a fact is bad, such as one longer than the base model reads.
         ModelMismatchError: the editor does not fit the base model.
-        ValueError: the editor's method has nothing to train.
+        ValueError: the editor's method has nothing to train, or the held-out facts do not give
+            `metric_for_best_model`.
     """
 
     args: EditorTrainingArguments
@@ -230,6 +239,14 @@ class EditorTrainer(Trainer):
         if train_facts is not None:
             needed = ["rephrases"] + (["unrelated_prompt", "unrelated_answer"] if args.locality_weight else [])
             require_fields(train_facts, needed, "Training")
+            kinds = ("rephrase", "unrelated") if args.locality_weight else ("rephrase",)
+            _check_texts(train_facts, self.tokenize, "Training", kinds)
+        eval_facts = _load_sets(eval_dataset) if eval_dataset is not None else None
+        if eval_facts is not None:
+            for facts in eval_facts.values() if isinstance(eval_facts, dict) else [eval_facts]:
+                _check_texts(facts, self.tokenize, "Held-out")
+            if args.metric_for_best_model is not None and args.eval_strategy != "no":
+                _require_metric(args.metric_for_best_model, eval_facts)
         # Not handed on: Trainer would write the base model's special tokens into the editor's configuration, and the
         # tokenizer beside every checkpoint.
         super().__init__(
@@ -237,7 +254,7 @@ class EditorTrainer(Trainer):
             args=args,
             data_collator=lambda facts: {"facts": facts},
             train_dataset=train_facts,
-            eval_dataset=load_facts(eval_dataset) if eval_dataset is not None else None,
+            eval_dataset=eval_facts,
             callbacks=callbacks,
             **kwargs,
         )
@@ -370,13 +387,24 @@ class EditorTrainer(Trainer):
     ) -> dict[str, float]:
         """Edit held-out facts, `per_device_eval_batch_size` at once, and measure. The editor does not change.
 
+        Args:
+            eval_dataset: anything `load_facts` takes, or {name: such a data set}; None takes the trainer's own.
+            ignore_keys: of no use here.
+            metric_key_prefix: of the metrics' names.
+
         Returns:
-            The metrics of `EditorModel.evaluate`, prefixed with `metric_key_prefix`, each averaged over the facts that
-            have what it measures.
+            The metrics of `EditorModel.evaluate`, prefixed with `metric_key_prefix`, and with the data set's name where
+            there are several, each averaged over the facts that have what it measures.
         """
         if eval_dataset is None and self.eval_dataset is None:
             raise ValueError("Evaluation needs facts: pass eval_dataset to EditorTrainer or to evaluate().")
-        facts = load_facts(self.eval_dataset if eval_dataset is None else eval_dataset)
+        facts = _load_sets(self.eval_dataset if eval_dataset is None else eval_dataset)
+        if isinstance(facts, dict):
+            return {
+                metric: value
+                for name, of_set in facts.items()
+                for metric, value in self.evaluate(of_set, ignore_keys, f"{metric_key_prefix}_{name}").items()
+            }
         size = self.args.per_device_eval_batch_size
         start = time.time()
         sums: dict[str, float] = {}
@@ -621,6 +649,53 @@ class _StartOver(TrainerCallback):
 def _joined(window: Sequence[tuple[Sequence[TokenSequence], ...]], part: int) -> list[TokenSequence]:
     """This process's sequences of one part of every set."""
     return [sequence for questions in window for sequence in _own(questions[part])]
+
+
+def _load_sets(source: Any) -> list[Fact] | dict[str, list[Fact]]:
+    """The facts of a data set, or of several by their names."""
+    if isinstance(source, Mapping) and source and "prompt" not in source:  # which a fact has
+        return {str(name): load_facts(of_name) for name, of_name in source.items()}
+    return load_facts(source)
+
+
+def _check_texts(
+    facts: Sequence[Fact], tokenize: Tokenizer, purpose: str, kinds: Collection[str] | None = None
+) -> None:
+    """Tokenise all that will be read of facts, so that no run ends at one that the model cannot read.
+
+    Args:
+        facts: all facts.
+        tokenize: of the base model.
+        purpose: what the facts are for.
+        kinds: of prompts, as `questions` names them, that are read besides the edited ones; None: all.
+
+    Raises:
+        FactError: names the first fact that is too long, or lacks what is needed of it.
+    """
+    for number, fact in enumerate(logging.tqdm(facts, desc=f"{purpose} facts", unit=" facts", leave=False, delay=2.0)):
+        try:
+            tokenize.edit(fact)
+            for kind, pairs in questions(fact).items():
+                if kind != "edit" and (kinds is None or kind in kinds):
+                    for pair in pairs:
+                        tokenize(*pair)
+        except FactError as error:
+            raise FactError(f"{purpose} fact {number}: {error}") from None
+
+
+def _require_metric(name: str, facts: Sequence[Fact] | Mapping[str, Sequence[Fact]]) -> None:
+    """Refuse a `metric_for_best_model` that no evaluation will give.
+
+    Raises:
+        ValueError: says which there are.
+    """
+    sets = {f"{of_set}_": entries for of_set, entries in facts.items()} if isinstance(facts, Mapping) else {"": facts}
+    given = [prefix + metric for prefix, entries in sets.items() for metric in measured_metrics(entries)]
+    if name.removeprefix("eval_").removesuffix("_before") not in given:
+        raise ValueError(
+            f"EditorTrainingArguments.metric_for_best_model is {name!r}; evaluation of these held-out facts gives "
+            f"{', '.join(given)}. Name one of them, or give facts that have what it measures, such as rephrases."
+        )
 
 
 def _is_scale(name: str) -> bool:

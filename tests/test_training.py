@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -362,6 +363,53 @@ def test_evaluation_averages_over_the_facts_that_are_measured(
         assert metrics[f"eval_{name}"] == pytest.approx(sum(shown) / len(shown), abs=1e-9)
 
 
+def test_evaluation_of_several_data_sets(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+) -> None:
+    """Each by its name, in training and by hand, with the scores it has alone."""
+    rows = datasets.Dataset.from_list([fact.to_dict() for fact in many])
+    sets = datasets.DatasetDict(old=rows.select(range(3)), new=rows.select(range(3, 8)))
+    trainer = make_trainer(
+        make_editor(llama, **TARGETS), llama, many, eval_dataset=sets, per_device_train_batch_size=4, max_steps=1,
+        eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, save_steps=1,
+        metric_for_best_model="new_locality",
+    )  # fmt: skip
+    trainer.train()
+    found = trainer.evaluate({"old": many[:3]}, metric_key_prefix="test")
+    for name in METRICS:
+        (old,), (new,) = logged(trainer, f"eval_old_{name}"), logged(trainer, f"eval_new_{name}")
+        assert found[f"test_old_{name}"] == trainer.evaluate(many[:3])[f"eval_{name}"] == old
+        assert trainer.evaluate(many[3:])[f"eval_{name}"] == new
+    assert trainer.state.best_metric == logged(trainer, "eval_new_locality")[0]
+
+
+@pytest.mark.parametrize("settings", [{"load_best_model_at_end": True}, {"lr_scheduler_type": "reduce_lr_on_plateau"}])
+def test_metric_that_says_which_is_best(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+    settings: dict[str, Any],
+) -> None:
+    """Generalization where none is named; one that the facts do not give is refused before training."""
+    editor = make_editor(llama, **TARGETS)
+    settings = settings | {"per_device_train_batch_size": 4, "max_steps": 1, "save_steps": 1}
+    settings |= {"eval_strategy": "steps", "eval_steps": 1}
+    trainer = make_trainer(editor, llama, many, eval_dataset=many, **settings)
+    trainer.train()
+    assert trainer.args.greater_is_better
+    assert trainer.state.best_metric == logged(trainer, "eval_generalization")[0]
+    bare = [replace(fact, rephrases=()) for fact in many]
+    with pytest.raises(ValueError, match=r"is 'generalization'; .* gives edit_success, locality, unrelated_accuracy\."):
+        make_trainer(editor, llama, many, eval_dataset=bare, **settings)
+    for name in ("loss", "eval_generalisation", "a_locality"):
+        with pytest.raises(ValueError, match=rf"is '{name}'; .*edit_success"):
+            make_trainer(editor, llama, many, eval_dataset=many, metric_for_best_model=name, **settings)
+
+
 def test_evaluation_without_facts_is_an_error(
     llama: PreTrainedModel,
     many: list[Fact],
@@ -692,6 +740,32 @@ def test_training_facts_without_a_field(
     facts = [*many[:3], replace(many[3], **missing), *many[4:]]
     with pytest.raises(FactError, match=rf"(?s)(?=.*{field})(?=.*[Ff]act 3)"):
         make_trainer(make_editor(llama, **TARGETS), llama, facts)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize(
+    ("spoilt", "message"),
+    [
+        ({"prompt": "Lyon " * 80}, r"fact 7: .*takes \d+ tokens.*at most"),
+        ({"rephrases": ("Lyon", "Lyon " * 80)}, r"fact 7: .*takes \d+ tokens.*at most"),
+        ({"unrelated_answer": "Lyon " * 80}, r"fact 7: .*takes \d+ tokens.*at most"),
+        ({"subject": None}, r"fact 7: .*has no subject"),
+    ],
+)
+def test_a_fact_that_cannot_be_read_is_found_before_training(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+    spoilt: dict[str, Any],
+    message: str,
+    held_out: bool,
+) -> None:
+    """All of its texts are looked at, not only when they are drawn."""
+    facts = [*many[:7], replace(many[7], **spoilt)]
+    editor = make_editor(llama, token_selection="subject", **TARGETS)
+    with pytest.raises(FactError, match=message):
+        make_trainer(editor, llama, many if held_out else facts, eval_dataset=facts if held_out else None)
 
 
 def test_without_locality_no_unrelated_prompt_is_needed(
