@@ -332,6 +332,7 @@ class EditorTrainer(Trainer):
                 alike. The editor is as it was before the step.
         """
         model.train()
+        self._set_optimizer_mode("train")
         facts: list[Fact] = inputs["facts"]
         # Every process reads every prompt, so that all know how many answer tokens there are, and a bad one stops all.
         rephrases, unrelated = self._draw(facts)
@@ -405,6 +406,7 @@ class EditorTrainer(Trainer):
                 for name, of_set in facts.items()
                 for metric, value in self.evaluate(of_set, ignore_keys, f"{metric_key_prefix}_{name}").items()
             }
+        self._set_optimizer_mode("eval")
         size = self.args.per_device_eval_batch_size
         start = time.time()
         sums: dict[str, float] = {}
@@ -536,6 +538,12 @@ class EditorTrainer(Trainer):
         totals = [sum(part.item() for part in parts) for parts in (losses, divergences)]
         generalization, locality = distributed.add_up(torch.tensor(totals, dtype=torch.float64)).tolist()
         return generalization, locality
+
+    def _set_optimizer_mode(self, mode: str) -> None:
+        """Of an optimizer that has other weights for training than for evaluation, as schedule-free ones do."""
+        switch = getattr(self.optimizer, mode, None)
+        if callable(switch):
+            switch()
 
     def _require_finite(self, loss: float, gradients: Mapping[str, Tensor]) -> None:
         """Refuse a step that would turn every parameter of the editor into NaN.

@@ -678,6 +678,35 @@ def test_an_optimizer_of_ones_own(
     assert [(group["lr"], group["momentum"]) for group in optimizer.param_groups] == [(0.25, 0.5), (0.5, 0.5)]
 
 
+def test_an_optimizer_with_modes(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    """A schedule-free one steps in training mode, and is evaluated in the other, as in `Trainer`."""
+    modes: list[str] = []
+
+    class WithModes(torch.optim.SGD):
+        def train(self) -> None:
+            modes.append("train")
+
+        def eval(self) -> None:
+            modes.append("eval")
+
+    arguments = EditorTrainingArguments(
+        output_dir=tmp_path, use_cpu=True, report_to=[], max_steps=2, eval_strategy="steps", eval_steps=1,
+        per_device_train_batch_size=4, save_strategy="no",
+    )  # fmt: skip
+    trainer = EditorTrainer(
+        make_editor(llama, seed=None, **TARGETS), llama, arguments, many, many[:2], tokenizer,
+        optimizer_cls_and_kwargs=(WithModes, {"lr": 1e-3}),
+    )  # fmt: skip
+    trainer.train()
+    assert modes == ["train", "eval"] * 2
+
+
 def test_checkpoint_is_an_editor(
     llama: PreTrainedModel,
     many: list[Fact],
