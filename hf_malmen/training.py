@@ -71,6 +71,8 @@ _DEFAULTS = {
 }
 # Stands for "what the method has" until a trainer is made.
 _OF_METHOD: Any = None
+# Arguments of `Trainer` for a model that answers by itself.
+_NOT_OF_EDITORS = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
 _HUB_STRATEGIES = (HubStrategy.END, HubStrategy.EVERY_SAVE)
 
 
@@ -147,6 +149,11 @@ class EditorTrainingArguments(TrainingArguments):
             raise ValueError(f"EditorTrainingArguments.look_back is {self.look_back}; expected at least 1.")
         if self.look_back_decay is not None and not 0 <= self.look_back_decay <= 1:
             raise ValueError(f"EditorTrainingArguments.look_back_decay is {self.look_back_decay}; expected 0 to 1.")
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"EditorTrainingArguments.train_sampling_strategy is {self.train_sampling_strategy!r}; allowed: "
+                "'random', 'sequential'. A step's texts are put into batches of like lengths anyway."
+            )
         if (strategy := HubStrategy(self.hub_strategy)) not in _HUB_STRATEGIES:
             raise ValueError(
                 f"EditorTrainingArguments.hub_strategy is {strategy.value!r}; allowed: "
@@ -196,7 +203,7 @@ class EditorTrainer(Trainer):
             {name: data set}, whose metrics are then called `eval_<name>_...`.
         processing_class: the base model's tokenizer; loaded from beside the base model if None.
         callbacks: as in `Trainer`.
-        **kwargs: any other argument of `Trainer`.
+        **kwargs: any other argument of `Trainer`, but none about a loss or metrics of one's own.
 
     Attributes:
         run: what the card of a pushed editor says about its training and its scores; None says what the arguments say.
@@ -204,8 +211,8 @@ class EditorTrainer(Trainer):
     Raises:
         FactError: a training fact lacks a field, or a fact is bad, such as one longer than the base model reads.
         ModelMismatchError: the editor does not fit the base model.
-        ValueError: the editor's method has nothing to train, or the held-out facts do not give
-            `metric_for_best_model`.
+        ValueError: the editor's method has nothing to train; the held-out facts do not give `metric_for_best_model`;
+            or an argument of `Trainer` that an editor has no use for.
     """
 
     args: EditorTrainingArguments
@@ -226,6 +233,11 @@ class EditorTrainer(Trainer):
             raise ValueError(
                 f"Method {editor.config.method!r} has nothing to train: its editor is ready as from_base makes it. "
                 "editor.warm_up(model, facts) gives it statistics to start from."
+            )
+        if refused := [name for name in _NOT_OF_EDITORS if kwargs.get(name) is not None]:
+            raise ValueError(
+                f"{', '.join(refused)}: an editor's loss and metrics are its method's, so that this would be ignored. "
+                "Leave it out; EditorModel.measure gives the answers to every fact."
             )
         args = copy(args)  # which may be meant for editors of other methods too
         for name, value in (_DEFAULTS | dict(editor.config.training_defaults)).items():
@@ -295,8 +307,10 @@ class EditorTrainer(Trainer):
 
         Not left to accelerate's sharding, which repeats facts where the last set of an epoch is short.
         """
+        if self.train_dataset is None:
+            raise ValueError("Training needs facts: pass train_dataset to EditorTrainer.")
         loader: DataLoader[Any] = DataLoader(
-            self.train_dataset,  # type: ignore[arg-type] # a list
+            self.train_dataset,  # a list
             batch_size=self._train_batch_size * self.args.world_size,
             sampler=self._get_train_sampler(),
             collate_fn=self.data_collator,
@@ -423,6 +437,17 @@ class EditorTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Not of an editor, which answers nothing by itself.
+
+        Raises:
+            NotImplementedError: always; says what to use.
+        """
+        raise NotImplementedError(
+            "An editor makes no predictions. EditorTrainer.evaluate(facts) gives the scores of an edit, and "
+            "EditorModel.measure(model, facts).per_fact what the edited model answers."
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add both parts of the meta loss, averaged since the last log, and the learned η and λ of each layer."""

@@ -861,6 +861,29 @@ def test_mixed_precision_is_refused(
         EditorTrainingArguments(output_dir=tmp_path, use_cpu=True, **asked)
 
 
+def test_what_an_editor_has_no_use_for_is_refused(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    """Rather than taken and ignored, or left to fail somewhere in `Trainer`."""
+    editor = make_editor(llama, **TARGETS)
+    arguments = EditorTrainingArguments(output_dir=tmp_path, use_cpu=True, report_to=[])
+    for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
+        with pytest.raises(ValueError, match=rf"^{name}: .*would be ignored"):
+            EditorTrainer(editor, llama, arguments, many, processing_class=tokenizer, **{name: print})
+    with pytest.raises(ValueError, match=r"train_sampling_strategy is 'group_by_length'; allowed: 'random'"):
+        make_trainer(editor, llama, many, train_sampling_strategy="group_by_length")
+    trainer = make_trainer(editor, llama, None)
+    with pytest.raises(ValueError, match="pass train_dataset"):
+        trainer.train()
+    with pytest.raises(NotImplementedError, match=r"EditorTrainer\.evaluate"):
+        trainer.predict(many)
+
+
 def test_sharding_the_editor_is_refused(
     make_llama: Callable[..., PreTrainedModel],
     make_editor: Callable[..., EditorModel],
