@@ -264,7 +264,7 @@ class EditorTrainer(Trainer):
         super().__init__(
             model=editor,
             args=args,
-            data_collator=lambda facts: {"facts": facts},
+            data_collator=_collate,
             train_dataset=train_facts,
             eval_dataset=eval_facts,
             callbacks=callbacks,
@@ -315,6 +315,9 @@ class EditorTrainer(Trainer):
             sampler=self._get_train_sampler(),
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
             drop_last=self.args.dataloader_drop_last,
         )
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -682,6 +685,11 @@ class _StartOver(TrainerCallback):
 def _joined(window: Sequence[tuple[Sequence[TokenSequence], ...]], part: int) -> list[TokenSequence]:
     """This process's sequences of one part of every set."""
     return [sequence for questions in window for sequence in _own(questions[part])]
+
+
+def _collate(facts: list[Fact]) -> dict[str, list[Fact]]:
+    """Of a module, so that workers that are spawned can be told of it."""
+    return {"facts": facts}
 
 
 def _load_sets(source: Any) -> list[Fact] | dict[str, list[Fact]]:

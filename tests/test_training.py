@@ -1,5 +1,6 @@
 """`EditorTrainer` on a tiny model: what moves, what must not, logs, checkpoints, resuming."""
 
+import pickle
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -658,6 +659,24 @@ def test_a_base_that_was_edited_between_two_runs_is_read_anew(
     trainer.train()
     assert logged(trainer, "loss") == logged(fresh, "loss")
     assert_identical(editor.state_dict(), fresh.editor.state_dict())
+
+
+def test_workers_are_as_the_arguments_say(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+) -> None:
+    """Spawned ones too, which everything that they need is pickled for."""
+    trainer = make_trainer(
+        make_editor(llama, **TARGETS), llama, many, dataloader_num_workers=2, dataloader_persistent_workers=True,
+        dataloader_prefetch_factor=3, dataloader_multiprocessing_context="spawn",
+    )  # fmt: skip
+    loader = trainer.get_train_dataloader()
+    assert (loader.num_workers, loader.persistent_workers, loader.prefetch_factor) == (2, True, 3)
+    assert loader.multiprocessing_context.get_start_method() == "spawn"
+    collate = pickle.loads(pickle.dumps(loader.collate_fn))
+    assert collate(pickle.loads(pickle.dumps(many))) == {"facts": many}
 
 
 def test_an_optimizer_of_ones_own(
