@@ -31,6 +31,7 @@ from hf_malmen import (
     ModelMismatchError,
     NumericalError,
 )
+from hf_malmen.tracing import Trace
 
 TARGETS = {"target_modules": ["down_proj", "o_proj"], "layers_to_transform": [2, 3]}
 METRICS = ("edit_success", "generalization", "locality", "unrelated_accuracy")
@@ -101,6 +102,22 @@ def test_every_parameter_moves(
         assert torch.isfinite(parameter).all()
     for network in editor.networks.values():
         assert network.get_buffer("statistics.count").item() > before["networks.32x32.statistics.count"].item()
+
+
+@pytest.mark.parametrize("sizes", [[10], [3, 7]])
+def test_keys_of_all_lengths_are_preserved(
+    llama: PreTrainedModel, make_editor: Callable[..., EditorModel], sizes: list[int]
+) -> None:
+    """Of more rows, longest texts first, than are kept an even spread, in batches of any size."""
+    editor = make_editor(llama, n_preserved_keys=4, **TARGETS)
+    keys = {
+        name: torch.arange(10.0)[:, None].expand(10, editor.config.shape_of(name)[0]) for name in editor.module_names
+    }
+    parts = {name: [Trace(part, part) for part in rows.split(sizes)] for name, rows in keys.items()}
+    editor.preserve([{name: of_name[i] for name, of_name in parts.items()} for i in range(len(sizes))])
+    for name in keys:
+        network, index = editor.network(name)
+        assert network.preserved_keys[index, :, 0].tolist() == [0, 2, 5, 7]
 
 
 def test_training_lowers_the_loss(
