@@ -111,6 +111,11 @@ def n_measured(facts: Sequence[Fact], metric: str) -> int:
     return len(facts)
 
 
+def measured_metrics(facts: Sequence[Fact]) -> list[str]:
+    """The teacher-forced metrics of `measure_edit` that at least one of `facts` has."""
+    return [name for name in _ANSWERED if n_measured(facts, name)]
+
+
 def answer(
     model: PreTrainedModel,
     tokenize: Tokenizer,

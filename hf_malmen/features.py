@@ -6,9 +6,11 @@ The base model never changes in training, so what it computes from a sequence al
 import hashlib
 import json
 import os
+import time
 import uuid
 import zlib
 from collections.abc import Collection, Hashable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from .batches import TokenSequence
 logger = logging.get_logger(__name__)
 
 _FORMAT = "hf_malmen features 1"
+_STALE = 24 * 60 * 60  # seconds after which nobody is still writing a file
 
 Key = tuple[str, Hashable]  # what was computed, and of which sequence
 
@@ -88,24 +91,33 @@ class FeatureFolder:
 
     Args:
         folder: made if it does not exist.
-        max_bytes: of all files in the folder; beyond it nothing is added.
+        max_bytes: of all files in the folder, whoever writes them; beyond it nothing is added.
         fingerprint: what the entries depend on besides their sequences, as `features_fingerprint` gives it.
+
+    Raises:
+        ValueError: there is a file in the place of the folder.
     """
 
     def __init__(self, folder: str | Path, max_bytes: int, fingerprint: str) -> None:
         self.folder = Path(folder)
         self.max_bytes = max_bytes
         self.fingerprint = fingerprint
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ValueError(
+                f"trunk_cache_dir is {str(self.folder)!r}, which is a file or lies in one; expected a folder. Name "
+                "another one, which is made if it does not exist."
+            ) from None
         # Entry -> the files that hold it, with the checksum of each tensor. Several, where one of them is damaged.
         self._files: dict[str, list[tuple[Path, list[int]]]] = {}
         self._pending: dict[str, tuple[Tensor, ...]] = {}
-        self._n_bytes = 0
-        self._is_full = False
-        foreign = 0
-        for path in sorted(self.folder.glob("*.safetensors")):
-            self._n_bytes += path.stat().st_size
-            foreign += not self._index(path)
+        self._is_closed = False  # to new entries
+        for path in self.folder.glob("*.unfinished"):
+            with suppress(OSError):  # gone by now, or another user's
+                if time.time() - path.stat().st_mtime > _STALE:  # left by a process that was killed
+                    path.unlink()
+        foreign = sum(not self._index(path) for path in sorted(self.folder.glob("*.safetensors")))
         if foreign:
             logger.info(f"{self.folder}: {foreign} files belong to another model or other layers, and are not used.")
 
@@ -129,29 +141,41 @@ class FeatureFolder:
     def put(self, key: Key, tensors: tuple[Tensor, ...]) -> None:
         """Take in tensors, to be written by the next `flush`."""
         name = _name(key)
-        if name not in self._files and not self._is_full:
+        if name not in self._files and not self._is_closed:
             self._pending[name] = tuple(tensor.detach().to("cpu").contiguous() for tensor in tensors)
 
     def flush(self) -> None:
         """Write what came in since the last time, as one file."""
         if not self._pending:
             return
-        size = sum(_n_bytes(tensors) for tensors in self._pending.values())
-        if self._n_bytes + size > self.max_bytes:
-            self._is_full = True
-            self._pending.clear()
-            logger.info(f"{self.folder} has reached its limit of {self.max_bytes / 2**30:.3g} GiB; nothing is added.")
-            return
         checksums = {name: [_checksum(tensor) for tensor in tensors] for name, tensors in self._pending.items()}
         flat = {f"{name}.{i}": tensor for name, tensors in self._pending.items() for i, tensor in enumerate(tensors)}
+        self._pending.clear()
         metadata = {"format": _FORMAT, "fingerprint": self.fingerprint, "checksums": json.dumps(checksums)}
         path = self.folder / f"{self.fingerprint[:16]}-{uuid.uuid4().hex}.safetensors"
         unfinished = path.with_suffix(".unfinished")
-        save_file(flat, unfinished, metadata=metadata)
-        os.replace(unfinished, path)
-        self._n_bytes += path.stat().st_size
-        self._note(path, checksums)
-        self._pending.clear()
+        try:
+            save_file(flat, unfinished, metadata=metadata)
+            # With the new file in it, so that of two processes that write at once neither overlooks the other's.
+            if self._size() <= self.max_bytes:
+                os.replace(unfinished, path)
+                self._note(path, checksums)
+                return
+            logger.info(f"{self.folder} has reached its limit of {self.max_bytes / 2**30:.3g} GiB; nothing is added.")
+        except (SafetensorError, OSError) as error:  # a full disk, say
+            logger.warning(f"{self.folder} cannot be written to ({error}). Nothing more is added; training goes on.")
+        self._is_closed = True
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+
+    def _size(self) -> int:
+        """Bytes of all files of features, those that are being written too."""
+        n_bytes = 0
+        for path in self.folder.iterdir():
+            if path.suffix in (".safetensors", ".unfinished"):
+                with suppress(FileNotFoundError):  # another process has renamed or removed it
+                    n_bytes += path.stat().st_size
+        return n_bytes
 
     def _index(self, path: Path) -> bool:
         """Note what a file holds. Whether it is one of this fingerprint; true of a damaged one, which is reported."""
@@ -163,7 +187,10 @@ class FeatureFolder:
             return True
         if metadata.get("format") != _FORMAT or metadata.get("fingerprint") != self.fingerprint:
             return False
-        self._note(path, json.loads(metadata["checksums"]))
+        try:
+            self._note(path, json.loads(metadata["checksums"]))
+        except (KeyError, ValueError, AttributeError):
+            self._distrust(path, "it does not say what it holds")
         return True
 
     def _note(self, path: Path, checksums: dict[str, list[int]]) -> None:

@@ -311,7 +311,7 @@ class EditorModel(EditorNetworks):
         """Take the statistics of `facts` into the editor, without editing anything.
 
         A method without training starts from them: with `statistics="frozen"` it needs them, and where they follow the
-        edits, the first ones are standardised better. `n_preserved_keys` are filled too, with the last keys read.
+        edits, the first ones are standardised better. `n_preserved_keys` are filled too, from the facts read last.
 
         Args:
             model: the live base model. Its weights, gradients, modes and hooks are as found afterwards.

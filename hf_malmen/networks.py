@@ -366,6 +366,17 @@ class EditorNetworks(PreTrainedModel):
             for of_process in distributed.gather_rows(seen[shape].pack()[None]):
                 own.merge_packed(of_process[0])
 
+    @contextmanager
+    def statistics_restored_on_error(self) -> Iterator[None]:
+        """What fails within the context leaves the running statistics as they were before it."""
+        before = deepcopy(self.statistics)
+        try:
+            yield
+        except BaseException:
+            for shape, own in self.statistics.items():
+                own.load_state_dict(before[shape].state_dict())
+            raise
+
     def statistics_after(
         self,
         traces: Iterable[Mapping[str, Trace]],
@@ -403,7 +414,7 @@ class EditorNetworks(PreTrainedModel):
 
     @torch.no_grad()
     def preserve(self, traces: Sequence[Mapping[str, Trace]]) -> None:
-        """Keep the keys of one training step in place of the oldest preserved ones.
+        """Keep the keys of one training step, or as many as there is room for, in place of the oldest preserved ones.
 
         Called after the step's facts were edited, which must move their own keys.
 
@@ -418,8 +429,9 @@ class EditorNetworks(PreTrainedModel):
                 for name in names:
                     own = torch.cat([self.no_rows(name)[0], *(traced[name].keys.to(self.device) for traced in traces)])
                     rows.append(torch.cat(distributed.gather_rows(own.to(network.preserved_keys))))
-                # The two sides of an encoder-decoder have different tokens: each keeps as many of its own, evenly.
-                fewest = min(map(len, rows))
+                # An even spread: rows come longest text first, so that the last ones are of the shortest only. The two
+                # sides of an encoder-decoder have different tokens: each keeps as many of its own.
+                fewest = min(network.n_preserved_keys, *map(len, rows))
                 network.preserve(
                     torch.stack([own[torch.arange(fewest, device=own.device) * len(own) // fewest] for own in rows])
                 )

@@ -1,11 +1,21 @@
 """YAML files of settings: read, and every name in them checked."""
 
 import dataclasses
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-4 as the number that YAML 1.2 says it is; PyYAML, of 1.1, wants 1.0e-4 and takes it for a text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+)
 
 
 def read_settings(path: str | Path, known: Collection[str], example: str) -> dict[str, Any]:
@@ -23,7 +33,7 @@ def read_settings(path: str | Path, known: Collection[str], example: str) -> dic
     if not path.is_file():
         raise ValueError(f"There is no file {path}. Give the path of a YAML recipe, such as {example}.")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(content, dict):

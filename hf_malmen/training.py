@@ -1,9 +1,10 @@
 """`EditorTrainer`: meta-training of the hyper-network with the decoupled gradient (paper section 4.3)."""
 
+import math
 import os
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Collection, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
@@ -25,11 +26,13 @@ from transformers import (
 )
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy, speed_metrics
+from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from . import distributed
-from .batches import TokenBatch, TokenSequence
-from .evaluation import n_measured
+from .batches import TokenBatch, Tokenizer, TokenSequence
+from .errors import FactError, NumericalError
+from .evaluation import measured_metrics, n_measured, questions
 from .facts import Fact, load_facts, require_fields
 from .features import FeatureCache, FeatureFolder, features_fingerprint
 from .least_squares import Solution
@@ -68,6 +71,8 @@ _DEFAULTS = {
 }
 # Stands for "what the method has" until a trainer is made.
 _OF_METHOD: Any = None
+# Arguments of `Trainer` for a model that answers by itself.
+_NOT_OF_EDITORS = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
 _HUB_STRATEGIES = (HubStrategy.END, HubStrategy.EVERY_SAVE)
 
 
@@ -101,6 +106,8 @@ class EditorTrainingArguments(TrainingArguments):
         rephrases_per_fact: rephrases of each fact drawn into the generalisation loss at every step.
         scale_learning_rate: learning rate of log η, log λ and log κ. They are logarithms of scales that have orders of
             magnitude to travel, so they get a rate of their own.
+        metric_for_best_model: as in `TrainingArguments`, a metric of `EditorModel.evaluate`. Where one is needed and
+            none is given, `"generalization"`.
     """
 
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Facts edited together in a step."})
@@ -124,7 +131,11 @@ class EditorTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._refuse_mixed_precision()
+        names_metric, names_direction = self.metric_for_best_model is not None, self.greater_is_better is not None
         super().__post_init__()
+        if self.metric_for_best_model is not None and not names_metric:
+            self.metric_for_best_model = "generalization"  # `Trainer`'s own is a loss, which no evaluation has
+            self.greater_is_better = self.greater_is_better if names_direction else True
         # It shards whatever transformers loads or makes while it is there: the editor too.
         self.deepspeed_plugin = None
         self.remove_unused_columns = False  # facts are not columns
@@ -138,6 +149,11 @@ class EditorTrainingArguments(TrainingArguments):
             raise ValueError(f"EditorTrainingArguments.look_back is {self.look_back}; expected at least 1.")
         if self.look_back_decay is not None and not 0 <= self.look_back_decay <= 1:
             raise ValueError(f"EditorTrainingArguments.look_back_decay is {self.look_back_decay}; expected 0 to 1.")
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"EditorTrainingArguments.train_sampling_strategy is {self.train_sampling_strategy!r}; allowed: "
+                "'random', 'sequential'. A step's texts are put into batches of like lengths anyway."
+            )
         if (strategy := HubStrategy(self.hub_strategy)) not in _HUB_STRATEGIES:
             raise ValueError(
                 f"EditorTrainingArguments.hub_strategy is {strategy.value!r}; allowed: "
@@ -183,18 +199,20 @@ class EditorTrainer(Trainer):
         base_model: the model to edit; never trained, and as it was after every step.
         args: training arguments.
         train_dataset, eval_dataset: anything `load_facts` takes. Training facts need `rephrases`, and, unless
-            `locality_weight` is 0, `unrelated_prompt` and `unrelated_answer`.
+            `locality_weight` is 0, `unrelated_prompt` and `unrelated_answer`. For evaluation also several of them,
+            {name: data set}, whose metrics are then called `eval_<name>_...`.
         processing_class: the base model's tokenizer; loaded from beside the base model if None.
         callbacks: as in `Trainer`.
-        **kwargs: any other argument of `Trainer`.
+        **kwargs: any other argument of `Trainer`, but none about a loss or metrics of one's own.
 
     Attributes:
         run: what the card of a pushed editor says about its training and its scores; None says what the arguments say.
 
     Raises:
-        FactError: a training fact lacks a field, or is bad.
+        FactError: a training fact lacks a field, or a fact is bad, such as one longer than the base model reads.
         ModelMismatchError: the editor does not fit the base model.
-        ValueError: the editor's method has nothing to train.
+        ValueError: the editor's method has nothing to train; the held-out facts do not give `metric_for_best_model`;
+            or an argument of `Trainer` that an editor has no use for.
     """
 
     args: EditorTrainingArguments
@@ -216,6 +234,11 @@ class EditorTrainer(Trainer):
                 f"Method {editor.config.method!r} has nothing to train: its editor is ready as from_base makes it. "
                 "editor.warm_up(model, facts) gives it statistics to start from."
             )
+        if refused := [name for name in _NOT_OF_EDITORS if kwargs.get(name) is not None]:
+            raise ValueError(
+                f"{', '.join(refused)}: an editor's loss and metrics are its method's, so that this would be ignored. "
+                "Leave it out; EditorModel.measure gives the answers to every fact."
+            )
         args = copy(args)  # which may be meant for editors of other methods too
         for name, value in (_DEFAULTS | dict(editor.config.training_defaults)).items():
             if getattr(args, name) is None:
@@ -228,14 +251,22 @@ class EditorTrainer(Trainer):
         if train_facts is not None:
             needed = ["rephrases"] + (["unrelated_prompt", "unrelated_answer"] if args.locality_weight else [])
             require_fields(train_facts, needed, "Training")
+            kinds = ("rephrase", "unrelated") if args.locality_weight else ("rephrase",)
+            _check_texts(train_facts, self.tokenize, "Training", kinds)
+        eval_facts = _load_sets(eval_dataset) if eval_dataset is not None else None
+        if eval_facts is not None:
+            for facts in eval_facts.values() if isinstance(eval_facts, dict) else [eval_facts]:
+                _check_texts(facts, self.tokenize, "Held-out")
+            if args.metric_for_best_model is not None and args.eval_strategy != "no":
+                _require_metric(args.metric_for_best_model, eval_facts)
         # Not handed on: Trainer would write the base model's special tokens into the editor's configuration, and the
         # tokenizer beside every checkpoint.
         super().__init__(
             model=editor,
             args=args,
-            data_collator=lambda facts: {"facts": facts},
+            data_collator=_collate,
             train_dataset=train_facts,
-            eval_dataset=load_facts(eval_dataset) if eval_dataset is not None else None,
+            eval_dataset=eval_facts,
             callbacks=callbacks,
             **kwargs,
         )
@@ -250,8 +281,8 @@ class EditorTrainer(Trainer):
             forget_sharding(self.accelerator.state)
             nn.Module.to(editor, args.device)
         place(base_model, args.device)
-        self.passes = self._passes(editor)
-        self.add_callback(_ForgetFeatures(self.passes.features))
+        self._passes: FrozenPasses | None = None
+        self.add_callback(_ForgetFeatures(self))
         self.add_callback(_StartOver(self))
         self._losses: list[tuple[float, float]] = []
         self._sequence = _Sequence()
@@ -264,17 +295,29 @@ class EditorTrainer(Trainer):
         assert isinstance(editor, EditorModel)  # for the type checker
         return editor
 
+    @property
+    def passes(self) -> FrozenPasses:
+        """What is computed of the unedited base model, kept as the arguments say; of the base as this run found it."""
+        if self._passes is None:
+            self._passes = self._make_passes()
+        return self._passes
+
     def get_train_dataloader(self) -> DataLoader[Any]:
         """All processes read the same sets of facts, which `training_step` shares out.
 
         Not left to accelerate's sharding, which repeats facts where the last set of an epoch is short.
         """
+        if self.train_dataset is None:
+            raise ValueError("Training needs facts: pass train_dataset to EditorTrainer.")
         loader: DataLoader[Any] = DataLoader(
-            self.train_dataset,  # type: ignore[arg-type] # a list
+            self.train_dataset,  # a list
             batch_size=self._train_batch_size * self.args.world_size,
             sampler=self._get_train_sampler(),
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
             drop_last=self.args.dataloader_drop_last,
         )
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -300,15 +343,23 @@ class EditorTrainer(Trainer):
         """Edit the facts of `inputs`, and leave the gradient of the meta loss on the editor's parameters.
 
         Several processes call it with the same facts, and all get the same loss and gradient.
+
+        Raises:
+            NumericalError: the loss or its gradient is not finite, or something on the way to them; on all processes
+                alike. The editor is as it was before the step.
         """
         model.train()
+        self._set_optimizer_mode("train")
         facts: list[Fact] = inputs["facts"]
         # Every process reads every prompt, so that all know how many answer tokens there are, and a bad one stops all.
         rephrases, unrelated = self._draw(facts)
         edits = _own([self.tokenize.edit(fact) for fact in facts])
         before = self._sequence.shifts
         window = [(rephrases, unrelated), *self._sequence.sets][: self.args.look_back]
-        with frozen(self.base_model):
+        share = 1 / self.current_gradient_accumulation_steps
+        penalty = 0.0
+        gradients = {}
+        with frozen(self.base_model), self.editor.statistics_restored_on_error():
             self.passes.begin_step(edits, *(_joined(window, part) for part in (0, 1)))
             traces = self._trace(edits, before)
             self.editor.update_statistics(traces)
@@ -322,16 +373,15 @@ class EditorTrainer(Trainer):
                 weight = self.args.look_back_decay**age
                 losses = self._meta_loss(*shown, *questions, weight)
                 generalization, locality = generalization + losses[0], locality + losses[1]
-        share = 1 / self.current_gradient_accumulation_steps
-        penalty = 0.0
-        gradients = {}
-        for name, leaf in leaves.items():
-            gradients[name] = torch.zeros_like(leaf) if leaf.grad is None else share * leaf.grad
-            if self.args.shift_penalty:  # of a dense shift: see `_leaves`
-                shift = solutions[name].shift.to(leaf)
-                penalty += self.args.shift_penalty * shift.square().sum().item()
-                if distributed.is_main():  # it counts once
-                    gradients[name] += share * 2 * self.args.shift_penalty * shift
+            for name, leaf in leaves.items():
+                gradients[name] = torch.zeros_like(leaf) if leaf.grad is None else share * leaf.grad
+                if self.args.shift_penalty:  # of a dense shift: see `_leaves`
+                    shift = solutions[name].shift.to(leaf)
+                    penalty += self.args.shift_penalty * shift.square().sum().item()
+                    if distributed.is_main():  # it counts once
+                        gradients[name] += share * 2 * self.args.shift_penalty * shift
+            loss = generalization + self.args.locality_weight * locality + penalty
+            self._require_finite(loss, gradients)
         self.editor.backward(traces, solutions, gradients, self.args.editor_batch_size, passes)
         self.editor.preserve(traces)
         if self.args.is_sequential:
@@ -341,7 +391,6 @@ class EditorTrainer(Trainer):
             if self._sequence.n_sets >= self.current_gradient_accumulation_steps:
                 self._sequence = _Sequence()
         self._losses.append((generalization, locality))
-        loss = generalization + self.args.locality_weight * locality + penalty
         return torch.tensor(loss * share, device=self.args.device)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -356,13 +405,25 @@ class EditorTrainer(Trainer):
     ) -> dict[str, float]:
         """Edit held-out facts, `per_device_eval_batch_size` at once, and measure. The editor does not change.
 
+        Args:
+            eval_dataset: anything `load_facts` takes, or {name: such a data set}; None takes the trainer's own.
+            ignore_keys: of no use here.
+            metric_key_prefix: of the metrics' names.
+
         Returns:
-            The metrics of `EditorModel.evaluate`, prefixed with `metric_key_prefix`, each averaged over the facts that
-            have what it measures.
+            The metrics of `EditorModel.evaluate`, prefixed with `metric_key_prefix`, and with the data set's name where
+            there are several, each averaged over the facts that have what it measures.
         """
         if eval_dataset is None and self.eval_dataset is None:
             raise ValueError("Evaluation needs facts: pass eval_dataset to EditorTrainer or to evaluate().")
-        facts = load_facts(self.eval_dataset if eval_dataset is None else eval_dataset)
+        facts = _load_sets(self.eval_dataset if eval_dataset is None else eval_dataset)
+        if isinstance(facts, dict):
+            return {
+                metric: value
+                for name, of_set in facts.items()
+                for metric, value in self.evaluate(of_set, ignore_keys, f"{metric_key_prefix}_{name}").items()
+            }
+        self._set_optimizer_mode("eval")
         size = self.args.per_device_eval_batch_size
         start = time.time()
         sums: dict[str, float] = {}
@@ -379,6 +440,17 @@ class EditorTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Not of an editor, which answers nothing by itself.
+
+        Raises:
+            NotImplementedError: always; says what to use.
+        """
+        raise NotImplementedError(
+            "An editor makes no predictions. EditorTrainer.evaluate(facts) gives the scores of an edit, and "
+            "EditorModel.measure(model, facts).per_fact what the edited model answers."
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add both parts of the meta loss, averaged since the last log, and the learned η and λ of each layer."""
@@ -495,6 +567,34 @@ class EditorTrainer(Trainer):
         generalization, locality = distributed.add_up(torch.tensor(totals, dtype=torch.float64)).tolist()
         return generalization, locality
 
+    def _set_optimizer_mode(self, mode: str) -> None:
+        """Of an optimizer that has other weights for training than for evaluation, as schedule-free ones do."""
+        switch = getattr(self.optimizer, mode, None)
+        if callable(switch):
+            switch()
+
+    def _require_finite(self, loss: float, gradients: Mapping[str, Tensor]) -> None:
+        """Refuse a step that would turn every parameter of the editor into NaN.
+
+        Args:
+            loss: of all processes.
+            gradients: {module name: this process's part of the gradient of `loss`}.
+
+        Raises:
+            NumericalError: one of them is not finite, on any process.
+        """
+        flags = torch.stack([~gradient.isfinite().all() for gradient in gradients.values()])
+        counts = distributed.add_up(flags.to("cpu", torch.float64)).tolist()
+        broken = [name for name, count in zip(gradients, counts, strict=True) if count]
+        if broken or not math.isfinite(loss):
+            raise NumericalError(
+                f"Step {self.state.global_step + 1}: the loss of the edited model is {loss:.4g}"
+                + (f", and its gradient is not finite at {', '.join(broken)}" if broken else "")
+                + ". Expected finite numbers; the editor is as it was before the step. The edit may be too large for "
+                f"the base model's dtype, {self.base_model.dtype}: load it in bfloat16 or float32. Or lower "
+                "EditorConfig.edit_lr, from which η starts, or the learning rates."
+            )
+
     @contextmanager
     def _shifted(self, batch: TokenBatch, shifts: Mapping[str, Tensor]) -> Iterator[None]:
         """For a pass over `batch` that starts above the trunk, with `shifts` added to the weights."""
@@ -512,8 +612,8 @@ class EditorTrainer(Trainer):
         for chosen, batch in self.tokenize.batches(sequences, self.args.lm_batch_size, pass_cost(self.base_model)):
             yield chosen, batch.to(input_device(self.base_model))
 
-    def _passes(self, editor: EditorModel) -> FrozenPasses:
-        """What is computed of the unedited base model, kept as the arguments say."""
+    def _make_passes(self) -> FrozenPasses:
+        editor = self.editor
         names, selection = editor.module_names, editor.config.traced_tokens
         disk = None
         if self.args.trunk_cache_dir:
@@ -549,18 +649,19 @@ class _ForgetFeatures(TrainerCallback):
     checkpoint and one that resumes from it end with the same bits only if both start with the same memory.
     """
 
-    def __init__(self, features: FeatureCache) -> None:
-        self.features = features
+    def __init__(self, trainer: EditorTrainer) -> None:
+        self.trainer = trainer
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Empty it."""
-        self.features.clear()
+        self.trainer.passes.features.clear()
 
 
 class _StartOver(TrainerCallback):
     """Drops what an interrupted run, or a try that `auto_find_batch_size` repeats, left of its last step.
 
-    The sets of that step are no part of the next one's sequence, and its losses no part of the next log.
+    The sets of that step are no part of the next one's sequence, and its losses no part of the next log. What was
+    computed of the base model goes too, as it may have changed between two runs: be edited, or no longer be.
     """
 
     def __init__(self, trainer: EditorTrainer) -> None:
@@ -570,6 +671,8 @@ class _StartOver(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Of every run, and of every try."""
+        self.trainer.editor.check_base(self.trainer.base_model)
+        self.trainer._passes = self.trainer._make_passes()
         self.trainer._losses.clear()
 
     def on_step_begin(
@@ -582,6 +685,58 @@ class _StartOver(TrainerCallback):
 def _joined(window: Sequence[tuple[Sequence[TokenSequence], ...]], part: int) -> list[TokenSequence]:
     """This process's sequences of one part of every set."""
     return [sequence for questions in window for sequence in _own(questions[part])]
+
+
+def _collate(facts: list[Fact]) -> dict[str, list[Fact]]:
+    """Of a module, so that workers that are spawned can be told of it."""
+    return {"facts": facts}
+
+
+def _load_sets(source: Any) -> list[Fact] | dict[str, list[Fact]]:
+    """The facts of a data set, or of several by their names."""
+    if isinstance(source, Mapping) and source and "prompt" not in source:  # which a fact has
+        return {str(name): load_facts(of_name) for name, of_name in source.items()}
+    return load_facts(source)
+
+
+def _check_texts(
+    facts: Sequence[Fact], tokenize: Tokenizer, purpose: str, kinds: Collection[str] | None = None
+) -> None:
+    """Tokenise all that will be read of facts, so that no run ends at one that the model cannot read.
+
+    Args:
+        facts: all facts.
+        tokenize: of the base model.
+        purpose: what the facts are for.
+        kinds: of prompts, as `questions` names them, that are read besides the edited ones; None: all.
+
+    Raises:
+        FactError: names the first fact that is too long, or lacks what is needed of it.
+    """
+    for number, fact in enumerate(logging.tqdm(facts, desc=f"{purpose} facts", unit=" facts", leave=False, delay=2.0)):
+        try:
+            tokenize.edit(fact)
+            for kind, pairs in questions(fact).items():
+                if kind != "edit" and (kinds is None or kind in kinds):
+                    for pair in pairs:
+                        tokenize(*pair)
+        except FactError as error:
+            raise FactError(f"{purpose} fact {number}: {error}") from None
+
+
+def _require_metric(name: str, facts: Sequence[Fact] | Mapping[str, Sequence[Fact]]) -> None:
+    """Refuse a `metric_for_best_model` that no evaluation will give.
+
+    Raises:
+        ValueError: says which there are.
+    """
+    sets = {f"{of_set}_": entries for of_set, entries in facts.items()} if isinstance(facts, Mapping) else {"": facts}
+    given = [prefix + metric for prefix, entries in sets.items() for metric in measured_metrics(entries)]
+    if name.removeprefix("eval_").removesuffix("_before") not in given:
+        raise ValueError(
+            f"EditorTrainingArguments.metric_for_best_model is {name!r}; evaluation of these held-out facts gives "
+            f"{', '.join(given)}. Name one of them, or give facts that have what it measures, such as rephrases."
+        )
 
 
 def _is_scale(name: str) -> bool:

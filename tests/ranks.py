@@ -25,6 +25,7 @@ from hf_malmen import (
     Fact,
     FactError,
     FactStream,
+    NumericalError,
     OtherProcessError,
 )
 from hf_malmen.distributed import join, n_processes, process_index
@@ -90,7 +91,31 @@ def steps(folder: str | Path) -> dict[str, Any]:
             }
             if i % 2:
                 editor.zero_grad()
+    found["failure"] = failed_step(folder)
     return found
+
+
+def failed_step(folder: str | Path) -> str:
+    """What is said of a step in which the gradient of one process's part of the loss is not finite."""
+    model = build_llama()
+    editor = build_editor(model, **TARGETS)
+    trainer = trainer_for(editor, model, folder)
+    trainer.current_gradient_accumulation_steps = 1
+    plain = trainer._leaves
+
+    def broken(*arguments: Any) -> Any:
+        leaves, after = plain(*arguments)
+        if process_index() == n_processes() - 1:
+            leaves[editor.module_names[0]].register_hook(lambda gradient: gradient * torch.inf)
+        return leaves, after
+
+    trainer._leaves = broken  # type: ignore[method-assign]
+    before = {key: value.clone() for key, value in editor.state_dict().items()}
+    with pytest.raises(NumericalError) as failure:
+        trainer.training_step(trainer.model, {"facts": build_long_facts(6)})
+    assert all(parameter.grad is None for parameter in editor.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in editor.state_dict().items())
+    return str(failure.value)
 
 
 # Name: configuration of the editor, and arguments of `make_edit`.

@@ -62,6 +62,16 @@ def test_steps_of_several_processes_are_those_of_one(
                 assert torch.equal(gradients[key], value), key
 
 
+def test_a_gradient_that_is_not_finite_stops_all_processes_alike(
+    stepped: tuple[dict[str, Any], list[dict[str, Any]]],
+) -> None:
+    """Also where it is that of one process's part of the loss: none goes on with it, and none waits for another."""
+    expected, found = stepped
+    assert expected["failure"].startswith("Step 1: ")
+    assert "not finite at model.layers." in expected["failure"]
+    assert {of_process["failure"] for of_process in found} == {expected["failure"]}
+
+
 def test_edits_and_scores_of_several_processes_are_those_of_one(tmp_path: Path) -> None:
     """Of lists, streams and checkpoints on disk, which one process writes; an error of one process reaches all."""
     build_llama().save_pretrained(tmp_path / "base")

@@ -1,5 +1,7 @@
 """What the frozen model computed, in memory and on disk."""
 
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -107,6 +110,64 @@ def test_folder_stops_at_its_limit(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert len(list(tmp_path.iterdir())) == 1
     assert features.get(key_of(2)) is None
     assert_found(features, 1)
+
+
+def test_the_limit_is_that_of_all_who_write(tmp_path: Path) -> None:
+    """Also of processes that write in turns, and of what one of them has not finished."""
+    (one,) = filled(tmp_path / "one", range(1)).folder.iterdir()
+    limit = 4 * one.stat().st_size
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "of another.unfinished").write_bytes(bytes(limit // 4))
+    writers = [FeatureFolder(tmp_path / "all", limit, "a" * 64) for _ in range(3)]
+    for number in range(9):
+        writers[number % 3].put(key_of(number), tensors_of(number))
+        writers[number % 3].flush()
+    assert sum(path.stat().st_size for path in (tmp_path / "all").iterdir()) <= limit
+    assert len(list((tmp_path / "all").glob("*.safetensors"))) == 3
+
+
+def test_what_a_killed_process_left_unfinished_is_removed(tmp_path: Path) -> None:
+    """After a day; until then somebody may be writing it."""
+    old, new = tmp_path / "old.unfinished", tmp_path / "new.unfinished"
+    for path in (old, new):
+        path.touch()
+    os.utime(old, (0, 0))
+    FeatureFolder(tmp_path, 10**6, "a" * 64)
+    assert list(tmp_path.iterdir()) == [new]
+
+
+def test_a_folder_that_cannot_be_written_to_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is optional: said once, and what it holds is still read."""
+    features = filled(tmp_path / "features", range(1))
+    (tmp_path / "features").rename(tmp_path / "elsewhere")
+    with caplog.at_level("WARNING", logger="hf_malmen.features"):
+        for number in (1, 2):
+            features.put(key_of(number), tensors_of(number))
+            features.flush()
+    assert len(caplog.records) == 1
+    assert "Nothing more is added" in caplog.text
+    (tmp_path / "elsewhere").rename(tmp_path / "features")
+    assert_found(features, 0)
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
+    """The error names it, and what to do."""
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match=rf"trunk_cache_dir is '{re.escape(str(path))}'.*expected a folder"):
+            FeatureFolder(path, 10**6, "a" * 64)
+
+
+@pytest.mark.parametrize("metadata", [{}, {"checksums": "not JSON"}, {"checksums": "[]"}])
+def test_a_file_that_does_not_say_what_it_holds(
+    tmp_path: Path, metadata: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Reported and not used, though its format and fingerprint are right."""
+    metadata = {"format": "hf_malmen features 1", "fingerprint": "a" * 64} | metadata
+    save_file({"x.0": torch.zeros(2)}, tmp_path / "odd.safetensors", metadata=metadata)
+    with caplog.at_level("WARNING", logger="hf_malmen.features"):
+        filled(tmp_path, range(1))
+    assert "odd.safetensors is damaged (it does not say what it holds)" in caplog.text
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "no safetensors"])

@@ -460,7 +460,7 @@ def test_trunk_of_other_architectures(
         editor = make_editor(model)
         with caplog.at_level("INFO", logger="hf_malmen.trunk"):
             trainer = make_trainer(editor, model, facts, rephrases_per_fact=N_REPHRASES, lm_batch_size=3)
-        assert len(trainer.passes.trunk.blocks) == n_blocks
+            assert len(trainer.passes.trunk.blocks) == n_blocks
         assert ("running all in full" in caplog.text) == (n_blocks == 0)
         if blocks is not None:
             trainer.passes.trunk.blocks = blocks

@@ -56,6 +56,20 @@ def test_unknown_names_in_a_recipe_are_refused(tmp_path: Path) -> None:
             load_recipe(path)
 
 
+def test_numbers_are_read_as_they_are_written(tmp_path: Path) -> None:
+    """Those without a point too, which YAML 1.1 takes for texts; texts and whole numbers stay."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "base_model: 1e-4b\ntrain_facts: f\neditor: {edit_lr: 1e-3, ridge: 2E+2, rank: 8}\n"
+        "training: {output_dir: o, learning_rate: 1e-4, weight_decay: -.5e-1, shift_penalty: 3.e-4}\n"
+    )
+    recipe = load_recipe(path)
+    assert recipe.base_model == "1e-4b"
+    assert recipe.editor == {"edit_lr": 1e-3, "ridge": 200.0, "rank": 8}
+    assert isinstance(recipe.editor["rank"], int)
+    assert recipe.training == {"output_dir": "o", "learning_rate": 1e-4, "weight_decay": -0.05, "shift_penalty": 3e-4}
+
+
 def save_inputs(folder: Path, model: Any, tokenizer: Any, facts: list[Fact]) -> dict[str, Any]:
     """A recipe of one quick step, with its inputs in `folder`."""
     model.save_pretrained(folder / "base")

@@ -1,11 +1,13 @@
 """`EditorTrainer` on a tiny model: what moves, what must not, logs, checkpoints, resuming."""
 
+import pickle
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,7 +22,16 @@ from transformers import (
     TrainerState,
 )
 
-from hf_malmen import EditorModel, EditorTrainer, EditorTrainingArguments, Fact, FactError, ModelMismatchError
+from hf_malmen import (
+    EditorModel,
+    EditorTrainer,
+    EditorTrainingArguments,
+    Fact,
+    FactError,
+    ModelMismatchError,
+    NumericalError,
+)
+from hf_malmen.tracing import Trace
 
 TARGETS = {"target_modules": ["down_proj", "o_proj"], "layers_to_transform": [2, 3]}
 METRICS = ("edit_success", "generalization", "locality", "unrelated_accuracy")
@@ -91,6 +102,22 @@ def test_every_parameter_moves(
         assert torch.isfinite(parameter).all()
     for network in editor.networks.values():
         assert network.get_buffer("statistics.count").item() > before["networks.32x32.statistics.count"].item()
+
+
+@pytest.mark.parametrize("sizes", [[10], [3, 7]])
+def test_keys_of_all_lengths_are_preserved(
+    llama: PreTrainedModel, make_editor: Callable[..., EditorModel], sizes: list[int]
+) -> None:
+    """Of more rows, longest texts first, than are kept an even spread, in batches of any size."""
+    editor = make_editor(llama, n_preserved_keys=4, **TARGETS)
+    keys = {
+        name: torch.arange(10.0)[:, None].expand(10, editor.config.shape_of(name)[0]) for name in editor.module_names
+    }
+    parts = {name: [Trace(part, part) for part in rows.split(sizes)] for name, rows in keys.items()}
+    editor.preserve([{name: of_name[i] for name, of_name in parts.items()} for i in range(len(sizes))])
+    for name in keys:
+        network, index = editor.network(name)
+        assert network.preserved_keys[index, :, 0].tolist() == [0, 2, 5, 7]
 
 
 def test_training_lowers_the_loss(
@@ -290,6 +317,26 @@ def test_evaluation_does_not_change_the_editor(
         assert metrics[f"eval_{name}"] == again[f"eval_{name}"]
 
 
+@pytest.mark.parametrize("method", ["malmen", "rledit"])
+def test_a_step_that_overflows_leaves_the_editor_as_it_was(
+    many: list[Fact],
+    make_llama: Callable[..., PreTrainedModel],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+    tmp_path: Path,
+    method: str,
+) -> None:
+    """An edit too large for float16 ends training where it happens: no bit of the editor moves, nothing is saved."""
+    model = make_llama(torch.float16)
+    editor = make_editor(model, method=method, edit_lr=1e4, n_preserved_keys=4, **TARGETS).float()
+    before = copy_of(editor)
+    trainer = make_trainer(editor, model, many, per_device_train_batch_size=4, max_steps=2, save_steps=1)
+    with pytest.raises(NumericalError, match=r"^Step 1: .*model\.layers\.\d.*torch\.float16: load it in bfloat16"):
+        trainer.train()
+    assert_identical(editor.state_dict(), before)
+    assert not list(tmp_path.glob("run/checkpoint-*"))
+
+
 # Evaluation
 
 
@@ -332,6 +379,53 @@ def test_evaluation_averages_over_the_facts_that_are_measured(
         shown = [score[name] for score in scores if name in score]
         assert len(shown) == (7 if name == "edit_success" else 3)
         assert metrics[f"eval_{name}"] == pytest.approx(sum(shown) / len(shown), abs=1e-9)
+
+
+def test_evaluation_of_several_data_sets(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+) -> None:
+    """Each by its name, in training and by hand, with the scores it has alone."""
+    rows = datasets.Dataset.from_list([fact.to_dict() for fact in many])
+    sets = datasets.DatasetDict(old=rows.select(range(3)), new=rows.select(range(3, 8)))
+    trainer = make_trainer(
+        make_editor(llama, **TARGETS), llama, many, eval_dataset=sets, per_device_train_batch_size=4, max_steps=1,
+        eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, save_steps=1,
+        metric_for_best_model="new_locality",
+    )  # fmt: skip
+    trainer.train()
+    found = trainer.evaluate({"old": many[:3]}, metric_key_prefix="test")
+    for name in METRICS:
+        (old,), (new,) = logged(trainer, f"eval_old_{name}"), logged(trainer, f"eval_new_{name}")
+        assert found[f"test_old_{name}"] == trainer.evaluate(many[:3])[f"eval_{name}"] == old
+        assert trainer.evaluate(many[3:])[f"eval_{name}"] == new
+    assert trainer.state.best_metric == logged(trainer, "eval_new_locality")[0]
+
+
+@pytest.mark.parametrize("settings", [{"load_best_model_at_end": True}, {"lr_scheduler_type": "reduce_lr_on_plateau"}])
+def test_metric_that_says_which_is_best(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+    settings: dict[str, Any],
+) -> None:
+    """Generalization where none is named; one that the facts do not give is refused before training."""
+    editor = make_editor(llama, **TARGETS)
+    settings = settings | {"per_device_train_batch_size": 4, "max_steps": 1, "save_steps": 1}
+    settings |= {"eval_strategy": "steps", "eval_steps": 1}
+    trainer = make_trainer(editor, llama, many, eval_dataset=many, **settings)
+    trainer.train()
+    assert trainer.args.greater_is_better
+    assert trainer.state.best_metric == logged(trainer, "eval_generalization")[0]
+    bare = [replace(fact, rephrases=()) for fact in many]
+    with pytest.raises(ValueError, match=r"is 'generalization'; .* gives edit_success, locality, unrelated_accuracy\."):
+        make_trainer(editor, llama, many, eval_dataset=bare, **settings)
+    for name in ("loss", "eval_generalisation", "a_locality"):
+        with pytest.raises(ValueError, match=rf"is '{name}'; .*edit_success"):
+            make_trainer(editor, llama, many, eval_dataset=many, metric_for_best_model=name, **settings)
 
 
 def test_evaluation_without_facts_is_an_error(
@@ -559,6 +653,49 @@ def test_an_interrupted_step_leaves_nothing_to_the_next(
     assert n_averaged == [2, 2]
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_base_that_was_edited_between_two_runs_is_read_anew(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    tokenizer: PreTrainedTokenizerFast,
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+    tmp_path: Path,
+    on_disk: bool,
+) -> None:
+    """What was computed of it before, in memory or on disk, is not taken for that of the model as it is now."""
+    settings: dict[str, Any] = {"per_device_train_batch_size": 4, "max_steps": 2, "optim": "sgd", "logging_steps": 1}
+    settings |= {"save_strategy": "no"}  # which would empty the memory
+    kept = {"trunk_cache_dir": str(tmp_path / "features")} if on_disk else {}
+    editor = make_editor(llama, seed=None, **TARGETS)
+    trainer = make_trainer(editor, llama, many, **settings, **kept)
+    trainer.train()
+    make_editor(llama, seed=3, edit_lr=1.0, **TARGETS).apply(llama, many, tokenizer)
+    fresh = make_trainer(deepcopy(editor), llama, many, **settings)
+    fresh.train()
+    trainer.train()
+    assert logged(trainer, "loss") == logged(fresh, "loss")
+    assert_identical(editor.state_dict(), fresh.editor.state_dict())
+
+
+def test_workers_are_as_the_arguments_say(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+) -> None:
+    """Spawned ones too, which everything that they need is pickled for."""
+    trainer = make_trainer(
+        make_editor(llama, **TARGETS), llama, many, dataloader_num_workers=2, dataloader_persistent_workers=True,
+        dataloader_prefetch_factor=3, dataloader_multiprocessing_context="spawn",
+    )  # fmt: skip
+    loader = trainer.get_train_dataloader()
+    assert (loader.num_workers, loader.persistent_workers, loader.prefetch_factor) == (2, True, 3)
+    assert loader.multiprocessing_context.get_start_method() == "spawn"
+    collate = pickle.loads(pickle.dumps(loader.collate_fn))
+    assert collate(pickle.loads(pickle.dumps(many))) == {"facts": many}
+
+
 def test_an_optimizer_of_ones_own(
     llama: PreTrainedModel,
     many: list[Fact],
@@ -575,6 +712,35 @@ def test_an_optimizer_of_ones_own(
     optimizer = trainer.create_optimizer()
     assert type(optimizer) is torch.optim.SGD
     assert [(group["lr"], group["momentum"]) for group in optimizer.param_groups] == [(0.25, 0.5), (0.5, 0.5)]
+
+
+def test_an_optimizer_with_modes(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    """A schedule-free one steps in training mode, and is evaluated in the other, as in `Trainer`."""
+    modes: list[str] = []
+
+    class WithModes(torch.optim.SGD):
+        def train(self) -> None:
+            modes.append("train")
+
+        def eval(self) -> None:
+            modes.append("eval")
+
+    arguments = EditorTrainingArguments(
+        output_dir=tmp_path, use_cpu=True, report_to=[], max_steps=2, eval_strategy="steps", eval_steps=1,
+        per_device_train_batch_size=4, save_strategy="no",
+    )  # fmt: skip
+    trainer = EditorTrainer(
+        make_editor(llama, seed=None, **TARGETS), llama, arguments, many, many[:2], tokenizer,
+        optimizer_cls_and_kwargs=(WithModes, {"lr": 1e-3}),
+    )  # fmt: skip
+    trainer.train()
+    assert modes == ["train", "eval"] * 2
 
 
 def test_checkpoint_is_an_editor(
@@ -641,6 +807,32 @@ def test_training_facts_without_a_field(
         make_trainer(make_editor(llama, **TARGETS), llama, facts)
 
 
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize(
+    ("spoilt", "message"),
+    [
+        ({"prompt": "Lyon " * 80}, r"fact 7: .*takes \d+ tokens.*at most"),
+        ({"rephrases": ("Lyon", "Lyon " * 80)}, r"fact 7: .*takes \d+ tokens.*at most"),
+        ({"unrelated_answer": "Lyon " * 80}, r"fact 7: .*takes \d+ tokens.*at most"),
+        ({"subject": None}, r"fact 7: .*has no subject"),
+    ],
+)
+def test_a_fact_that_cannot_be_read_is_found_before_training(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+    spoilt: dict[str, Any],
+    message: str,
+    held_out: bool,
+) -> None:
+    """All of its texts are looked at, not only when they are drawn."""
+    facts = [*many[:7], replace(many[7], **spoilt)]
+    editor = make_editor(llama, token_selection="subject", **TARGETS)
+    with pytest.raises(FactError, match=message):
+        make_trainer(editor, llama, many if held_out else facts, eval_dataset=facts if held_out else None)
+
+
 def test_without_locality_no_unrelated_prompt_is_needed(
     llama: PreTrainedModel,
     many: list[Fact],
@@ -703,6 +895,29 @@ def test_mixed_precision_is_refused(
     named = f"ACCELERATE_MIXED_PRECISION.*{precision}" if by_accelerate else f"{precision} is True"
     with pytest.raises(ValueError, match=rf"{named}.*dtype.*float32.*Leave the setting out"):
         EditorTrainingArguments(output_dir=tmp_path, use_cpu=True, **asked)
+
+
+def test_what_an_editor_has_no_use_for_is_refused(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    """Rather than taken and ignored, or left to fail somewhere in `Trainer`."""
+    editor = make_editor(llama, **TARGETS)
+    arguments = EditorTrainingArguments(output_dir=tmp_path, use_cpu=True, report_to=[])
+    for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
+        with pytest.raises(ValueError, match=rf"^{name}: .*would be ignored"):
+            EditorTrainer(editor, llama, arguments, many, processing_class=tokenizer, **{name: print})
+    with pytest.raises(ValueError, match=r"train_sampling_strategy is 'group_by_length'; allowed: 'random'"):
+        make_trainer(editor, llama, many, train_sampling_strategy="group_by_length")
+    trainer = make_trainer(editor, llama, None)
+    with pytest.raises(ValueError, match="pass train_dataset"):
+        trainer.train()
+    with pytest.raises(NotImplementedError, match=r"EditorTrainer\.evaluate"):
+        trainer.predict(many)
 
 
 def test_sharding_the_editor_is_refused(
