@@ -171,7 +171,7 @@ def evaluate_edit(
 ) -> dict[str, float]:
     """The scores of `measure_edit` alone."""
     settings: dict[str, Any] = {"batch_size": batch_size, "generate": generate, "probabilities": probabilities}
-    return measure_edit(model, edit, facts, tokenize, **settings).scores
+    return measure_edit(model, edit, facts, tokenize, n_resamples=0, **settings).scores
 
 
 def measure_edit(
@@ -214,7 +214,7 @@ def measure_edit(
             more prompt to put to the model for each edited prompt and rephrase, and two for each neighborhood prompt.
         n_extra_tokens: length of a free answer, in tokens beyond those of the expected one. More of them find more
             answers that are not the first words, and make the generated locality stricter.
-        n_resamples: bootstrap resamples.
+        n_resamples: bootstrap resamples; 0 leaves `intervals` empty.
         seed: of the bootstrap.
         before: what `answer_facts` gave on the unedited model, at these facts or more, and with the same settings;
             None asks it. For several edits of one model.
@@ -251,10 +251,13 @@ def measure_edit(
     measured = np.array([[name in row for name in names] for row in rows])
     values = np.array([[row.get(name, 0.0) for name in names] for row in rows])
     means = (values.sum(axis=0) / measured.sum(axis=0)).tolist()
-    ends = bootstrap_intervals(values, measured, n_resamples=n_resamples, seed=seed).tolist()
+    intervals = {}
+    if n_resamples:
+        ends = bootstrap_intervals(values, measured, n_resamples=n_resamples, seed=seed).tolist()
+        intervals = {name: (low, high) for name, (low, high) in zip(names, ends, strict=True)}
     return Evaluation(
         dict(zip(names, means, strict=True)),
-        {name: (low, high) for name, (low, high) in zip(names, ends, strict=True)},
+        intervals,
         _table(facts, probes, names, rows, tokenize, before, after),
     )
 

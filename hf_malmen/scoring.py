@@ -66,6 +66,7 @@ def bootstrap_intervals(
     drawn facts that have it; the interval runs between the two quantiles that leave (1 − level) / 2 of the resamples
     outside each. Only the draw of facts varies: an interval says how far other facts of the same kind may score, not
     what another editor or base model would. Where every fact scores alike it has no width, however few they are.
+    Resamples in which no fact has a metric say nothing about it: its interval is of the others, or NaN without any.
 
     Args:
         values: a score a fact and metric, in any unit.
@@ -96,6 +97,5 @@ def bootstrap_intervals(
         times = np.bincount(drawn.ravel(), minlength=rows * n_facts).reshape(rows, n_facts).astype(np.float64)
         sums[start : start + rows], counts[start : start + rows] = times @ filled, times @ weights
     tail = (1 - level) / 2
-    columns = zip(sums.T, counts.T, strict=True)
-    # A metric that few facts have may be missing from a resample, which then says nothing about it.
-    return np.array([np.quantile(s[c > 0] / c[c > 0], (tail, 1 - tail)) for s, c in columns])
+    means = [s[c > 0] / c[c > 0] for s, c in zip(sums.T, counts.T, strict=True)]
+    return np.array([np.quantile(m, (tail, 1 - tail)) if len(m) else (np.nan, np.nan) for m in means])

@@ -270,6 +270,7 @@ def test_intervals(plain: Plain, edit: Edit, tokenize: Tokenizer) -> None:
         assert low - 1e-12 <= found.scores[name] <= high + 1e-12
     assert found.intervals["locality_before"] == (1, 1)
     assert measure_edit(plain.model, edit, FACTS, tokenize, **settings).intervals == found.intervals
+    assert measure_edit(plain.model, edit, FACTS, tokenize, n_resamples=0, **settings).intervals == {}
     name = "efficacy_magnitude"
     values = [value for value in found.per_fact[name] if value is not None]
     assert found.intervals[name] == pytest.approx((min(values), max(values)))  # 2 facts: 1 of 4 draws is one's alone
@@ -438,6 +439,8 @@ def test_a_metric_that_few_facts_have() -> None:
     """Resamples without the one fact that has it say nothing, rather than 0."""
     values, measured = np.array([[0.5, 0.3], [0.7, 9]]), np.array([[True, True], [True, False]])
     assert bootstrap_intervals(values, measured)[1] == pytest.approx([0.3, 0.3])
+    by_seed = [bootstrap_intervals(values, measured, n_resamples=1, seed=seed)[1].tolist() for seed in range(20)]
+    assert {str(ends) for ends in by_seed} == {"[0.3, 0.3]", "[nan, nan]"}
 
 
 @pytest.mark.parametrize(

@@ -339,6 +339,20 @@ def test_evaluate_without_rephrases_and_unrelated_prompts(
     assert set(evaluated(known, make_editor, monkeypatch)) == {"edit_success", "edit_success_before"}
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_evaluate_where_one_fact_alone_has_rephrases(
+    known: Known, make_editor: Build, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """The average is that of the fact, wherever it stands: nothing is drawn for a score without an interval."""
+    full, bare = known.facts[0], Fact(known.facts[3].prompt, known.facts[3].target)
+    known.facts = [full]
+    alone = evaluated(known, make_editor, monkeypatch)
+    known.facts = [bare, full] if number else [full, bare]
+    found = evaluated(known, make_editor, monkeypatch)
+    assert found["generalization"] == alone["generalization"]
+    assert found["locality"] == alone["locality"]
+
+
 def test_generation_at_the_models_limit(
     make_gpt2: Build, make_editor: Build, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
