@@ -111,10 +111,15 @@ def test_token_accuracy() -> None:
         (" a U.S.-based, an  'ANTS' \n", ["usbased", "ants"]),
         ("Theodor at another place", ["theodor", "at", "another", "place"]),
         ("", []),
+        ("«Paris» – “it’s”…", ["paris", "its"]),
+        ("Zoe\u0308 \uff21\uff22", ["zo\xeb", "ab"]),
+        ("巴黎,1990年", ["巴", "黎", "1990", "年"]),
+        ("ไทย ジョン・ス", ["ไ", "ท", "ย", "ジ", "ョ", "ン", "ス"]),
+        ("한국어는 £5 C+", ["한국어는", "£5", "c"]),
     ],
 )
 def test_normalize(text: str, words: list[str]) -> None:
-    """Lower case, without ASCII punctuation and English articles."""
+    """Lower case, composed, without punctuation and English articles; by character where no spaces are written."""
     assert normalize(text) == words
 
 
@@ -131,8 +136,17 @@ def test_normalize(text: str, words: list[str]) -> None:
         ("York, New", "New York", 0, 0),
         ("in New New York", "New York", 0, 1),
         ("", "Paris", 0, 0),
-        ("", "the", 1, 1),
+        ("", "the", 0, 0),
         ("Paris", "the", 0, 0),
+        ("A, which is", "A", 1, 1),
+        ("It is A", "A", 0, 1),
+        ("the", "A", 0, 0),
+        ("the", "", 0, 0),
+        ("...", "", 1, 1),
+        ("巴黎是法国", "巴黎", 1, 1),
+        ("法国是巴黎。", "巴黎", 0, 1),
+        ("Paris” is", "Paris", 1, 1),
+        ("Zoe\u0308", "Zo\xeb", 1, 1),
     ],
 )
 def test_generated_answers(generated: str, expected: str, opens: float, holds: float) -> None:
