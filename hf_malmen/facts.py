@@ -14,6 +14,7 @@ from .errors import FactError
 
 _CHUNK = 1 << 16  # characters of a JSON list read at a time
 _ROWS = 1 << 10  # rows of a Parquet file read at a time
+_MISSING = ("NAType", "NaTType")  # what pandas writes for it beside NaN; by name, so that it need not be imported
 _skip_space = re.compile(r"[ \t\r\n]*").match
 
 
@@ -69,7 +70,8 @@ def _plain(value: Any) -> Any:
         return {key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    missing = math.isnan(value) if isinstance(value, float) else type(value).__name__ in _MISSING
+    return None if missing else value
 
 
 def _bare(value: Any) -> Any:
@@ -85,29 +87,36 @@ def _first(value: Any) -> Any:
 
 
 def _text(name: str, value: Any) -> str:
-    """`value` as text; a number too, since published answers often are years.
+    """`value` as text; a number too, since published answers often are years, and bytes, which are UTF-8.
 
     Raises:
-        FactError: it is a list or a dict, which written out would be an answer that nobody meant.
+        FactError: it is anything else, such as a list, which written out would be an answer that nobody meant.
     """
-    if isinstance(value, Mapping | list | tuple):
-        raise FactError(
-            f"{name} is {value!r}, a {type(value).__name__}. Expected one text; give the text itself, or name the "
-            "column that holds it in column_mapping."
-        )
-    return "" if value is None else str(value)
+    if value is None:
+        return ""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            raise FactError(f"{name} is {value!r}, which is not text in UTF-8. Give it decoded.") from None
+    if isinstance(value, float) and value.is_integer():  # a column of years is read as such where one is missing
+        value = int(value)
+    if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
+        return str(value)
+    raise FactError(
+        f"{name} is {value!r}, a {type(value).__name__}. Expected one text or finite number; give the text itself, or "
+        "name the column that holds it in column_mapping."
+    )
 
 
-def _texts(name: str, value: Any) -> list[Any]:
-    """One text or a list of them, as a list. Its entries are checked with the fact that they become part of.
+def _texts(name: str, value: Any) -> list[str]:
+    """One text or a list of them, as a list. That none is empty is checked with the fact that they become part of.
 
     Raises:
         FactError: as `_text`, of the value or of an entry.
     """
-    entries = value if isinstance(value, list) else [value] if value else []
-    for entry in entries:
-        _text(f"An entry of {name}", entry)
-    return entries
+    entries = value if isinstance(value, list) else [] if value in (None, "") else [value]
+    return [_text(f"An entry of {name}", entry) for entry in entries]
 
 
 def _filled(prompt: Any, subject: Any) -> Any:
@@ -167,7 +176,7 @@ def _from_zsre(row: Mapping[str, Any]) -> dict[str, Any]:
         "prompt": row["src"],
         "target": _first(row["alt"] if "alt" in row else row["ans"]),  # MEND's file, MALMEN's file
         "rephrases": row.get("rephrase"),
-        "unrelated_prompt": (row.get("loc") or "").removeprefix("nq question: ") or None,
+        "unrelated_prompt": _text("loc", row.get("loc")).removeprefix("nq question: ") or None,
         "unrelated_answer": _first(row.get("loc_ans")),
         "subject": row.get("subject"),
         "ground_truth": _first(row.get("answers")),

@@ -4,11 +4,13 @@
 """
 
 import json
+import math
 import re
 import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +156,20 @@ def test_text_is_utf_8(tmp_path: Path) -> None:
 def test_numbers_become_text() -> None:
     """JSON facts often have years as numbers; a model completes text."""
     assert load_facts([{"prompt": "Perth was founded in", "target": 1829}]) == [FACTS[2]]
+    (fact,) = load_facts([ZSRE | {"rephrase": 0, "loc": 1, "loc_ans": 2.5}])
+    assert (fact.rephrases, fact.unrelated_prompt, fact.unrelated_answer) == (("0",), "1", "2.5")
+    assert load_facts([{"prompt": "P", "target": True, "rephrases": [3, "x"]}]) == [Fact("P", "True", ("3", "x"))]
+
+
+def test_columns_of_a_data_frame(tmp_path: Path) -> None:
+    """Years beside a missing one are floats, texts may be bytes; what pandas calls missing is not set."""
+    columns = {"prompt": [b"S\xc3\xa3o", "b"], "target": [1999.0, 0.5], "subject": [None, pandas.NaT]}
+    rows = pandas.DataFrame(columns).to_dict("records")
+    facts = [Fact("São", "1999"), Fact("b", "0.5")]
+    assert load_facts(rows) == facts
+    assert load_facts([row | {"subject": pandas.NA} for row in rows]) == facts
+    write_parquet(tmp_path / "f.parquet", [{"prompt": "P", "target": 1999.0, "rephrases": [b"R"]}])
+    assert load_facts(tmp_path / "f.parquet") == [Fact("P", "1999", ("R",))]
 
 
 def test_to_dict_comes_back() -> None:
@@ -515,9 +531,13 @@ def test_braces_that_stand_for_themselves() -> None:
             r"Fact 1 \(CounterFact\): requested_rewrite has an empty subject",
         ),
         (COUNTERFACT | {"neighborhood_prompts": {"a": 1}}, r"An entry of neighborhood_prompts is \{'a': 1\}"),
+        ({"prompt": "P", "target": math.inf}, r"target is inf, a float\. Expected one text or finite number"),
+        ({"prompt": "P", "target": date(1999, 1, 1)}, r"target is datetime\.date\(1999, 1, 1\), a date\. Expected one"),
+        ({"prompt": b"\xff", "target": "T"}, r"prompt is b'\\xff', which is not text in UTF-8"),
+        ({"prompt": "P", "target": "T", "rephrases": [[]]}, r"An entry of rephrases is \[\], a list"),
     ],
 )
-def test_a_list_or_a_dict_in_place_of_a_text(bad: Row, message: str) -> None:
+def test_something_else_in_place_of_a_text(bad: Row, message: str) -> None:
     """Written out, it would be an answer that nobody meant."""
     with pytest.raises(FactError, match=message):
         load_facts([ZSRE, bad])
@@ -772,7 +792,7 @@ def test_an_empty_cell_in_a_table(tmp_path: Path) -> None:
         load_facts(tmp_path / "f.csv")
 
 
-@pytest.mark.parametrize("rephrases", [[""], ["fine", " "], ["fine", 3]])
+@pytest.mark.parametrize("rephrases", [[""], ["fine", " "], ["fine", None]])
 def test_a_bad_rephrase(rephrases: list[Any]) -> None:
     """The message quotes the prompt it belongs to."""
     with pytest.raises(FactError, match=r"Fact 0 \('P'\) has an empty rephrase"):
