@@ -370,8 +370,8 @@ def check_facts(facts: Iterable[Fact]) -> None:
     """Refuse facts that cannot be written as they stand.
 
     Raises:
-        FactError: none at all; an empty prompt, target, rephrase or unrelated text; a pair that is none; the same
-            prompt with two targets.
+        FactError: none at all; an empty text, or something else in its place; a pair that is none; half of a surrogate
+            pair; the same prompt with two targets.
     """
     facts = list(facts)
     for _ in _checked(facts, "given", facts):
@@ -412,8 +412,19 @@ def _check(fact: Fact, number: int) -> None:
         value = getattr(fact, name)
         if not _is_text(value):
             raise FactError(f"Fact {number} has an empty {name} ({value!r}). Give it a text, or remove the fact.")
+    if not isinstance(fact.rephrases, tuple):  # a text would count as a rephrase a character
+        raise FactError(
+            f"Fact {number} ({fact.prompt!r}) has {fact.rephrases!r} for rephrases. Expected a list of texts; a single "
+            "one goes into a list too."
+        )
     if not all(map(_is_text, fact.rephrases)):
         raise FactError(f"Fact {number} ({fact.prompt!r}) has an empty rephrase. Give it a text, or remove it.")
+    for name in ("unrelated_prompt", "unrelated_answer", "subject", "ground_truth"):
+        value = getattr(fact, name)
+        if value is not None and not _is_text(value):
+            raise FactError(
+                f"Fact {number} ({fact.prompt!r}) has an empty {name} ({value!r}). Give it a text, or leave it out."
+            )
     if (fact.unrelated_prompt is None) != (fact.unrelated_answer is None):
         raise FactError(
             f"Fact {number} ({fact.prompt!r}) has only one of unrelated_prompt and unrelated_answer. "
@@ -427,6 +438,13 @@ def _check(fact: Fact, number: int) -> None:
                     f"Fact {number} ({fact.prompt!r}) has {pair!r} in {name}. Expected a list of (prompt, answer), "
                     "both of them texts that are not empty."
                 )
+    try:
+        json.dumps(vars(fact), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise FactError(
+            f"Fact {number} ({fact.prompt!r}) holds {error.object[error.start]!r}, half a character, which neither "
+            "tokenizers nor files take. Remove it, or read the texts in the encoding that they were written in."
+        ) from None
 
 
 def _is_text(value: Any) -> bool:

@@ -799,6 +799,30 @@ def test_a_bad_rephrase(rephrases: list[Any]) -> None:
         load_facts([{"prompt": "P", "target": "T", "rephrases": rephrases}])
 
 
+@pytest.mark.parametrize("rephrases", ["北京是", None, {"R"}])
+def test_rephrases_that_are_no_list(rephrases: Any) -> None:
+    """A text is not a rephrase for each of its characters."""
+    with pytest.raises(FactError, match=r"Fact 0 \('P'\) has .* for rephrases\. Expected a list of texts"):
+        load_facts([Fact("P", "T", rephrases=rephrases)])
+
+
+@pytest.mark.parametrize("field", ["unrelated_prompt", "unrelated_answer", "subject", "ground_truth"])
+@pytest.mark.parametrize("value", ["", " \n", 3])
+def test_an_empty_text_that_may_be_left_out(field: str, value: Any) -> None:
+    """There is nothing to compare with, or to look for."""
+    texts: Row = {"unrelated_prompt": "N", "unrelated_answer": "M"} | {field: value}
+    with pytest.raises(FactError, match=rf"Fact 0 \('P'\) has an empty {field} \({re.escape(repr(value))}\).*out"):
+        load_facts([Fact("P", "T", **texts)])
+
+
+@pytest.mark.parametrize("field", ROWS[0])
+def test_half_a_character(field: str) -> None:
+    """JSON may escape a lone surrogate, which cannot be written or tokenised: refused before anything is edited."""
+    row = ROWS[0] | {field: json.loads(re.sub("[a-z]", r"\\ud83d", json.dumps(ROWS[0][field]), count=1))}
+    with pytest.raises(FactError, match=r"Fact 0 .* holds '\\ud83d', half a character"):
+        load_facts([row])
+
+
 @pytest.mark.parametrize("name", ["neighborhood", "portability"])
 @pytest.mark.parametrize("pairs", ["ab", ["ab"], [["a"]], [["a", "b", "c"]], [["a", "b"], ["a", " "]], [["a", 3]]])
 def test_pairs_that_are_none(name: str, pairs: Any) -> None:
