@@ -562,6 +562,8 @@ def _json_lines(stream: TextIO) -> Iterator[Any]:
                 entry = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{error.msg}: line {number} column {error.colno}") from None
+            except RecursionError:
+                raise ValueError(f"Nested too deeply: line {number}") from None
             yield entry
 
 
@@ -593,6 +595,8 @@ def _json_list(stream: TextIO, line: int) -> Iterator[Any]:
                 raise ValueError(f"{error.msg}: line {line + text.count(chr(10), 0, error.pos)}") from None
             line += text.count("\n", 0, at)
             text, at = text[at:] + more, 0
+        except RecursionError:
+            raise ValueError(f"Nested too deeply: line {line + text.count(chr(10), 0, at)}") from None
         else:
             yield entry
             at, mark = end + 1, text[end]
@@ -617,7 +621,10 @@ def _parse_all(rows: Iterable[Any], column_mapping: Mapping[str, str] | None) ->
 def _parse(row: Any, number: int, column_mapping: Mapping[str, str] | None) -> Fact:
     if not isinstance(row, Mapping):
         raise FactError(f"Fact {number} is a {type(row).__name__}; expected a dict with a prompt and a target.")
-    row = {column: _plain(value) for column, value in row.items()}
+    try:
+        row = {column: _plain(value) for column, value in row.items()}
+    except RecursionError:
+        raise FactError(f"Fact {number} is nested too deeply. Expected texts, and lists of them.") from None
     mapped = _mapped(row, number, column_mapping or {})
     # The mapped fields are set afterwards, whatever the layout, so its reader sees neither them nor their columns.
     blank = row | dict.fromkeys((column_mapping or {}).values()) | dict.fromkeys(mapped)

@@ -892,6 +892,17 @@ def test_broken_jsonl_names_its_own_line(tmp_path: Path) -> None:
         load_facts(tmp_path / "f.jsonl")
 
 
+@pytest.mark.parametrize("name", ["f.json", "f.jsonl"])
+@pytest.mark.parametrize("depth", [700, 100_000])
+def test_deeply_nested_json(name: str, depth: int, tmp_path: Path) -> None:
+    """Deeper than the values are looked through, and deeper than the decoder goes. How deep that is, is Python's."""
+    rows = ['{"prompt": "a", "target": "b"}', '{"prompt": "c", "target": ' + "[" * depth + "]" * depth + "}"]
+    text = "\n".join(rows) if name == "f.jsonl" else f"[{rows[0]},\n{rows[1]}]"
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(FactError, match=r"^Fact 1 |Nested too deeply: line 2"):
+        load_facts(tmp_path / name)
+
+
 @pytest.mark.parametrize("separator", ["\u2028", "\x85", "\x0b"])
 def test_jsonl_is_split_at_newlines_only(separator: str, tmp_path: Path) -> None:
     """JSON may hold other line separators of Unicode inside its strings."""
