@@ -533,7 +533,11 @@ def _read_table(path: Path) -> Iterator[Mapping[str, Any]]:
                     )
                 yield {column: cell or None for column, cell in row.items()}
     except (csv.Error, UnicodeDecodeError) as error:
-        raise FactError(f"{path} is not valid {path.suffix[1:].upper()} in UTF-8: {error}.") from None
+        # The limit is one of the whole process, which is not ours to raise.
+        raise FactError(
+            f"{path} cannot be read as {path.suffix[1:].upper()} in UTF-8: {error}. Expected closed quotes, and cells "
+            f"of {csv.field_size_limit():,} characters at most; JSONL takes longer ones."
+        ) from None
 
 
 def _read_json(path: Path) -> Iterator[Any]:

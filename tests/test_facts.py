@@ -778,6 +778,13 @@ def test_a_table_with_too_many_cells(text: str, tmp_path: Path) -> None:
         load_facts(tmp_path / "f.csv")
 
 
+def test_a_table_with_a_long_cell(tmp_path: Path) -> None:
+    """Python's reader takes no more; the way out is named."""
+    (tmp_path / "f.csv").write_text(f"prompt,target\na,{'b' * 131_073}\n", encoding="utf-8")
+    with pytest.raises(FactError, match=r"f\.csv cannot be read.* 131,072 characters at most; JSONL takes longer"):
+        load_facts(tmp_path / "f.csv")
+
+
 def test_a_table_from_a_spreadsheet(tmp_path: Path) -> None:
     """With a byte order mark, carriage returns, and a comma and a line break inside of quotes."""
     text = 'prompt,target\r\n"In Lyon, one\nspeaks","French, mostly"\r\n'
