@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from . import base_model
 from .batches import IGNORED, Tokenizer, TokenSequence
 from .configuration import EditorConfig
 from .edit import Edit
@@ -50,7 +51,7 @@ def load_texts(source: Any, *, column: str = "text", **load_options: Any) -> lis
         path = Path(source)
         builder = _FILE_BUILDERS.get(path.suffix.lower())
         if path.is_file() and builder is None:
-            rows = [path.read_text(encoding="utf-8")]
+            rows = [path.read_text(encoding="utf-8-sig")]
         elif builder is not None and not path.is_file():
             raise FileNotFoundError(f"There is no file {path}. Give the path of an existing file of texts.")
         elif path.is_dir() or path.suffix.lower() == ".txt":
@@ -125,7 +126,7 @@ def text_losses(
             f"Perplexity of running text is what a causal language model has; got a {type(model).__name__}. Measure "
             "its edits on unrelated facts instead."
         )
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    limit = base_model.max_length(model) or math.inf
     max_length = int(min(limit, _MAX_LENGTH)) if max_length is None else max_length
     stride = max(1, max_length // 2) if stride is None else stride
     if not 1 <= stride <= max_length <= limit:
