@@ -89,6 +89,14 @@ def test_lengths_that_differ(name: str, prediction: list[int], reference: list[i
         metric.compute(predictions=[[1], prediction], references=[[1], reference])
 
 
+@pytest.mark.parametrize("config", ["tokens", "text"])
+def test_no_predictions(name: str, config: str) -> None:
+    """There is no average of nothing."""
+    metric = evaluate.load(str(path_of(name)), config, keep_in_memory=True)
+    with pytest.raises(ValueError, match=f"{name} got no predictions. Expected at least one"):
+        metric.compute(predictions=[], references=[])
+
+
 def test_one_group_a_prompt(name: str) -> None:
     """Too few groups would drop prompts without a word."""
     metric = evaluate.load(str(path_of(name)), keep_in_memory=True)

@@ -60,6 +60,8 @@ class AnswerMetric(evaluate.Metric):
     def _compute(
         self, predictions: list[Any], references: list[Any], groups: list[int] | None = None
     ) -> dict[str, float]:
+        if not predictions:
+            raise ValueError(f"{self.result_name} got no predictions. Expected at least one, with its reference.")
         score = _RULES[self.config_name]
         by_group: dict[int, list[float]] = defaultdict(list)
         group_of = groups if groups is not None else range(len(predictions))
