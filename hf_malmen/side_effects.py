@@ -43,9 +43,15 @@ def load_texts(source: Any, *, column: str = "text", **load_options: Any) -> lis
         load_options: of a Hub data set, for `datasets.load_dataset`: `name`, `split` (the default is `"train"`), ...
 
     Raises:
-        ValueError: nothing there, no such column, or something other than text in it.
+        ValueError: nothing there, no such column, or something other than text in it; options that do not apply.
         FileNotFoundError: no such file.
     """
+    # Iterated over, these give names of splits or columns, which are texts too.
+    if isinstance(source, Mapping) or hasattr(source, "iterrows"):
+        raise ValueError(
+            f"Texts come as a list of texts or of dicts; got a {type(source).__name__}. Of a data set with splits, "
+            "give one; of a data frame, a column."
+        )
     rows = source
     if isinstance(source, str | Path):
         path = Path(source)
@@ -61,6 +67,9 @@ def load_texts(source: Any, *, column: str = "text", **load_options: Any) -> lis
 
             options: dict[str, Any] = {"data_files": str(path)} if builder else {}
             rows = datasets.load_dataset(builder or str(source), **{"split": "train"} | options | load_options)
+            load_options = {}
+    if load_options:
+        raise ValueError(f"{', '.join(load_options)}: for data sets on the Hub, which this is not. Leave it out.")
     texts = []
     for number, row in enumerate(rows):
         if isinstance(row, Mapping) and column not in row:

@@ -50,6 +50,7 @@ def test_groups_count_once(name: str) -> None:
     predictions, references, groups = [[1], [2], [5], [3, 4]], [[1], [9], [5], [3, 9]], [7, 7, 2, 7]
     expected = {name: pytest.approx(0.75)}
     assert metric.compute(predictions=predictions, references=references, groups=groups) == expected
+    assert metric.compute(predictions=predictions, references=references, groups=torch.tensor(groups)) == expected
     order = [2, 0, 3, 1]
     shuffled = [[column[i] for i in order] for column in (predictions, references, groups)]
     assert metric.compute(predictions=shuffled[0], references=shuffled[1], groups=shuffled[2]) == expected

@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas
 import pytest
 import torch
 from transformers import (
@@ -206,6 +207,9 @@ def test_load_texts_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         (["", " \n"], "There are no texts"),
         ([{"body": "a"}], "Row 0 has no column 'text', only body"),
         (["a", 3], "Row 1 holds a int; expected a text"),
+        ({"text": "a"}, "list of texts or of dicts; got a dict"),
+        (datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["a"]})), "with splits, give one"),
+        (pandas.DataFrame({"text": ["a"]}), "of a data frame, a column"),
         ("no.txt", r"no\.txt is not a file"),
         ("no.parquet", r"There is no file no\.parquet"),
     ],
@@ -214,6 +218,12 @@ def test_load_texts_refuses(source: Any, message: str) -> None:
     """What holds no texts."""
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         load_texts(source)
+
+
+def test_options_of_the_hub_for_other_texts() -> None:
+    """A misspelled argument is one of them, and would do nothing."""
+    with pytest.raises(ValueError, match=r"^colum: for data sets on the Hub"):
+        load_texts(TEXTS, colum="body")
 
 
 # Before and after an edit
