@@ -233,11 +233,17 @@ def measure_edit(
     probes = [_probes(fact, probabilities) for fact in facts]
     if before is None:
         before = answer_facts(model, facts, tokenize, **settings)
-    missing = [pair for of_fact in probes for pair in of_fact if pair not in before]
+    spoken = _questions(facts) if generate else ()
+    missing = [
+        pair
+        for of_fact in probes
+        for pair in of_fact
+        if pair not in before or (pair in spoken and before[pair].text is None)
+    ]
     if missing:
         raise ValueError(
             f"The answers before the edit leave out {len(missing)} prompts, the first of them {missing[0][0]!r}. Give "
-            "what answer_facts(model, facts, ...) returns for the same facts."
+            "what answer_facts(model, facts, ...) returns for the same facts and settings."
         )
     with edit.applied_to(model, on_fingerprint_mismatch="ignore"):
         after = answer_facts(model, facts, tokenize, **settings)
@@ -281,8 +287,13 @@ def answer_facts(
         raise ValueError(f"{type(model).__name__} does not generate text. Measure it with generate=False.")
     # Facts may share prompts, which are then asked once.
     pairs = list(dict.fromkeys(pair for fact in facts for pair in _probes(fact, probabilities)))
-    asked = {pair for fact in facts for pairs in questions(fact).values() for pair in pairs} if generate else ()
+    asked = _questions(facts) if generate else ()
     return answer(model, tokenize, pairs, batch_size=batch_size, generate=asked, n_extra_tokens=n_extra_tokens)
+
+
+def _questions(facts: Sequence[Fact]) -> set[Pair]:
+    """What is answered freely, where anything is."""
+    return {pair for fact in facts for pairs in questions(fact).values() for pair in pairs}
 
 
 def _probes(fact: Fact, probabilities: bool) -> dict[Pair, str]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -284,6 +284,9 @@ def test_answers_before_are_asked_once(plain: Plain, edit: Edit, tokenize: Token
         found = measure_edit(plain.model, edit, facts, tokenize, before=before, **settings)
         # To the rounding of the batches that the prompts before the edit ran in.
         assert found.scores == pytest.approx(measure_edit(plain.model, edit, facts, tokenize, **settings).scores)
+    silent = {pair: replace(answer, text=None) for pair, answer in before.items()}
+    with pytest.raises(ValueError, match=r"before the edit leave out \d+ prompts, .* for the same facts and settings"):
+        measure_edit(plain.model, edit, FACTS, tokenize, before=silent, **settings)
     before.pop((FACTS[0].prompt, FACTS[0].target))
     with pytest.raises(ValueError, match=r"before the edit leave out 1 prompts, the first of them .* answer_facts"):
         measure_edit(plain.model, edit, FACTS, tokenize, before=before, **settings)
