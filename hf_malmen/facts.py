@@ -526,7 +526,12 @@ def _read_table(path: Path) -> Iterator[Mapping[str, Any]]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            for number, row in enumerate(csv.DictReader(stream, delimiter=delimiter, strict=True)):
+            reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
+            names = reader.fieldnames or ()
+            # Spreadsheets add columns without a name or a cell.
+            if twice := [name for name in dict.fromkeys(names) if name and names.count(name) > 1]:
+                raise FactError(f"{path} has several columns {', '.join(map(repr, twice))}. Rename all but one.")
+            for number, row in enumerate(reader):
                 if None in row:
                     raise FactError(
                         f"Fact {number} in {path} has more cells than there are columns. Quote texts with commas."

@@ -778,6 +778,15 @@ def test_a_table_with_too_many_cells(text: str, tmp_path: Path) -> None:
         load_facts(tmp_path / "f.csv")
 
 
+def test_a_table_with_two_columns_of_a_name(tmp_path: Path) -> None:
+    """One of them would be lost."""
+    (tmp_path / "f.csv").write_text("prompt,target,target\na,b,c\n", encoding="utf-8")
+    with pytest.raises(FactError, match=r"f\.csv has several columns 'target'\. Rename"):
+        load_facts(tmp_path / "f.csv")
+    (tmp_path / "f.csv").write_text("prompt,target,,\na,b,,\n", encoding="utf-8")
+    assert load_facts(tmp_path / "f.csv") == [Fact("a", "b")]
+
+
 def test_a_table_with_a_long_cell(tmp_path: Path) -> None:
     """Python's reader takes no more; the way out is named."""
     (tmp_path / "f.csv").write_text(f"prompt,target\na,{'b' * 131_073}\n", encoding="utf-8")
