@@ -176,7 +176,7 @@ def evaluate_edit(
 ) -> dict[str, float]:
     """The scores of `measure_edit` alone."""
     settings: dict[str, Any] = {"batch_size": batch_size, "generate": generate, "probabilities": probabilities}
-    return measure_edit(model, edit, facts, tokenize, **settings).scores
+    return measure_edit(model, edit, facts, tokenize, n_resamples=0, **settings).scores
 
 
 def measure_edit(
@@ -219,7 +219,7 @@ def measure_edit(
             more prompt to put to the model for each edited prompt and rephrase, and two for each neighborhood prompt.
         n_extra_tokens: length of a free answer, in tokens beyond those of the expected one. More of them find more
             answers that are not the first words, and make the generated locality stricter.
-        n_resamples: bootstrap resamples.
+        n_resamples: bootstrap resamples; 0 leaves `intervals` empty.
         seed: of the bootstrap.
         before: what `answer_facts` gave on the unedited model, at these facts or more, and with the same settings;
             None asks it. For several edits of one model.
@@ -238,11 +238,17 @@ def measure_edit(
     probes = [_probes(fact, probabilities) for fact in facts]
     if before is None:
         before = answer_facts(model, facts, tokenize, **settings)
-    missing = [pair for of_fact in probes for pair in of_fact if pair not in before]
+    spoken = _questions(facts) if generate else ()
+    missing = [
+        pair
+        for of_fact in probes
+        for pair in of_fact
+        if pair not in before or (pair in spoken and before[pair].text is None)
+    ]
     if missing:
         raise ValueError(
             f"The answers before the edit leave out {len(missing)} prompts, the first of them {missing[0][0]!r}. Give "
-            "what answer_facts(model, facts, ...) returns for the same facts."
+            "what answer_facts(model, facts, ...) returns for the same facts and settings."
         )
     with edit.applied_to(model, on_fingerprint_mismatch="ignore"):
         after = answer_facts(model, facts, tokenize, **settings)
@@ -256,10 +262,13 @@ def measure_edit(
     measured = np.array([[name in row for name in names] for row in rows])
     values = np.array([[row.get(name, 0.0) for name in names] for row in rows])
     means = (values.sum(axis=0) / measured.sum(axis=0)).tolist()
-    ends = bootstrap_intervals(values, measured, n_resamples=n_resamples, seed=seed).tolist()
+    intervals = {}
+    if n_resamples:
+        ends = bootstrap_intervals(values, measured, n_resamples=n_resamples, seed=seed).tolist()
+        intervals = {name: (low, high) for name, (low, high) in zip(names, ends, strict=True)}
     return Evaluation(
         dict(zip(names, means, strict=True)),
-        {name: (low, high) for name, (low, high) in zip(names, ends, strict=True)},
+        intervals,
         _table(facts, probes, names, rows, tokenize, before, after),
     )
 
@@ -283,8 +292,13 @@ def answer_facts(
         raise ValueError(f"{type(model).__name__} does not generate text. Measure it with generate=False.")
     # Facts may share prompts, which are then asked once.
     pairs = list(dict.fromkeys(pair for fact in facts for pair in _probes(fact, probabilities)))
-    asked = {pair for fact in facts for pairs in questions(fact).values() for pair in pairs} if generate else ()
+    asked = _questions(facts) if generate else ()
     return answer(model, tokenize, pairs, batch_size=batch_size, generate=asked, n_extra_tokens=n_extra_tokens)
+
+
+def _questions(facts: Sequence[Fact]) -> set[Pair]:
+    """What is answered freely, where anything is."""
+    return {pair for fact in facts for pairs in questions(fact).values() for pair in pairs}
 
 
 def _probes(fact: Fact, probabilities: bool) -> dict[Pair, str]:

@@ -14,6 +14,7 @@ from .errors import FactError
 
 _CHUNK = 1 << 16  # characters of a JSON list read at a time
 _ROWS = 1 << 10  # rows of a Parquet file read at a time
+_MISSING = ("NAType", "NaTType")  # what pandas writes for it beside NaN; by name, so that it need not be imported
 _skip_space = re.compile(r"[ \t\r\n]*").match
 
 
@@ -69,7 +70,8 @@ def _plain(value: Any) -> Any:
         return {key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    missing = math.isnan(value) if isinstance(value, float) else type(value).__name__ in _MISSING
+    return None if missing else value
 
 
 def _bare(value: Any) -> Any:
@@ -85,29 +87,36 @@ def _first(value: Any) -> Any:
 
 
 def _text(name: str, value: Any) -> str:
-    """`value` as text; a number too, since published answers often are years.
+    """`value` as text; a number too, since published answers often are years, and bytes, which are UTF-8.
 
     Raises:
-        FactError: it is a list or a dict, which written out would be an answer that nobody meant.
+        FactError: it is anything else, such as a list, which written out would be an answer that nobody meant.
     """
-    if isinstance(value, Mapping | list | tuple):
-        raise FactError(
-            f"{name} is {value!r}, a {type(value).__name__}. Expected one text; give the text itself, or name the "
-            "column that holds it in column_mapping."
-        )
-    return "" if value is None else str(value)
+    if value is None:
+        return ""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            raise FactError(f"{name} is {value!r}, which is not text in UTF-8. Give it decoded.") from None
+    if isinstance(value, float) and value.is_integer():  # a column of years is read as such where one is missing
+        value = int(value)
+    if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
+        return str(value)
+    raise FactError(
+        f"{name} is {value!r}, a {type(value).__name__}. Expected one text or finite number; give the text itself, or "
+        "name the column that holds it in column_mapping."
+    )
 
 
-def _texts(name: str, value: Any) -> list[Any]:
-    """One text or a list of them, as a list. Its entries are checked with the fact that they become part of.
+def _texts(name: str, value: Any) -> list[str]:
+    """One text or a list of them, as a list. That none is empty is checked with the fact that they become part of.
 
     Raises:
         FactError: as `_text`, of the value or of an entry.
     """
-    entries = value if isinstance(value, list) else [value] if value else []
-    for entry in entries:
-        _text(f"An entry of {name}", entry)
-    return entries
+    entries = value if isinstance(value, list) else [] if value in (None, "") else [value]
+    return [_text(f"An entry of {name}", entry) for entry in entries]
 
 
 def _filled(prompt: Any, subject: Any) -> Any:
@@ -167,7 +176,7 @@ def _from_zsre(row: Mapping[str, Any]) -> dict[str, Any]:
         "prompt": row["src"],
         "target": _first(row["alt"] if "alt" in row else row["ans"]),  # MEND's file, MALMEN's file
         "rephrases": row.get("rephrase"),
-        "unrelated_prompt": (row.get("loc") or "").removeprefix("nq question: ") or None,
+        "unrelated_prompt": _text("loc", row.get("loc")).removeprefix("nq question: ") or None,
         "unrelated_answer": _first(row.get("loc_ans")),
         "subject": row.get("subject"),
         "ground_truth": _first(row.get("answers")),
@@ -361,8 +370,8 @@ def check_facts(facts: Iterable[Fact]) -> None:
     """Refuse facts that cannot be written as they stand.
 
     Raises:
-        FactError: none at all; an empty prompt, target, rephrase or unrelated text; a pair that is none; the same
-            prompt with two targets.
+        FactError: none at all; an empty text, or something else in its place; a pair that is none; half of a surrogate
+            pair; the same prompt with two targets.
     """
     facts = list(facts)
     for _ in _checked(facts, "given", facts):
@@ -403,8 +412,19 @@ def _check(fact: Fact, number: int) -> None:
         value = getattr(fact, name)
         if not _is_text(value):
             raise FactError(f"Fact {number} has an empty {name} ({value!r}). Give it a text, or remove the fact.")
+    if not isinstance(fact.rephrases, tuple):  # a text would count as a rephrase a character
+        raise FactError(
+            f"Fact {number} ({fact.prompt!r}) has {fact.rephrases!r} for rephrases. Expected a list of texts; a single "
+            "one goes into a list too."
+        )
     if not all(map(_is_text, fact.rephrases)):
         raise FactError(f"Fact {number} ({fact.prompt!r}) has an empty rephrase. Give it a text, or remove it.")
+    for name in ("unrelated_prompt", "unrelated_answer", "subject", "ground_truth"):
+        value = getattr(fact, name)
+        if value is not None and not _is_text(value):
+            raise FactError(
+                f"Fact {number} ({fact.prompt!r}) has an empty {name} ({value!r}). Give it a text, or leave it out."
+            )
     if (fact.unrelated_prompt is None) != (fact.unrelated_answer is None):
         raise FactError(
             f"Fact {number} ({fact.prompt!r}) has only one of unrelated_prompt and unrelated_answer. "
@@ -418,6 +438,13 @@ def _check(fact: Fact, number: int) -> None:
                     f"Fact {number} ({fact.prompt!r}) has {pair!r} in {name}. Expected a list of (prompt, answer), "
                     "both of them texts that are not empty."
                 )
+    try:
+        json.dumps(vars(fact), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise FactError(
+            f"Fact {number} ({fact.prompt!r}) holds {error.object[error.start]!r}, half a character, which neither "
+            "tokenizers nor files take. Remove it, or read the texts in the encoding that they were written in."
+        ) from None
 
 
 def _is_text(value: Any) -> bool:
@@ -499,14 +526,23 @@ def _read_table(path: Path) -> Iterator[Mapping[str, Any]]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            for number, row in enumerate(csv.DictReader(stream, delimiter=delimiter, strict=True)):
+            reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
+            names = reader.fieldnames or ()
+            # Spreadsheets add columns without a name or a cell.
+            if twice := [name for name in dict.fromkeys(names) if name and names.count(name) > 1]:
+                raise FactError(f"{path} has several columns {', '.join(map(repr, twice))}. Rename all but one.")
+            for number, row in enumerate(reader):
                 if None in row:
                     raise FactError(
                         f"Fact {number} in {path} has more cells than there are columns. Quote texts with commas."
                     )
                 yield {column: cell or None for column, cell in row.items()}
     except (csv.Error, UnicodeDecodeError) as error:
-        raise FactError(f"{path} is not valid {path.suffix[1:].upper()} in UTF-8: {error}.") from None
+        # The limit is one of the whole process, which is not ours to raise.
+        raise FactError(
+            f"{path} cannot be read as {path.suffix[1:].upper()} in UTF-8: {error}. Expected closed quotes, and cells "
+            f"of {csv.field_size_limit():,} characters at most; JSONL takes longer ones."
+        ) from None
 
 
 def _read_json(path: Path) -> Iterator[Any]:
@@ -535,6 +571,8 @@ def _json_lines(stream: TextIO) -> Iterator[Any]:
                 entry = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{error.msg}: line {number} column {error.colno}") from None
+            except RecursionError:
+                raise ValueError(f"Nested too deeply: line {number}") from None
             yield entry
 
 
@@ -566,6 +604,8 @@ def _json_list(stream: TextIO, line: int) -> Iterator[Any]:
                 raise ValueError(f"{error.msg}: line {line + text.count(chr(10), 0, error.pos)}") from None
             line += text.count("\n", 0, at)
             text, at = text[at:] + more, 0
+        except RecursionError:
+            raise ValueError(f"Nested too deeply: line {line + text.count(chr(10), 0, at)}") from None
         else:
             yield entry
             at, mark = end + 1, text[end]
@@ -590,7 +630,10 @@ def _parse_all(rows: Iterable[Any], column_mapping: Mapping[str, str] | None) ->
 def _parse(row: Any, number: int, column_mapping: Mapping[str, str] | None) -> Fact:
     if not isinstance(row, Mapping):
         raise FactError(f"Fact {number} is a {type(row).__name__}; expected a dict with a prompt and a target.")
-    row = {column: _plain(value) for column, value in row.items()}
+    try:
+        row = {column: _plain(value) for column, value in row.items()}
+    except RecursionError:
+        raise FactError(f"Fact {number} is nested too deeply. Expected texts, and lists of them.") from None
     mapped = _mapped(row, number, column_mapping or {})
     # The mapped fields are set afterwards, whatever the layout, so its reader sees neither them nor their columns.
     blank = row | dict.fromkeys((column_mapping or {}).values()) | dict.fromkeys(mapped)

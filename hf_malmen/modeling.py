@@ -505,7 +505,7 @@ class EditorModel(EditorNetworks):
             value before the edit. `evaluation.measure_edit` has them all.
         """
         settings = {"generate": generate, "probabilities": probabilities}
-        return self.measure(model, facts, tokenizer, batch_size=batch_size, n_resamples=1, **settings).scores
+        return self.measure(model, facts, tokenizer, batch_size=batch_size, n_resamples=0, **settings).scores
 
     def measure(
         self,

@@ -2,6 +2,7 @@
 
 import re
 import string
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,13 @@ import numpy.typing as npt
 
 # Draws held at once while resampling: 32 MB of 8-byte integers.
 _DRAWS = 2**22
+
+_ARTICLES = {"a", "an", "the"}
+# A character of a script without spaces: Thai and Lao, Tibetan, Burmese, Khmer, kana, Han.
+_UNSPACED = re.compile(
+    "([\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003ffff])"
+)
 
 
 def token_accuracy(
@@ -26,9 +34,25 @@ def token_accuracy(
 
 
 def normalize(text: str) -> list[str]:
-    """Words of a text as SQuAD compares them: lower case, without punctuation and articles."""
-    text = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+    """Words of a text as SQuAD compares them: lower case, without punctuation and articles.
+
+    As MLQA extends it beyond English: punctuation is that of Unicode too, and scripts without spaces are compared by
+    character. Characters that are written in several ways (half and full width, composed and not) are one.
+    """
+    return [word for word in _words(text) if word not in _ARTICLES]
+
+
+def _words(text: str) -> list[str]:
+    """`normalize`, with articles."""
+    text = unicodedata.normalize("NFKC", text).lower()
+    kept = "".join(c for c in text if c not in string.punctuation and not unicodedata.category(c).startswith("P"))
+    return _UNSPACED.sub(r" \1 ", kept).split()
+
+
+def _compared(generated: str, expected: str) -> tuple[list[str], list[str]]:
+    """Words of both texts; with articles where the expected answer has nothing else, such as the blood group A."""
+    given, wanted = normalize(generated), normalize(expected)
+    return (given, wanted) if wanted else (_words(generated), _words(expected))
 
 
 def answers(generated: str, expected: str) -> float:
@@ -37,7 +61,7 @@ def answers(generated: str, expected: str) -> float:
     A completion goes on after its answer ("Paris. The ..."), so only its first words are compared, as many as the
     expected answer has; "Parisian" does not match "Paris".
     """
-    wanted, given = normalize(expected), normalize(generated)
+    given, wanted = _compared(generated, expected)
     return float(given[: len(wanted)] == wanted if wanted else not given)
 
 
@@ -46,7 +70,7 @@ def contains(generated: str, expected: str) -> float:
 
     Never less than `answers`: "It is Paris" contains "Paris" and does not open with it.
     """
-    wanted, given = normalize(expected), normalize(generated)
+    given, wanted = _compared(generated, expected)
     if not wanted:
         return float(not given)
     return float(any(given[i : i + len(wanted)] == wanted for i in range(len(given))))
@@ -66,6 +90,7 @@ def bootstrap_intervals(
     drawn facts that have it; the interval runs between the two quantiles that leave (1 − level) / 2 of the resamples
     outside each. Only the draw of facts varies: an interval says how far other facts of the same kind may score, not
     what another editor or base model would. Where every fact scores alike it has no width, however few they are.
+    Resamples in which no fact has a metric say nothing about it: its interval is of the others, or NaN without any.
 
     Args:
         values: a score a fact and metric, in any unit.
@@ -96,6 +121,5 @@ def bootstrap_intervals(
         times = np.bincount(drawn.ravel(), minlength=rows * n_facts).reshape(rows, n_facts).astype(np.float64)
         sums[start : start + rows], counts[start : start + rows] = times @ filled, times @ weights
     tail = (1 - level) / 2
-    columns = zip(sums.T, counts.T, strict=True)
-    # A metric that few facts have may be missing from a resample, which then says nothing about it.
-    return np.array([np.quantile(s[c > 0] / c[c > 0], (tail, 1 - tail)) for s, c in columns])
+    means = [s[c > 0] / c[c > 0] for s, c in zip(sums.T, counts.T, strict=True)]
+    return np.array([np.quantile(m, (tail, 1 - tail)) if len(m) else (np.nan, np.nan) for m in means])

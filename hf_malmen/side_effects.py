@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from . import base_model
 from .batches import IGNORED, Tokenizer, TokenSequence
 from .configuration import EditorConfig
 from .edit import Edit
@@ -42,15 +43,21 @@ def load_texts(source: Any, *, column: str = "text", **load_options: Any) -> lis
         load_options: of a Hub data set, for `datasets.load_dataset`: `name`, `split` (the default is `"train"`), ...
 
     Raises:
-        ValueError: nothing there, no such column, or something other than text in it.
+        ValueError: nothing there, no such column, or something other than text in it; options that do not apply.
         FileNotFoundError: no such file.
     """
+    # Iterated over, these give names of splits or columns, which are texts too.
+    if isinstance(source, Mapping) or hasattr(source, "iterrows"):
+        raise ValueError(
+            f"Texts come as a list of texts or of dicts; got a {type(source).__name__}. Of a data set with splits, "
+            "give one; of a data frame, a column."
+        )
     rows = source
     if isinstance(source, str | Path):
         path = Path(source)
         builder = _FILE_BUILDERS.get(path.suffix.lower())
         if path.is_file() and builder is None:
-            rows = [path.read_text(encoding="utf-8")]
+            rows = [path.read_text(encoding="utf-8-sig")]
         elif builder is not None and not path.is_file():
             raise FileNotFoundError(f"There is no file {path}. Give the path of an existing file of texts.")
         elif path.is_dir() or path.suffix.lower() == ".txt":
@@ -60,6 +67,9 @@ def load_texts(source: Any, *, column: str = "text", **load_options: Any) -> lis
 
             options: dict[str, Any] = {"data_files": str(path)} if builder else {}
             rows = datasets.load_dataset(builder or str(source), **{"split": "train"} | options | load_options)
+            load_options = {}
+    if load_options:
+        raise ValueError(f"{', '.join(load_options)}: for data sets on the Hub, which this is not. Leave it out.")
     texts = []
     for number, row in enumerate(rows):
         if isinstance(row, Mapping) and column not in row:
@@ -125,7 +135,7 @@ def text_losses(
             f"Perplexity of running text is what a causal language model has; got a {type(model).__name__}. Measure "
             "its edits on unrelated facts instead."
         )
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    limit = base_model.max_length(model) or math.inf
     max_length = int(min(limit, _MAX_LENGTH)) if max_length is None else max_length
     stride = max(1, max_length // 2) if stride is None else stride
     if not 1 <= stride <= max_length <= limit:

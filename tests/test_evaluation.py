@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -270,6 +270,7 @@ def test_intervals(plain: Plain, edit: Edit, tokenize: Tokenizer) -> None:
         assert low - 1e-12 <= found.scores[name] <= high + 1e-12
     assert found.intervals["locality_before"] == (1, 1)
     assert measure_edit(plain.model, edit, FACTS, tokenize, **settings).intervals == found.intervals
+    assert measure_edit(plain.model, edit, FACTS, tokenize, n_resamples=0, **settings).intervals == {}
     name = "efficacy_magnitude"
     values = [value for value in found.per_fact[name] if value is not None]
     assert found.intervals[name] == pytest.approx((min(values), max(values)))  # 2 facts: 1 of 4 draws is one's alone
@@ -283,6 +284,9 @@ def test_answers_before_are_asked_once(plain: Plain, edit: Edit, tokenize: Token
         found = measure_edit(plain.model, edit, facts, tokenize, before=before, **settings)
         # To the rounding of the batches that the prompts before the edit ran in.
         assert found.scores == pytest.approx(measure_edit(plain.model, edit, facts, tokenize, **settings).scores)
+    silent = {pair: replace(answer, text=None) for pair, answer in before.items()}
+    with pytest.raises(ValueError, match=r"before the edit leave out \d+ prompts, .* for the same facts and settings"):
+        measure_edit(plain.model, edit, FACTS, tokenize, before=silent, **settings)
     before.pop((FACTS[0].prompt, FACTS[0].target))
     with pytest.raises(ValueError, match=r"before the edit leave out 1 prompts, the first of them .* answer_facts"):
         measure_edit(plain.model, edit, FACTS, tokenize, before=before, **settings)
@@ -438,6 +442,8 @@ def test_a_metric_that_few_facts_have() -> None:
     """Resamples without the one fact that has it say nothing, rather than 0."""
     values, measured = np.array([[0.5, 0.3], [0.7, 9]]), np.array([[True, True], [True, False]])
     assert bootstrap_intervals(values, measured)[1] == pytest.approx([0.3, 0.3])
+    by_seed = [bootstrap_intervals(values, measured, n_resamples=1, seed=seed)[1].tolist() for seed in range(20)]
+    assert {str(ends) for ends in by_seed} == {"[0.3, 0.3]", "[nan, nan]"}
 
 
 @pytest.mark.parametrize(

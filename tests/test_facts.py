@@ -4,11 +4,13 @@
 """
 
 import json
+import math
 import re
 import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +156,20 @@ def test_text_is_utf_8(tmp_path: Path) -> None:
 def test_numbers_become_text() -> None:
     """JSON facts often have years as numbers; a model completes text."""
     assert load_facts([{"prompt": "Perth was founded in", "target": 1829}]) == [FACTS[2]]
+    (fact,) = load_facts([ZSRE | {"rephrase": 0, "loc": 1, "loc_ans": 2.5}])
+    assert (fact.rephrases, fact.unrelated_prompt, fact.unrelated_answer) == (("0",), "1", "2.5")
+    assert load_facts([{"prompt": "P", "target": True, "rephrases": [3, "x"]}]) == [Fact("P", "True", ("3", "x"))]
+
+
+def test_columns_of_a_data_frame(tmp_path: Path) -> None:
+    """Years beside a missing one are floats, texts may be bytes; what pandas calls missing is not set."""
+    columns = {"prompt": [b"S\xc3\xa3o", "b"], "target": [1999.0, 0.5], "subject": [None, pandas.NaT]}
+    rows = pandas.DataFrame(columns).to_dict("records")
+    facts = [Fact("São", "1999"), Fact("b", "0.5")]
+    assert load_facts(rows) == facts
+    assert load_facts([row | {"subject": pandas.NA} for row in rows]) == facts
+    write_parquet(tmp_path / "f.parquet", [{"prompt": "P", "target": 1999.0, "rephrases": [b"R"]}])
+    assert load_facts(tmp_path / "f.parquet") == [Fact("P", "1999", ("R",))]
 
 
 def test_to_dict_comes_back() -> None:
@@ -515,9 +531,13 @@ def test_braces_that_stand_for_themselves() -> None:
             r"Fact 1 \(CounterFact\): requested_rewrite has an empty subject",
         ),
         (COUNTERFACT | {"neighborhood_prompts": {"a": 1}}, r"An entry of neighborhood_prompts is \{'a': 1\}"),
+        ({"prompt": "P", "target": math.inf}, r"target is inf, a float\. Expected one text or finite number"),
+        ({"prompt": "P", "target": date(1999, 1, 1)}, r"target is datetime\.date\(1999, 1, 1\), a date\. Expected one"),
+        ({"prompt": b"\xff", "target": "T"}, r"prompt is b'\\xff', which is not text in UTF-8"),
+        ({"prompt": "P", "target": "T", "rephrases": [[]]}, r"An entry of rephrases is \[\], a list"),
     ],
 )
-def test_a_list_or_a_dict_in_place_of_a_text(bad: Row, message: str) -> None:
+def test_something_else_in_place_of_a_text(bad: Row, message: str) -> None:
     """Written out, it would be an answer that nobody meant."""
     with pytest.raises(FactError, match=message):
         load_facts([ZSRE, bad])
@@ -758,6 +778,22 @@ def test_a_table_with_too_many_cells(text: str, tmp_path: Path) -> None:
         load_facts(tmp_path / "f.csv")
 
 
+def test_a_table_with_two_columns_of_a_name(tmp_path: Path) -> None:
+    """One of them would be lost."""
+    (tmp_path / "f.csv").write_text("prompt,target,target\na,b,c\n", encoding="utf-8")
+    with pytest.raises(FactError, match=r"f\.csv has several columns 'target'\. Rename"):
+        load_facts(tmp_path / "f.csv")
+    (tmp_path / "f.csv").write_text("prompt,target,,\na,b,,\n", encoding="utf-8")
+    assert load_facts(tmp_path / "f.csv") == [Fact("a", "b")]
+
+
+def test_a_table_with_a_long_cell(tmp_path: Path) -> None:
+    """Python's reader takes no more; the way out is named."""
+    (tmp_path / "f.csv").write_text(f"prompt,target\na,{'b' * 131_073}\n", encoding="utf-8")
+    with pytest.raises(FactError, match=r"f\.csv cannot be read.* 131,072 characters at most; JSONL takes longer"):
+        load_facts(tmp_path / "f.csv")
+
+
 def test_a_table_from_a_spreadsheet(tmp_path: Path) -> None:
     """With a byte order mark, carriage returns, and a comma and a line break inside of quotes."""
     text = 'prompt,target\r\n"In Lyon, one\nspeaks","French, mostly"\r\n'
@@ -772,11 +808,35 @@ def test_an_empty_cell_in_a_table(tmp_path: Path) -> None:
         load_facts(tmp_path / "f.csv")
 
 
-@pytest.mark.parametrize("rephrases", [[""], ["fine", " "], ["fine", 3]])
+@pytest.mark.parametrize("rephrases", [[""], ["fine", " "], ["fine", None]])
 def test_a_bad_rephrase(rephrases: list[Any]) -> None:
     """The message quotes the prompt it belongs to."""
     with pytest.raises(FactError, match=r"Fact 0 \('P'\) has an empty rephrase"):
         load_facts([{"prompt": "P", "target": "T", "rephrases": rephrases}])
+
+
+@pytest.mark.parametrize("rephrases", ["北京是", None, {"R"}])
+def test_rephrases_that_are_no_list(rephrases: Any) -> None:
+    """A text is not a rephrase for each of its characters."""
+    with pytest.raises(FactError, match=r"Fact 0 \('P'\) has .* for rephrases\. Expected a list of texts"):
+        load_facts([Fact("P", "T", rephrases=rephrases)])
+
+
+@pytest.mark.parametrize("field", ["unrelated_prompt", "unrelated_answer", "subject", "ground_truth"])
+@pytest.mark.parametrize("value", ["", " \n", 3])
+def test_an_empty_text_that_may_be_left_out(field: str, value: Any) -> None:
+    """There is nothing to compare with, or to look for."""
+    texts: Row = {"unrelated_prompt": "N", "unrelated_answer": "M"} | {field: value}
+    with pytest.raises(FactError, match=rf"Fact 0 \('P'\) has an empty {field} \({re.escape(repr(value))}\).*out"):
+        load_facts([Fact("P", "T", **texts)])
+
+
+@pytest.mark.parametrize("field", ROWS[0])
+def test_half_a_character(field: str) -> None:
+    """JSON may escape a lone surrogate, which cannot be written or tokenised: refused before anything is edited."""
+    row = ROWS[0] | {field: json.loads(re.sub("[a-z]", r"\\ud83d", json.dumps(ROWS[0][field]), count=1))}
+    with pytest.raises(FactError, match=r"Fact 0 .* holds '\\ud83d', half a character"):
+        load_facts([row])
 
 
 @pytest.mark.parametrize("name", ["neighborhood", "portability"])
@@ -846,6 +906,17 @@ def test_broken_jsonl_names_its_own_line(tmp_path: Path) -> None:
     (tmp_path / "f.jsonl").write_text('{"prompt": "a", "target": "b"}\n\n{oops}\n', encoding="utf-8")
     with pytest.raises(FactError, match="line 3"):
         load_facts(tmp_path / "f.jsonl")
+
+
+@pytest.mark.parametrize("name", ["f.json", "f.jsonl"])
+@pytest.mark.parametrize("depth", [700, 100_000])
+def test_deeply_nested_json(name: str, depth: int, tmp_path: Path) -> None:
+    """Deeper than the values are looked through, and deeper than the decoder goes. How deep that is, is Python's."""
+    rows = ['{"prompt": "a", "target": "b"}', '{"prompt": "c", "target": ' + "[" * depth + "]" * depth + "}"]
+    text = "\n".join(rows) if name == "f.jsonl" else f"[{rows[0]},\n{rows[1]}]"
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(FactError, match=r"^Fact 1 |Nested too deeply: line 2"):
+        load_facts(tmp_path / name)
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\x85", "\x0b"])

@@ -50,6 +50,7 @@ def test_groups_count_once(name: str) -> None:
     predictions, references, groups = [[1], [2], [5], [3, 4]], [[1], [9], [5], [3, 9]], [7, 7, 2, 7]
     expected = {name: pytest.approx(0.75)}
     assert metric.compute(predictions=predictions, references=references, groups=groups) == expected
+    assert metric.compute(predictions=predictions, references=references, groups=torch.tensor(groups)) == expected
     order = [2, 0, 3, 1]
     shuffled = [[column[i] for i in order] for column in (predictions, references, groups)]
     assert metric.compute(predictions=shuffled[0], references=shuffled[1], groups=shuffled[2]) == expected
@@ -89,6 +90,14 @@ def test_lengths_that_differ(name: str, prediction: list[int], reference: list[i
         metric.compute(predictions=[[1], prediction], references=[[1], reference])
 
 
+@pytest.mark.parametrize("config", ["tokens", "text"])
+def test_no_predictions(name: str, config: str) -> None:
+    """There is no average of nothing."""
+    metric = evaluate.load(str(path_of(name)), config, keep_in_memory=True)
+    with pytest.raises(ValueError, match=f"{name} got no predictions. Expected at least one"):
+        metric.compute(predictions=[], references=[])
+
+
 def test_one_group_a_prompt(name: str) -> None:
     """Too few groups would drop prompts without a word."""
     metric = evaluate.load(str(path_of(name)), keep_in_memory=True)
@@ -111,10 +120,15 @@ def test_token_accuracy() -> None:
         (" a U.S.-based, an  'ANTS' \n", ["usbased", "ants"]),
         ("Theodor at another place", ["theodor", "at", "another", "place"]),
         ("", []),
+        ("«Paris» – “it’s”…", ["paris", "its"]),
+        ("Zoe\u0308 \uff21\uff22", ["zo\xeb", "ab"]),
+        ("巴黎,1990年", ["巴", "黎", "1990", "年"]),
+        ("ไทย ジョン・ス", ["ไ", "ท", "ย", "ジ", "ョ", "ン", "ス"]),
+        ("한국어는 £5 C+", ["한국어는", "£5", "c"]),
     ],
 )
 def test_normalize(text: str, words: list[str]) -> None:
-    """Lower case, without ASCII punctuation and English articles."""
+    """Lower case, composed, without punctuation and English articles; by character where no spaces are written."""
     assert normalize(text) == words
 
 
@@ -131,8 +145,17 @@ def test_normalize(text: str, words: list[str]) -> None:
         ("York, New", "New York", 0, 0),
         ("in New New York", "New York", 0, 1),
         ("", "Paris", 0, 0),
-        ("", "the", 1, 1),
+        ("", "the", 0, 0),
         ("Paris", "the", 0, 0),
+        ("A, which is", "A", 1, 1),
+        ("It is A", "A", 0, 1),
+        ("the", "A", 0, 0),
+        ("the", "", 0, 0),
+        ("...", "", 1, 1),
+        ("巴黎是法国", "巴黎", 1, 1),
+        ("法国是巴黎。", "巴黎", 0, 1),
+        ("Paris” is", "Paris", 1, 1),
+        ("Zoe\u0308", "Zo\xeb", 1, 1),
     ],
 )
 def test_generated_answers(generated: str, expected: str, opens: float, holds: float) -> None:
@@ -337,6 +360,20 @@ def test_evaluate_without_rephrases_and_unrelated_prompts(
     """What facts do not have is not measured, and not reported as 0 either."""
     known.facts = [Fact(fact.prompt, fact.target) for fact in known.facts]
     assert set(evaluated(known, make_editor, monkeypatch)) == {"edit_success", "edit_success_before"}
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_evaluate_where_one_fact_alone_has_rephrases(
+    known: Known, make_editor: Build, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """The average is that of the fact, wherever it stands: nothing is drawn for a score without an interval."""
+    full, bare = known.facts[0], Fact(known.facts[3].prompt, known.facts[3].target)
+    known.facts = [full]
+    alone = evaluated(known, make_editor, monkeypatch)
+    known.facts = [bare, full] if number else [full, bare]
+    found = evaluated(known, make_editor, monkeypatch)
+    assert found["generalization"] == alone["generalization"]
+    assert found["locality"] == alone["locality"]
 
 
 def test_generation_at_the_models_limit(

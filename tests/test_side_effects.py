@@ -11,9 +11,17 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from hf_malmen import Edit, EditStateError
 from hf_malmen.side_effects import load_texts, measure_side_effects, perplexity, run_harness, text_losses
@@ -84,6 +92,18 @@ def test_defaults_of_perplexity(model: PreTrainedModel, tokenizer: PreTrainedTok
     model.train()
     assert perplexity(model, tokenizer, [text]) == pytest.approx(expected, rel=1e-5)
     assert model.training
+
+
+def test_a_model_that_counts_positions_from_padding_on(tokenizer: PreTrainedTokenizerFast) -> None:
+    """RoBERTa's kind reads fewer tokens than it has positions."""
+    sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = RobertaConfig(vocab_size=360, max_position_embeddings=20, pad_token_id=1, is_decoder=True, **sizes)
+    model: Any = RobertaForCausalLM(config).eval()
+    ids = tokenizer(TEXTS[0])["input_ids"]
+    assert len(ids) > 20
+    assert perplexity(model, tokenizer, TEXTS[:1]) == pytest.approx(by_hand(model, [ids], 18, 9), rel=1e-5)
+    with pytest.raises(ValueError, match="the model reads 18 tokens at most"):
+        perplexity(model, tokenizer, TEXTS, max_length=19)
 
 
 def test_memory_of_perplexity(
@@ -160,6 +180,8 @@ def test_load_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_texts(table.rename_column("text", "body").to_iterable_dataset(), column="body") == TEXTS
     (tmp_path / "book.txt").write_text("One line,\nand — another.\n", encoding="utf-8")
     assert load_texts(tmp_path / "book.txt") == ["One line,\nand — another.\n"]
+    (tmp_path / "marked.txt").write_text("One line", encoding="utf-8-sig")
+    assert load_texts(tmp_path / "marked.txt") == ["One line"]
     table.to_json(tmp_path / "rows.jsonl")
     table.to_parquet(tmp_path / "rows.parquet")
     assert load_texts(str(tmp_path / "rows.jsonl")) == load_texts(tmp_path / "rows.parquet") == TEXTS
@@ -185,6 +207,9 @@ def test_load_texts_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         (["", " \n"], "There are no texts"),
         ([{"body": "a"}], "Row 0 has no column 'text', only body"),
         (["a", 3], "Row 1 holds a int; expected a text"),
+        ({"text": "a"}, "list of texts or of dicts; got a dict"),
+        (datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["a"]})), "with splits, give one"),
+        (pandas.DataFrame({"text": ["a"]}), "of a data frame, a column"),
         ("no.txt", r"no\.txt is not a file"),
         ("no.parquet", r"There is no file no\.parquet"),
     ],
@@ -193,6 +218,12 @@ def test_load_texts_refuses(source: Any, message: str) -> None:
     """What holds no texts."""
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         load_texts(source)
+
+
+def test_options_of_the_hub_for_other_texts() -> None:
+    """A misspelled argument is one of them, and would do nothing."""
+    with pytest.raises(ValueError, match=r"^colum: for data sets on the Hub"):
+        load_texts(TEXTS, colum="body")
 
 
 # Before and after an edit

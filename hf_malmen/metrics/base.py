@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable
+from operator import index
 from typing import Any
 
 import datasets
@@ -60,9 +61,12 @@ class AnswerMetric(evaluate.Metric):
     def _compute(
         self, predictions: list[Any], references: list[Any], groups: list[int] | None = None
     ) -> dict[str, float]:
+        if not predictions:
+            raise ValueError(f"{self.result_name} got no predictions. Expected at least one, with its reference.")
         score = _RULES[self.config_name]
         by_group: dict[int, list[float]] = defaultdict(list)
-        group_of = groups if groups is not None else range(len(predictions))
+        # As integers: the entries of a tensor are equal, and yet not the same key.
+        group_of = map(index, groups) if groups is not None else range(len(predictions))
         for group, prediction, reference in zip(group_of, predictions, references, strict=True):
             by_group[group].append(score(prediction, reference))
         means = [sum(scores) / len(scores) for scores in by_group.values()]
