@@ -24,6 +24,7 @@ from .trunk import Trunk
 _TRUNK_BYTES = 2**30
 
 
+@torch.enable_grad()
 def fine_tune(
     model: nn.Module,
     tokenize: Tokenizer,

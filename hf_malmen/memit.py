@@ -155,6 +155,7 @@ def _after(infix: str, rest: str) -> str:
     return rest if infix[-1].isalnum() else rest.removeprefix(infix[-1])
 
 
+@torch.enable_grad()
 def find_moves(
     model: nn.Module,
     tokenize: Tokenizer,

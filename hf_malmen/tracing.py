@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -75,10 +76,27 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 def frozen(model: nn.Module) -> Iterator[None]:
     """`model` in evaluation mode with no parameter requiring a gradient; afterwards everything as it was.
 
-    What is compiled of it runs eagerly meanwhile: a compiled graph knows nothing of hooks that come later.
+    What is compiled of it runs eagerly meanwhile: a compiled graph knows nothing of hooks that come later. Inference
+    mode is left, as nothing that is made in it can be differentiated; whether gradients are on stays as it is.
+
+    Raises:
+        ModelMismatchError: the model was made in inference mode.
     """
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    unusable = next((name for name, tensor in tensors if tensor.is_inference()), None)
+    if unusable is not None:
+        raise ModelMismatchError(
+            f"{unusable} of {type(model).__name__} was made inside torch.inference_mode(), so that nothing it takes "
+            "part in can be differentiated. Load the model outside of inference mode."
+        )
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with in_eval_mode(model), torch.compiler.set_stance("force_eager"):
+    with_gradients = torch.is_grad_enabled()  # asked before inference mode is left, which turns them on
+    with (
+        in_eval_mode(model),
+        torch.compiler.set_stance("force_eager"),
+        torch.inference_mode(False),
+        torch.set_grad_enabled(with_gradients),
+    ):
         try:
             for parameter in trainable:
                 parameter.requires_grad_(False)
