@@ -266,24 +266,41 @@ class Tokenizer:
         labels[position] = self.classes.index(target)
         return TokenSequence(ids, tuple(labels))
 
-    def subject_position(self, prompt: str, target: str, subject: str) -> int:
+    def subject_position(self, prompt: str, target: str, subject: str, end: int | None = None) -> int:
         """Which token of `self(prompt, target)`, a causal model's, is the last one of `subject`.
 
-        Of several occurrences in the prompt the last one, and letter case counts only where it tells them apart. The
-        second token where the subject is nothing but the first: a first token sees no other, and many models make it a
-        sink of attention that is the same for every text.
+        The second token where the subject is nothing but the first: a first token sees no other, and many models make
+        it a sink of attention that is the same for every text.
+
+        Args:
+            prompt, target: as for a call.
+            subject: which of several occurrences, says `find_subject`.
+            end: the character of `prompt` behind the subject, where that is known.
 
         Raises:
-            FactError: the prompt does not contain the subject.
+            FactError: the prompt does not contain the subject, or is nothing but a first token.
         """
         text, start = self._join(prompt, target)
-        asked, subject = prompt.strip(), subject.strip()
-        begin = max(text.rfind(asked, 0, start), 0)  # 0 where a template changes the prompt: looked for in all of it
-        end = min(begin + len(asked), start) if text.startswith(asked, begin) else start
-        found = find_subject(text, subject, begin, end)
+        asked = prompt.strip()
+        begin = text.rfind(asked, 0, start)
+        if begin >= 0 and end is not None:
+            stop = begin + end - (len(prompt) - len(prompt.lstrip()))
+        else:
+            wanted = (subject if end is None else prompt[:end]).strip()
+            # All of it where a template changes the prompt.
+            place = (0, start) if begin < 0 else (begin, min(begin + len(asked), start))
+            stop = find_subject(text, wanted, *place) + len(wanted)
         # Tokens that begin before the subject ends; the last of them is the one wanted.
-        ids, is_behind = self._tokenize(text, found + len(subject) - 1)
-        return max(next(i for i, behind in enumerate(is_behind) if behind), min(1, len(ids) - 2))
+        position = self._tokenize(text, stop - 1)[1].index(True)
+        if position == 0:
+            position = 1
+            if self._tokenize(text, start)[1][position]:
+                raise FactError(
+                    f"The prompt {prompt!r} is one token, the first that the model reads, where nothing can be written "
+                    "about its subject alone: many models make it the same for every text. Give a longer prompt, or "
+                    "set EditorConfig.prompt_template."
+                )
+        return position
 
     @property
     def pad_token_id(self) -> int:
