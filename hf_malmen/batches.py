@@ -137,22 +137,37 @@ class TokenBatch:
 
 
 def find_subject(text: str, subject: str, begin: int = 0, end: int | None = None) -> int:
-    """Where in the prompt text[begin:end] `subject` stands last; letter case counts only where it tells it apart.
+    """Where in the prompt text[begin:end] `subject` stands last.
+
+    What is part of a longer word, as Niger is of Nigeria, is taken only where there is nothing else, and other letter
+    case only where there is none of the same.
 
     Raises:
         FactError: the prompt does not contain the subject.
     """
     prompt = text[begin:end]
-    found = prompt.rfind(subject)
-    if found < 0:
-        matches = list(re.finditer(re.escape(subject), prompt, re.IGNORECASE))
-        if not matches:
-            raise FactError(
-                f"The subject {subject!r} does not occur in the prompt {prompt!r}. Give the subject as the prompt "
-                "spells it, or the prompt with its subject."
-            )
-        found = matches[-1].start()
-    return begin + found
+    pattern = f"(?={re.escape(subject)})"  # of two that overlap both count
+    found = [[match.start() for match in re.finditer(pattern, prompt, flags)] for flags in (0, re.IGNORECASE)]
+    whole = [[at for at in places if _is_whole(prompt, at, at + len(subject))] for places in found]
+    places = next(filter(None, [*whole, *found]), None)
+    if places is None:
+        raise FactError(
+            f"The subject {subject!r} does not occur in the prompt {prompt!r}. Give the subject as the prompt "
+            "spells it, or the prompt with its subject."
+        )
+    return begin + places[-1]
+
+
+def _is_whole(text: str, begin: int, end: int) -> bool:
+    """Whether text[begin:end] is no part of a longer word.
+
+    Words are told by letters that have case, and digits: other scripts write what follows a name, or all, in one.
+    """
+
+    def runs_on(at: int) -> bool:
+        return 0 < at < len(text) and all(c.isdigit() or c.lower() != c.upper() for c in text[at - 1 : at + 1])
+
+    return not runs_on(begin) and not runs_on(end)
 
 
 class Tokenizer:
