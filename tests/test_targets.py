@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertLMHeadModel,
     BertModel,
@@ -99,6 +101,14 @@ def test_the_last_blocks_that_have_a_feed_forward_layer() -> None:
     dense, empty = {"up": (8, 12), "down": (12, 8)}, {"attn__o": (8, 8)}
     model = Model(*[Block(**(empty if i % 2 else dense)) for i in range(16)])
     assert find_targets(model, EditorConfig()) == [f"blocks.{i}.down" for i in range(4, 16, 2)]
+
+
+@pytest.mark.parametrize("kind", ["xlm", "flaubert"])
+def test_model_with_a_list_of_each_kind_of_layer(kind: str) -> None:
+    """Its lists are equally long; the feed-forward layers' is the one, not the attentions'."""
+    config = AutoConfig.for_model(kind, n_words=50, emb_dim=8, n_layers=7, n_heads=2)
+    names = find_targets(AutoModelForSequenceClassification.from_config(config), EditorConfig())
+    assert names == [f"transformer.ffns.{i}.lin2" for i in range(1, 7)]
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
