@@ -633,7 +633,7 @@ def test_subject_ends_where_its_last_character_is_read(name: str, prompt: str, s
         ("After Apollo 11 and ", "Apollo 1", ", Apollo 12 is"),
         ("Der ", "Ö", " heißt wie Öl und MÖ"),
         ("", "Fiji", ", an island: the Fijian language is"),
-        ("法国和", "法国", "的首都是"),  # noqa: RUF001 # written without spaces
+        ("法国和", "法国", "的首都是"),  # written without spaces
         ("프랑스와 ", "프랑스", "의 수도는"),
         ("The name of C and ", "C++", "17 is"),
         ("In ", "Niger", "ia"),  # nothing else
