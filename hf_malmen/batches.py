@@ -104,6 +104,15 @@ class TokenBatch:
             return self.labels != IGNORED
         return self.attention_mask.bool()
 
+    def has_side(self, shape: Sequence[int]) -> bool:
+        """Whether what a module saw, in this shape but for features, can be all tokens of a side of this batch.
+
+        Of an encoder-decoder rows alone do not tell: an expert may be sent as many tokens as the other side has.
+        """
+        if self.decoder_input_ids is None:
+            return True
+        return tuple(shape) in (tuple(self.input_ids.shape), tuple(self.decoder_input_ids.shape))
+
     def traced_rows(self, token_selection: str, n_rows: int) -> Tensor | None:  # (n_rows,), bool
         """Which of the `n_rows` rows that a module saw of this batch are traced tokens; None if it saw something else.
 

@@ -215,6 +215,26 @@ def test_a_module_that_sees_other_rows(make_tokenizer: Build, make_long_facts: B
         editor.make_edit(model, make_long_facts(5), make_tokenizer())
 
 
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_expert_that_sees_as_many_tokens_as_a_side_has(
+    side: str, make_tokenizer: Build, make_long_facts: Build, make_editor: Build
+) -> None:
+    """By chance, and of its own side or the other: what it sees has no sequences."""
+    model, tokenizer = KINDS["t5"].build(), make_tokenizer()
+    layer = model.get_submodule(f"{side}.block.3.layer.{1 + (side == 'decoder')}")
+    layer.expert = nn.Linear(32, 32)
+    editor = make_editor(model, target_modules=["expert"])
+    tokenize = editor.tokenizer_for(model, tokenizer)
+    batch = tokenize.pad([tokenize(fact.prompt, fact.target) for fact in make_long_facts(5)])
+    plain = layer.forward
+    for n_tokens in (batch.decoder_input_ids.numel(), batch.input_ids.numel()):
+        layer.forward = lambda hidden, n=n_tokens: (
+            plain(hidden) + layer.expert(hidden.reshape(-1, 32)[torch.arange(n) % 5]).sum()
+        )
+        with pytest.raises(ModelMismatchError, match=rf"expert saw {n_tokens} rows"), frozen(model):
+            trace(model, batch, editor.module_names, "answer")
+
+
 @pytest.mark.parametrize(("editor", "other"), [("llama", "llama, classes"), ("llama, classes", "llama")])
 def test_an_editor_for_another_task(editor: str, other: str, make_editor: Build) -> None:
     """The layers fit, the task does not."""
