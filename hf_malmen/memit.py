@@ -278,7 +278,7 @@ def room_of(n_facts: int, n_features: int, crowding: float) -> float:
     64, 256 and 1,024 facts did to one model.
 
     Args:
-        n_facts: those of an edit, and of the edits before it.
+        n_facts: those of an edit, and those of the edits before it that are to stay.
         n_features: of the keys of all edited layers.
         crowding: the power.
     """
@@ -441,10 +441,10 @@ def write_targets(
     for number in range(1, config.n_passes + 1):
         keys, states = read({})
         if number == 1:
-            n_written = max((len(rows) for rows in written.values()), default=0)
-            room = room_of(len(facts) + n_written, sum(rows.shape[1] for rows in keys.values()), config.crowding)
             _check_sizes(config, module_names, states.shape[1])
-            solver = JointLeastSquares(_penalties(module_names, keys, penalty, ridge, written))
+            penalties, n_staying = _penalties(module_names, keys, penalty, ridge, written)
+            room = room_of(len(facts) + n_staying, sum(rows.shape[1] for rows in keys.values()), config.crowding)
+            solver = JointLeastSquares(penalties)
             sought = list(range(len(requests)))
         else:
             with _in_force(model, shifts):
@@ -461,9 +461,10 @@ def _penalties(
     penalty: Callable[[str], Tensor | None],
     ridge: Callable[[str], float],
     written: Mapping[str, Tensor],
-) -> dict[str, Tensor]:  # {module name: (key_size, key_size)}
-    """What the shift of each layer is weighed against: κ C + λI, and the keys of earlier facts, which are to stay."""
-    penalties = {}
+) -> tuple[dict[str, Tensor], int]:  # {module name: (key_size, key_size)}
+    """What the shift of each layer is weighed against: κ C + λI, and the keys of earlier facts, which are to stay; and
+    how many these are, at most."""
+    penalties, n_staying = {}, 0
     for name in module_names:
         rows = keys[name].to(solve_device(keys[name].device), SOLVE_DTYPE)
         matrix = ridge(name) * torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
@@ -473,8 +474,9 @@ def _penalties(
         if name in written:  # here and not as rows, so that an edit has no more factors than facts
             staying = keys_beside(written[name].to(rows), rows)
             matrix.addmm_(staying.T, staying)
+            n_staying = max(n_staying, len(staying))
         penalties[name] = matrix
-    return penalties
+    return penalties, n_staying
 
 
 @torch.no_grad()

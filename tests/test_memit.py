@@ -731,6 +731,26 @@ def test_the_more_facts_the_shorter_their_moves(
         edit.apply_to(model, on_fingerprint_mismatch="ignore")
 
 
+def test_facts_that_were_replaced_do_not_count(
+    make_llama: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Neither those that an edit replaces, in its own moves, nor those that edits before it have replaced."""
+    model = make_llama(torch.float64)
+    short = {"clamp_factor": 0.3, "n_steps": 8, "fingerprint_policy": "ignore"}
+    crowded = build(model, tokenizer, crowding=0.5, **short)
+    n_features = sum(key_size for key_size, _ in crowded.config.module_shapes.values())
+    crowded.apply(model, AT_SUBJECT[:2], tokenizer)
+    again = [replace(AT_SUBJECT[0], target="Japan")]
+    length = 0.3 * (n_features / (120 * 2)) ** 0.5  # of two facts: the new one, and the other that stays
+    expected = build(model, tokenizer, **short | {"clamp_factor": length}).make_edit(model, again, tokenizer).shifts
+    edit = crowded.apply(model, again, tokenizer)
+    for name, shift in expected.items():
+        assert float((edit.shifts[name] - shift).norm()) <= 1e-6 * float(shift.norm())
+    assert {len(keys) for keys in standing_of(model, crowded).written.values()} == {2}
+    edit.undo()
+    assert {len(keys) for keys in standing_of(model, crowded).written.values()} == {2}
+
+
 def test_keys_near_a_new_one_give_way() -> None:
     """In proportion to the new one's length."""
     rows = torch.tensor([[1.0, 0, 0], [0, 2, 0], [0, 0, 3], [0, 1, 1]])
