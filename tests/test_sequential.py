@@ -268,6 +268,31 @@ def test_statistics_of_other_layers_are_left_alone(
     assert all(torch.equal(found[name], tensor) for name, tensor in one.state.statistics.items())
 
 
+@pytest.mark.parametrize(
+    ("statistics", "n_later", "expected"), [("following", 1, 1), ("following", 0, 0), ("frozen", 1, 0)]
+)
+def test_undo_says_whose_rows_stay_in_the_statistics(
+    statistics: str,
+    n_later: int,
+    expected: int,
+    model: PreTrainedModel,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    facts: list[Fact],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Those of an edit below later ones, of a live model and on disk."""
+    editor = EditorModel.from_base(model, EditorConfig(method="ultraedit", edit_lr=1e-3, statistics=statistics))
+    editor.warm_up(model, facts, tokenizer)
+    parts = [facts[:2], facts[2:4]][: 1 + n_later]
+    first, *_ = [editor.apply(model, part, tokenizer) for part in parts]
+    first.undo()
+    assert caplog.text.count("running statistics that had taken in the facts of this one") == expected
+    for part in parts:
+        editor.apply(folder, part, in_place=True)
+    assert undo_edit(folder, "1").in_statistics is bool(expected)
+
+
 def test_more_turns_read_the_weights_no_more_often(
     folder: Path, tokenizer: PreTrainedTokenizerFast, make_facts: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
