@@ -268,6 +268,33 @@ def test_statistics_of_other_layers_are_left_alone(
     assert all(torch.equal(found[name], tensor) for name, tensor in one.state.statistics.items())
 
 
+@pytest.mark.parametrize("method", ["ultraedit", "memit"])
+def test_editor_learns_from_the_base_model_below_its_edits(
+    method: str, make_llama: Build, tokenizer: PreTrainedTokenizerFast, facts: list[Fact]
+) -> None:
+    """Statistics and covariance are those of the unedited model, and the edited one is as it was, to the bit."""
+    model = make_llama()
+    settings = {"ultraedit": {"edit_lr": 1.0}, "memit": {"n_steps": 2}}[method]
+    one, two = (
+        EditorModel.from_base(model, EditorConfig(method=method, layers_to_transform=[1, 2], **settings))
+        for _ in range(2)
+    )
+
+    def learn(editor: EditorModel) -> None:
+        if method == "memit":
+            editor.collect_covariance(model, [fact.prompt for fact in facts], tokenizer)
+        else:
+            editor.warm_up(model, facts, tokenizer)
+
+    learn(one)
+    one.apply(model, facts[:4], tokenizer)
+    before = weights(model, one)
+    learn(two)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(model, one).items())
+    for (name, expected), found in zip(one.named_buffers(), two.buffers(), strict=True):
+        assert torch.equal(found, expected), name
+
+
 @pytest.mark.parametrize(
     ("statistics", "n_later", "expected"), [("following", 1, 1), ("following", 0, 0), ("frozen", 1, 0)]
 )
