@@ -116,6 +116,8 @@ def tokenizer_for(model: nn.Module, config: EditorConfig, tokenizer: PreTrainedT
 def max_length(model: PreTrainedModel) -> int | None:
     """The most tokens that `model` has positions for, or None where it has no limit."""
     limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and limit < 1:  # how XLNet says that it has none
+        return None
     words = model.get_input_embeddings()
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module is not words and module.num_embeddings == limit:

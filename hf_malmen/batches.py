@@ -104,6 +104,15 @@ class TokenBatch:
             return self.labels != IGNORED
         return self.attention_mask.bool()
 
+    def has_side(self, shape: Sequence[int]) -> bool:
+        """Whether what a module saw, in this shape but for features, can be all tokens of a side of this batch.
+
+        Of an encoder-decoder rows alone do not tell: an expert may be sent as many tokens as the other side has.
+        """
+        if self.decoder_input_ids is None:
+            return True
+        return tuple(shape) in (tuple(self.input_ids.shape), tuple(self.decoder_input_ids.shape))
+
     def traced_rows(self, token_selection: str, n_rows: int) -> Tensor | None:  # (n_rows,), bool
         """Which of the `n_rows` rows that a module saw of this batch are traced tokens; None if it saw something else.
 
@@ -137,22 +146,37 @@ class TokenBatch:
 
 
 def find_subject(text: str, subject: str, begin: int = 0, end: int | None = None) -> int:
-    """Where in the prompt text[begin:end] `subject` stands last; letter case counts only where it tells it apart.
+    """Where in the prompt text[begin:end] `subject` stands last.
+
+    What is part of a longer word, as Niger is of Nigeria, is taken only where there is nothing else, and other letter
+    case only where there is none of the same.
 
     Raises:
         FactError: the prompt does not contain the subject.
     """
     prompt = text[begin:end]
-    found = prompt.rfind(subject)
-    if found < 0:
-        matches = list(re.finditer(re.escape(subject), prompt, re.IGNORECASE))
-        if not matches:
-            raise FactError(
-                f"The subject {subject!r} does not occur in the prompt {prompt!r}. Give the subject as the prompt "
-                "spells it, or the prompt with its subject."
-            )
-        found = matches[-1].start()
-    return begin + found
+    pattern = f"(?={re.escape(subject)})"  # of two that overlap both count
+    found = [[match.start() for match in re.finditer(pattern, prompt, flags)] for flags in (0, re.IGNORECASE)]
+    whole = [[at for at in places if _is_whole(prompt, at, at + len(subject))] for places in found]
+    places = next(filter(None, [*whole, *found]), None)
+    if places is None:
+        raise FactError(
+            f"The subject {subject!r} does not occur in the prompt {prompt!r}. Give the subject as the prompt "
+            "spells it, or the prompt with its subject."
+        )
+    return begin + places[-1]
+
+
+def _is_whole(text: str, begin: int, end: int) -> bool:
+    """Whether text[begin:end] is no part of a longer word.
+
+    Words are told by letters that have case, and digits: other scripts write what follows a name, or all, in one.
+    """
+
+    def runs_on(at: int) -> bool:
+        return 0 < at < len(text) and all(c.isdigit() or c.lower() != c.upper() for c in text[at - 1 : at + 1])
+
+    return not runs_on(begin) and not runs_on(end)
 
 
 class Tokenizer:
@@ -266,24 +290,41 @@ class Tokenizer:
         labels[position] = self.classes.index(target)
         return TokenSequence(ids, tuple(labels))
 
-    def subject_position(self, prompt: str, target: str, subject: str) -> int:
+    def subject_position(self, prompt: str, target: str, subject: str, end: int | None = None) -> int:
         """Which token of `self(prompt, target)`, a causal model's, is the last one of `subject`.
 
-        Of several occurrences in the prompt the last one, and letter case counts only where it tells them apart. The
-        second token where the subject is nothing but the first: a first token sees no other, and many models make it a
-        sink of attention that is the same for every text.
+        The second token where the subject is nothing but the first: a first token sees no other, and many models make
+        it a sink of attention that is the same for every text.
+
+        Args:
+            prompt, target: as for a call.
+            subject: which of several occurrences, says `find_subject`.
+            end: the character of `prompt` behind the subject, where that is known.
 
         Raises:
-            FactError: the prompt does not contain the subject.
+            FactError: the prompt does not contain the subject, or is nothing but a first token.
         """
         text, start = self._join(prompt, target)
-        asked, subject = prompt.strip(), subject.strip()
-        begin = max(text.rfind(asked, 0, start), 0)  # 0 where a template changes the prompt: looked for in all of it
-        end = min(begin + len(asked), start) if text.startswith(asked, begin) else start
-        found = find_subject(text, subject, begin, end)
+        asked = prompt.strip()
+        begin = text.rfind(asked, 0, start)
+        if begin >= 0 and end is not None:
+            stop = begin + end - (len(prompt) - len(prompt.lstrip()))
+        else:
+            wanted = (subject if end is None else prompt[:end]).strip()
+            # All of it where a template changes the prompt.
+            place = (0, start) if begin < 0 else (begin, min(begin + len(asked), start))
+            stop = find_subject(text, wanted, *place) + len(wanted)
         # Tokens that begin before the subject ends; the last of them is the one wanted.
-        ids, is_behind = self._tokenize(text, found + len(subject) - 1)
-        return max(next(i for i, behind in enumerate(is_behind) if behind), min(1, len(ids) - 2))
+        position = self._tokenize(text, stop - 1)[1].index(True)
+        if position == 0:
+            position = 1
+            if self._tokenize(text, start)[1][position]:
+                raise FactError(
+                    f"The prompt {prompt!r} is one token, the first that the model reads, where nothing can be written "
+                    "about its subject alone: many models make it the same for every text. Give a longer prompt, or "
+                    "set EditorConfig.prompt_template."
+                )
+        return position
 
     @property
     def pad_token_id(self) -> int:

@@ -253,7 +253,7 @@ def undo(
 ) -> None:
     """Take an edit back from a checkpoint. The last one's bytes are restored; an earlier one is computed out."""
     from .history import undo_edit
-    from .state import SOLVED_TOGETHER
+    from .state import IN_STATISTICS, SOLVED_TOGETHER
 
     report = undo_edit(checkpoint, edit)
     how = (
@@ -265,6 +265,8 @@ def undo(
     print(f"Undid edit {report.summary.id} ({report.summary.n_facts} facts): {how}. Edits in force: {left}.")
     if report.solved_together:
         print(SOLVED_TOGETHER)
+    if report.in_statistics:
+        print(IN_STATISTICS)
 
 
 @app.command()

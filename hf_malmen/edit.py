@@ -28,7 +28,7 @@ from .records import CARD_FILE, SHIFTS_FILE
 from .sharding import copy_of, overwrite, shape_of, whole
 from .shards import parse_json
 from .shifts import Shift, add, add_rows, blocks, check_shape, dense, load_shifts, materialise, save_shifts
-from .state import SOLVED_TOGETHER, STATE_FILE, EditState
+from .state import IN_STATISTICS, SOLVED_TOGETHER, STATE_FILE, EditState
 from .targets import check_targets, fingerprint, is_fan_in_fan_out, plain_model, target_module, weight_of
 from .version import __version__
 
@@ -180,8 +180,8 @@ class Edit:
         Edits applied after this one stay in force: where they share its layers they are lifted, this one is undone, and
         they are applied again. That takes a copy of those layers' weights and, for each such edit, another one. Either
         all of it is done or nothing: after an error, and after Ctrl-C, weights and edits in force are as they were. Of
-        accumulated edits undo the last ones first: later ones were solved together with this one's facts, which a
-        warning says.
+        accumulated edits undo the last ones first: later ones were solved together with this one's facts; and of edits
+        whose statistics follow them: those of later ones hold this one's facts. A warning says so.
 
         Raises:
             EditStateError: this edit is not in force on any model.
@@ -228,6 +228,8 @@ class Edit:
         self._model = None
         if self.state.rows and any(other.edit.state.rows for other in later):
             logger.warning(SOLVED_TOGETHER)
+        if self.state.statistics and any(other.edit.state.statistics for other in later):
+            logger.warning(IN_STATISTICS)
 
     @contextmanager
     def applied_to(self, model: nn.Module, **kwargs: Any) -> Iterator["Edit"]:

@@ -24,6 +24,7 @@ from .trunk import Trunk
 _TRUNK_BYTES = 2**30
 
 
+@torch.enable_grad()
 def fine_tune(
     model: nn.Module,
     tokenize: Tokenizer,
@@ -60,7 +61,7 @@ def fine_tune(
 
     Raises:
         FactError: a fact is too long for the model.
-        NumericalError: a shift is not finite; names the module.
+        NumericalError: a shift is not finite, or no fact reaches a module; names the module.
     """
     sequences = [tokenize(fact.prompt, fact.target) for fact in facts]
     dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
@@ -75,6 +76,7 @@ def fine_tune(
     features = FeatureCache(_TRUNK_BYTES)
     trunk = Trunk(model, module_names, features)
     generator = torch.Generator().manual_seed(config.seed)
+    unreached = set(module_names)
     with logging.tqdm(total=config.n_steps * len(facts), desc="Fine-tuning", unit=" facts", leave=False) as bar:
         for _ in range(config.n_steps):
             n_missed = 0
@@ -84,14 +86,23 @@ def fine_tune(
                 features.make_room(trunk.keys(step))
                 n_missed += _backward(model, tokenize, trunk, step, shifts, batch_size)
                 for name, shift in shifts.items():
+                    if shift.grad is None:  # as of an expert that no token of these facts is sent to
+                        shift.grad = torch.zeros_like(shift)
+                    else:
+                        unreached.discard(name)
                     _add_penalty_gradient(shift, ridge(name), penalties[name], len(facts))
-                    if not torch.isfinite(shift.grad).all():  # type: ignore[arg-type] # just computed
+                    if not torch.isfinite(shift.grad).all():
                         raise NumericalError(
                             f"{name}: its gradient is not finite. Lower EditorConfig.edit_lr, or load the base "
                             "model in bfloat16 or float32 if it is in float16."
                         )
                 optimizer.step()
                 bar.update(len(chosen))
+            if unreached:
+                raise NumericalError(
+                    f"The forward pass of no fact ever reached {', '.join(sorted(unreached))}, so it cannot be edited. "
+                    "Choose others."
+                )
             if n_missed == 0:
                 break
     return {name: dense(shift) for name, shift in shifts.items()}
@@ -116,7 +127,9 @@ def _backward(
         batch = batch.to(input_device(model))
         with trunk.replayed(batch), shifted(model, shifts):
             logits, targets = own_answer_logits(model, batch)
-        (cross_entropy(logits, targets) / len(sequences)).backward()
+        loss = cross_entropy(logits, targets) / len(sequences)
+        if loss.requires_grad:  # it does not where no shift was reached
+            loss.backward()
         n_missed += int((logits.argmax(-1) != targets).sum())
     return n_missed
 
@@ -129,7 +142,7 @@ def _add_penalty_gradient(
     n_facts: int,
 ) -> None:
     """Add the gradient of (λ ‖S‖² + tr(Sᵀ A S)) / n, where A is the penalty, to that of the shift."""
-    assert shift.grad is not None  # for the type checker: every layer takes part in the loss
+    assert shift.grad is not None  # for the type checker: it is set before
     pull = shift * ridge
     if penalty is not None:
         pull.addmm_(penalty, shift)

@@ -54,7 +54,7 @@ from .records import (
 )
 from .shards import TensorEntry, copy_bytes, in_hub_cache, parse_json, raw, write_entries
 from .shifts import add_rows, load_shifts
-from .state import is_accumulated
+from .state import state_has
 
 try:
     import fcntl
@@ -79,12 +79,15 @@ class UndoReport:
             were added up anew, exact to the rounding of one addition an edit.
         solved_together: whether later edits were solved together with its facts (`accumulate=True`), so that what is
             left is not what the facts left would give, until the next such call solves for those anew.
+        in_statistics: whether later edits went on from running statistics that had taken in its facts, which those that
+            the next edit goes on from still hold.
     """
 
     summary: EditSummary
     remaining: list[str]
     exact: bool
     solved_together: bool = False
+    in_statistics: bool = False
 
 
 # What users call
@@ -116,7 +119,10 @@ def undo_edit(checkpoint: str | Path, edit_id: str | None = None) -> UndoReport:
             raise CheckpointError(f"{folder} has no edit {edit_id} in force. Its edits: {ids}.")
         record = found[-1]
         later = [other for other in records if int(other.id) > int(record.id)]
-        solved_together = any(is_accumulated(other.folder) for other in later) and is_accumulated(record.folder)
+        solved_together, in_statistics = (
+            state_has(record.folder, part) and any(state_has(other.folder, part) for other in later)
+            for part in ("rows", "statistics")
+        )
         _check_untouched(records, record)
         with _clean_after_failure(folder):
             if later:
@@ -133,7 +139,7 @@ def undo_edit(checkpoint: str | Path, edit_id: str | None = None) -> UndoReport:
             raise _unfinished(folder, f"undoing edit {record.id} of", error) from error
         shared = any(_shared(record, other) for other in later)
         remaining = [other.id for other in records if other is not record]
-        return UndoReport(record.summary, remaining, not shared, solved_together)
+        return UndoReport(record.summary, remaining, not shared, solved_together, in_statistics)
 
 
 def recover_checkpoint(checkpoint: str | Path) -> bool:

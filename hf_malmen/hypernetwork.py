@@ -104,7 +104,11 @@ class RunningStatistics(DoubleBuffers):
         others' signal.
         """
         std = (self.squared_deviation / (self.count - 1)).sqrt()
-        return torch.where(std > 1e-12 * self.mean.abs(), std, torch.ones_like(std))
+        return torch.where(self._varies(), std, torch.ones_like(std))
+
+    def _varies(self) -> Tensor:  # (size,), bool
+        """Which features vary, but for rounding."""
+        return (self.squared_deviation / (self.count - 1)).sqrt() > 1e-12 * self.mean.abs()
 
     def normaliser(self) -> Normaliser:
         """What standardises rows by the statistics as they are now; leaves rows while fewer than two were seen."""
@@ -162,9 +166,13 @@ class WhiteningStatistics(RunningStatistics):
         std = self.standard_deviation()
         weight = (self.count - 1) / (self.count - 1 + self.n_whitened)
         covariance = self.co_deviation / (self.count - 1) * weight
-        covariance.diagonal().copy_(std[-self.n_whitened :].square())
+        own, varies = std[-self.n_whitened :].square(), self._varies()[-self.n_whitened :]
+        # One that never varied is as large as the others on average: beside a 1 that is far from them, these would be
+        # lost in the rounding of the eigenvalues.
+        covariance.diagonal().copy_(own if varies.all() or not varies.any() else own.where(varies, own[varies].mean()))
         variances, axes = torch.linalg.eigh(covariance)
-        root = (axes * variances.rsqrt()) @ axes.T
+        lowest = torch.finfo(variances.dtype).eps * variances[-1]  # below it there is rounding only
+        root = (axes * variances.clamp(min=lowest).rsqrt()) @ axes.T
         mean, n_others = self.mean.clone(), len(std) - self.n_whitened
 
         def normalise(rows: Tensor) -> Tensor:

@@ -83,7 +83,8 @@ class Request:
         asked: the prompt with its target, by itself and behind each of `context_prefixes`.
         varied: the prompt with its target, with each of `context_infixes` behind its subject, and `n_word_dropouts`
             times without some of the words there. What a causal model has read at the subject is the same, and how it
-            is asked for is not.
+            is asked for is not. Where the subject shares its token with what follows, or that token is the first, for
+            which the second stands, there are no infixes, and what was read by then stays.
         essence: "{subject} is a", which is asked for the token that follows.
     """
 
@@ -106,55 +107,59 @@ def tokenize_facts(facts: Sequence[Fact], tokenize: Tokenizer, config: EditorCon
     """
     require_fields(facts, ["subject"], "Method 'memit', which writes a fact where its subject has been read,")
 
-    def lookup(prompt: str, target: str, subject: str) -> Lookup:
-        return Lookup(tokenize(prompt, target), tokenize.subject_position(prompt, target, subject))
-
-    requests = []
-    for fact in facts:
-        subject = fact.subject or ""
-        prefixes = ("", *(config.context_prefixes or ()))
-        asked = [lookup(f"{prefix} {fact.prompt}".lstrip(), fact.target, subject) for prefix in prefixes]
-        beginning, rest = _split_behind(fact.prompt, subject)
-        # The beginning ends with the subject, and an infix may hold another.
-        varied = [lookup(beginning + other, fact.target, beginning) for other in _variants(fact.prompt, rest, config)]
-        essence = lookup(ESSENCE.format(subject), fact.target, subject)
-        prompt_ids = essence.sequence.prompt_ids
-        # Any label: what follows is compared as a distribution.
-        only = TokenSequence(prompt_ids, (*[IGNORED] * (len(prompt_ids) - 1), 0))
-        requests.append(Request(fact.prompt, asked, varied, replace(essence, sequence=only)))
-    return requests
+    return [_request(fact, tokenize, config) for fact in facts]
 
 
-def _split_behind(prompt: str, subject: str) -> tuple[str, str]:
-    """A prompt's text up to and with its subject, and what follows."""
-    subject = subject.strip()
-    end = find_subject(prompt, subject) + len(subject)
-    return prompt[:end], prompt[end:]
+def _request(fact: Fact, tokenize: Tokenizer, config: EditorConfig) -> Request:
+    prompt, subject = fact.prompt, (fact.subject or "").strip()
+
+    def lookup(text: str, end: int) -> Lookup:
+        return Lookup(tokenize(text, fact.target), tokenize.subject_position(text, fact.target, subject, end))
+
+    begin = find_subject(prompt, subject)
+    end = behind = begin + len(subject)
+    plain = lookup(prompt, end)
+    # Behind the subject's token, which may hold more; or behind the one that stands for it, where it is the first.
+    while end < len(prompt) and tokenize.subject_position(prompt, fact.target, subject, end + 1) == plain.position:
+        end += 1
+    asked = [plain, *(lookup(f"{prefix} {prompt}", len(prefix) + 1 + end) for prefix in config.context_prefixes or ())]
+    infixes = config.context_infixes or []
+    if end > behind:
+        infixes = [""] * len(infixes)  # there is no place for one that leaves what was read as it is
+    variants = _variants(prompt, prompt[end:], infixes, config.n_word_dropouts)
+    varied = [lookup(prompt[:end] + other, end) for other in variants]
+    read = prompt[begin:end]
+    essence = lookup(ESSENCE.format(read.removesuffix(" is")), len(read))
+    prompt_ids = essence.sequence.prompt_ids
+    # Any label: what follows is compared as a distribution.
+    only = TokenSequence(prompt_ids, (*[IGNORED] * (len(prompt_ids) - 1), 0))
+    return Request(prompt, asked, varied, replace(essence, sequence=only))
 
 
-def _variants(prompt: str, rest: str, config: EditorConfig) -> list[str]:
+def _variants(prompt: str, rest: str, infixes: Sequence[str], n_word_dropouts: int) -> list[str]:
     """What stands behind a subject in the other texts of its prompt, in place of `rest`.
 
     Words are drawn from the prompt alone, so that a fact's targets do not hang on the facts beside it.
     """
-    infixes = config.context_infixes or []
     variants = [infix + _after(infix, rest) for infix in infixes]
     draw = Random(prompt)
-    for i in range(config.n_word_dropouts):
+    words = rest.rstrip()
+    for i in range(n_word_dropouts):
         # Before the first space is what the subject runs into ("'s", or nothing); the last word leads to the answer.
-        first, *middle = rest.rstrip().split(" ")
+        first, *middle = words.split(" ")
         kept = [word for word in middle[:-1] if draw.random() >= _WORD_DROPOUT]
-        shorter = " ".join([first, *kept, *middle[-1:]])
+        shorter = " ".join([first, *kept, *middle[-1:]]) + rest[len(words) :]  # a line's end leads to it too
         infix = infixes[i // 2 % len(infixes)] if infixes and i % 2 else ""  # both at once carry over best
-        variants.append(infix + _after(infix, shorter) if infix else shorter)
+        variants.append(infix + _after(infix, shorter))
     return variants
 
 
 def _after(infix: str, rest: str) -> str:
     """The rest of a prompt behind an infix: a mark that would stand twice in a row stands once."""
-    return rest if infix[-1].isalnum() else rest.removeprefix(infix[-1])
+    return rest if not infix or infix[-1].isalnum() else rest.removeprefix(infix[-1])
 
 
+@torch.enable_grad()
 def find_moves(
     model: nn.Module,
     tokenize: Tokenizer,
@@ -273,7 +278,7 @@ def room_of(n_facts: int, n_features: int, crowding: float) -> float:
     64, 256 and 1,024 facts did to one model.
 
     Args:
-        n_facts: those of an edit, and of the edits before it.
+        n_facts: those of an edit, and those of the edits before it that are to stay.
         n_features: of the keys of all edited layers.
         crowding: the power.
     """
@@ -436,10 +441,10 @@ def write_targets(
     for number in range(1, config.n_passes + 1):
         keys, states = read({})
         if number == 1:
-            n_written = max((len(rows) for rows in written.values()), default=0)
-            room = room_of(len(facts) + n_written, sum(rows.shape[1] for rows in keys.values()), config.crowding)
             _check_sizes(config, module_names, states.shape[1])
-            solver = JointLeastSquares(_penalties(module_names, keys, penalty, ridge, written))
+            penalties, n_staying = _penalties(module_names, keys, penalty, ridge, written)
+            room = room_of(len(facts) + n_staying, sum(rows.shape[1] for rows in keys.values()), config.crowding)
+            solver = JointLeastSquares(penalties)
             sought = list(range(len(requests)))
         else:
             with _in_force(model, shifts):
@@ -456,9 +461,10 @@ def _penalties(
     penalty: Callable[[str], Tensor | None],
     ridge: Callable[[str], float],
     written: Mapping[str, Tensor],
-) -> dict[str, Tensor]:  # {module name: (key_size, key_size)}
-    """What the shift of each layer is weighed against: κ C + λI, and the keys of earlier facts, which are to stay."""
-    penalties = {}
+) -> tuple[dict[str, Tensor], int]:  # {module name: (key_size, key_size)}
+    """What the shift of each layer is weighed against: κ C + λI, and the keys of earlier facts, which are to stay; and
+    how many these are, at most."""
+    penalties, n_staying = {}, 0
     for name in module_names:
         rows = keys[name].to(solve_device(keys[name].device), SOLVE_DTYPE)
         matrix = ridge(name) * torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
@@ -468,8 +474,9 @@ def _penalties(
         if name in written:  # here and not as rows, so that an edit has no more factors than facts
             staying = keys_beside(written[name].to(rows), rows)
             matrix.addmm_(staying.T, staying)
+            n_staying = max(n_staying, len(staying))
         penalties[name] = matrix
-    return penalties
+    return penalties, n_staying
 
 
 @torch.no_grad()

@@ -37,6 +37,7 @@ from .sequential import (
     make_next_edit,
     standing_of,
     statistics_kind,
+    unedited,
 )
 from .sharding import place
 from .shifts import Shift
@@ -262,7 +263,8 @@ class EditorModel(EditorNetworks):
         more texts.
 
         Args:
-            model: the live base model. Its weights, gradients, modes and hooks are as found afterwards.
+            model: the live base model. Its weights, gradients, modes and hooks are as found afterwards. Edits in force
+                on it are lifted meanwhile: the keys are those of the base model.
             texts: anything `side_effects.load_texts` takes: a list, a `datasets.Dataset`, a file, a data set's id on
                 the Hub. Ordinary text of many kinds; read until `n_tokens` are reached.
             tokenizer: as in `make_edit`.
@@ -291,7 +293,7 @@ class EditorModel(EditorNetworks):
         tokenize = self.tokenizer_for(model, tokenizer)
         settings = {"n_tokens": n_tokens, "batch_size": batch_size}
         n_read = 0
-        with frozen(model):
+        with unedited(model, self.module_names), frozen(model):
             for keys in ordinary_keys(model, tokenize, loaded, self.module_names, **settings):
                 for shape, covariance in self.covariances.items():
                     assert isinstance(covariance, KeyCovariance)  # for the type checker
@@ -314,7 +316,8 @@ class EditorModel(EditorNetworks):
         edits, the first ones are standardised better. `n_preserved_keys` are filled too, from the facts read last.
 
         Args:
-            model: the live base model. Its weights, gradients, modes and hooks are as found afterwards.
+            model: the live base model. Its weights, gradients, modes and hooks are as found afterwards. Edits in force
+                on it are lifted meanwhile.
             facts: anything `load_facts` takes, or a `FactStream`. Not those that are to be edited later: ordinary
                 questions and answers of their kind.
             tokenizer: as in `make_edit`.
@@ -337,7 +340,7 @@ class EditorModel(EditorNetworks):
                     newest.popleft()
                 yield traced
 
-        with frozen(model), self.beside(input_device(model)):
+        with unedited(model, self.module_names), frozen(model), self.beside(input_device(model)):
             self.update_statistics(traces())
             self.preserve(newest)
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -117,8 +117,8 @@ class Standing:
         statistics: running statistics after the last edit whose statistics are of the same kind as the editor's: those
             of one method, of the same layers, tokens and template of prompts. Empty before any, or where they are not
             to follow.
-        written: keys that the facts of these edits were written at, {module name: (n, key_size)}; see
-            `EditState.written`. Empty as before.
+        written: keys that the facts of these edits were written at, {module name: (n, key_size)}, but for facts that
+            are known to be replaced; see `EditState.written`. Empty as before.
     """
 
     fingerprint: str
@@ -146,7 +146,28 @@ def standing_of(model: nn.Module, editor: "EditorModel", edits: Sequence[EditInF
     if not editor.config.follows_edits:
         return Standing(fingerprint, {}, {})
     edits = edits_in_force(model) if edits is None else edits
-    return Standing(fingerprint, _last_statistics(edits, editor), all_written(edit.state for edit in edits))
+    return Standing(fingerprint, _last_statistics(edits, editor), all_written(_states_in_force(edits)))
+
+
+def _states_in_force(edits: Sequence[EditInForce]) -> Iterator[EditState]:
+    """The states of edits without the keys of facts that are replaced, where an edit knows whose its keys are."""
+    gone = _replaced(_ledger(edits))
+    for edit in edits:
+        stay = [index not in gone.get(edit.id, ()) for index in range(len(edit.facts))]
+        written = {
+            # Of a stream the first facts alone are known; of merged edits a layer may have keys of some.
+            name: keys[torch.tensor(stay)] if len(keys) == len(stay) == edit.n_facts else keys
+            for name, keys in edit.state.written.items()
+        }
+        yield replace(edit.state, written=written)
+
+
+def _replaced(ledger: Ledger) -> dict[str, set[int]]:
+    """{edit: which of its facts are replaced}."""
+    gone: dict[str, set[int]] = {}
+    for entry in ledger.replaced:
+        gone.setdefault(entry.edit, set()).add(entry.index)
+    return gone
 
 
 def _last_statistics(edits: Sequence[EditInForce], editor: "EditorModel") -> dict[str, Tensor]:
@@ -448,9 +469,7 @@ def _make_accumulated(
         n_facts, own = _trace_rows(editor, plain, tokenize, facts, batch_size)
         kept = list(facts.kept)
         ledger = build_ledger([*((edit.id, edit.facts, edit.n_facts) for edit in edits), ("this edit", kept, n_facts)])
-        gone: dict[str, set[int]] = {}
-        for entry in ledger.replaced:
-            gone.setdefault(entry.edit, set()).add(entry.index)
+        gone = _replaced(ledger)
         parts = [
             _rows_left(editor, plain, tokenize, earlier, gone.get(earlier.id, set()), batch_size) for earlier in edits
         ]

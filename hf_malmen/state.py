@@ -24,6 +24,11 @@ SOLVED_TOGETHER = (
     "Later edits were solved together with the facts of this one (accumulate=True). What is left is the sum of their "
     "shifts, which is not yet what the facts left would give: the next apply(..., accumulate=True) solves for these."
 )
+# And if the running statistics of later ones went on from its own.
+IN_STATISTICS = (
+    "Later edits went on from running statistics that had taken in the facts of this one. The next edit goes on from "
+    "the last one's, which still hold them: undo the later edits too, and apply their facts again, to be rid of them."
+)
 _VERSION = "1"
 _ROLES = ({"left", "differences", "facts"}, {"gram", "moment", "n_rows"}, {"moment", "n_rows"})
 
@@ -145,14 +150,14 @@ class EditState:
         return EditState(editor, statistics, rows, all_written([self, other]))
 
 
-def is_accumulated(folder: Path) -> bool:
-    """Whether the edit in a folder was accumulated: its state has rows. They are not read.
+def state_has(folder: Path, part: str) -> bool:
+    """Whether the state of the edit in a folder has `"rows"`, as accumulated ones have, or `"statistics"`; unread.
 
     Raises:
         CheckpointError: its state is no sound safetensors file.
     """
     path = folder / STATE_FILE
-    return path.is_file() and any(name.startswith("rows/") for name in read_header(path))
+    return path.is_file() and any(name.startswith(f"{part}/") for name in read_header(path))
 
 
 def all_written(states: Iterable[EditState]) -> dict[str, Tensor]:

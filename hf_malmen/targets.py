@@ -267,11 +267,10 @@ def _default_targets(model: nn.Module, n_blocks: int | None) -> list[str]:
         inside = {name: module for name, module in modules.items() if f"{name}.".startswith(f"{side}.".lstrip("."))}
         lists = [name for name, module in inside.items() if isinstance(module, nn.ModuleList)]
         outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-        names = []
-        if outer:
-            prefix = max(outer, key=lambda name: len(inside[name]._modules))
-            blocks = [f"{prefix}.{index}" for index in inside[prefix]._modules]
-            names = [f"{block}.{name}" for block in blocks if (name := _second_linear(inside[block]))]
+        found = {name: _second_linears(name, inside[name]) for name in outer}
+        # Of equally long ones, as where a model has a list of each kind of layer, the one that has any.
+        longest = max(outer, key=lambda name: (len(inside[name]._modules), len(found[name])), default=None)
+        names = [] if longest is None else found[longest]
         targets += names if n_blocks is None else names[-(n_blocks // len(sides)) :]
     if not targets:
         # Packed weights have other shapes, so that no layer seems to narrow anything: say what they are.
@@ -284,6 +283,14 @@ def _default_targets(model: nn.Module, n_blocks: int | None) -> list[str]:
             f"Linear layers it has: {_some_linear_names(modules)}."
         )
     return targets
+
+
+def _second_linears(prefix: str, blocks: nn.Module) -> list[str]:
+    """Full names of the second feed-forward linears in a list of blocks; none in a list of attentions, as XLM has."""
+    if _ATTENTION.search(prefix.rpartition(".")[2]):
+        return []
+    entries = {f"{prefix}.{index}": block for index, block in blocks._modules.items() if block is not None}
+    return [f"{name}.{linear}" for name, block in entries.items() if (linear := _second_linear(_unwrapped(block)))]
 
 
 def _second_linear(block: nn.Module) -> str | None:

@@ -54,13 +54,20 @@ class Classes:
         """Those of `model`, a sequence classifier of transformers.
 
         Raises:
-            ModelMismatchError: several classes can hold at once, or a decoder's padding token is not set.
+            ModelMismatchError: several classes can hold at once, a decoder's padding token is not set, or what the head
+                reads depends on padding.
         """
         config, kind = model.config, model.config.model_type
         if config.problem_type == "multi_label_classification":
             raise ModelMismatchError(
                 f"{type(model).__name__} has problem_type='multi_label_classification', and a fact's target is one "
                 "class. Edit a model with one class a text."
+            )
+        summary = getattr(getattr(model, "sequence_summary", None), "summary_type", "first")
+        if summary != "first":
+            raise ModelMismatchError(
+                f"The head of {type(model).__name__} has summary_type={summary!r}, for which padding counts, so that "
+                "its answer depends on the texts beside. Edit a model whose head reads the first token."
             )
         is_decoder = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
         at_end = config.is_encoder_decoder or is_decoder or isinstance(model, GenericForSequenceClassification)

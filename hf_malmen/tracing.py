@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -75,10 +76,27 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 def frozen(model: nn.Module) -> Iterator[None]:
     """`model` in evaluation mode with no parameter requiring a gradient; afterwards everything as it was.
 
-    What is compiled of it runs eagerly meanwhile: a compiled graph knows nothing of hooks that come later.
+    What is compiled of it runs eagerly meanwhile: a compiled graph knows nothing of hooks that come later. Inference
+    mode is left, as nothing that is made in it can be differentiated; whether gradients are on stays as it is.
+
+    Raises:
+        ModelMismatchError: the model was made in inference mode.
     """
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    unusable = next((name for name, tensor in tensors if tensor.is_inference()), None)
+    if unusable is not None:
+        raise ModelMismatchError(
+            f"{unusable} of {type(model).__name__} was made inside torch.inference_mode(), so that nothing it takes "
+            "part in can be differentiated. Load the model outside of inference mode."
+        )
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with in_eval_mode(model), torch.compiler.set_stance("force_eager"):
+    with_gradients = torch.is_grad_enabled()  # asked before inference mode is left, which turns them on
+    with (
+        in_eval_mode(model),
+        torch.compiler.set_stance("force_eager"),
+        torch.inference_mode(False),
+        torch.set_grad_enabled(with_gradients),
+    ):
         try:
             for parameter in trainable:
                 parameter.requires_grad_(False)
@@ -242,11 +260,7 @@ def trace(
     outputs: dict[str, Tensor] = {}
 
     def record(name: str, module_input: Tensor, output: Tensor) -> Tensor:
-        if name in outputs:
-            raise ModelMismatchError(
-                f"{name} runs more than once in a pass, as a layer does that several blocks share. Choose another "
-                "target."
-            )
+        _require_first_run(name, outputs)
         if not output.requires_grad:  # the first target on the way: the graph starts here
             output = output.detach().requires_grad_(True)
         inputs[name], outputs[name] = module_input.detach(), output
@@ -267,13 +281,15 @@ def trace(
         gradients = torch.autograd.grad(loss, [outputs[name] for name in module_names])
 
     traces = {}
-    rows: dict[tuple[int, torch.device], Tensor] = {}  # where the traced tokens are: a GPU waits each time it is asked
+    # Where the traced tokens are: a GPU waits each time it is asked.
+    rows: dict[tuple[torch.Size, torch.device], Tensor] = {}
     for name, gradient in zip(module_names, gradients, strict=True):
+        shape = gradient.shape[:-1]
         keys, gradient = inputs[name].flatten(0, -2), gradient.flatten(0, -2)
         n_rows = len(gradient)
-        place = n_rows, gradient.device
+        place = shape, gradient.device
         if place not in rows:
-            selected = batch.traced_rows(token_selection, n_rows)
+            selected = batch.traced_rows(token_selection, n_rows) if batch.has_side(shape) else None
             if selected is None:
                 raise ModelMismatchError(
                     f"{name} saw {n_rows} rows in a batch of {batch.input_ids.numel()} tokens, so that it "
@@ -503,11 +519,12 @@ def read_keys(
 
     Raises:
         NumericalError: a key or a hidden state is not finite; names the module.
-        ModelMismatchError: a module does not see the tokens of the batch.
+        ModelMismatchError: a module runs twice in a pass, or does not see the tokens of the batch.
     """
     seen: dict[str, Tensor] = {}
 
     def record(name: str, module_input: Tensor, output: Tensor) -> Tensor:
+        _require_first_run(name, seen)
         seen[name] = module_input
         return output
 
@@ -532,6 +549,13 @@ def read_keys(
                 "it in bfloat16 or float32, or leave this layer out of target_modules."
             )
     return seen, seen.pop(hidden)
+
+
+def _require_first_run(name: str, seen: Mapping[str, Tensor]) -> None:
+    if name in seen:
+        raise ModelMismatchError(
+            f"{name} runs more than once in a pass, as a layer does that several blocks share. Choose another target."
+        )
 
 
 @contextmanager

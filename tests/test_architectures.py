@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from peft import PeftConfig, PeftModel
 from tokenizers import processors
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from hf_malmen import Edit, EditorConfig, EditorModel, Fact, FactError, ModelMismatchError, UntrainedEditorWarning
+from hf_malmen.batches import Tokenizer
 from hf_malmen.tasks import AUTO_CLASSES
 from hf_malmen.tracing import answer_logits, frozen
 
@@ -323,3 +324,18 @@ def test_classes_that_no_target_can_name(tokenizer: PreTrainedTokenizerFast) -> 
     decoder = KINDS["llama, classes"].build(pad_token_id=None)
     with pytest.raises(ModelMismatchError, match=r"config\.pad_token_id = tokenizer\.pad_token_id"):
         EditorModel.from_base(decoder).tokenizer_for(decoder, tokenizer)
+
+
+def test_xlnet_is_told_by_its_head(tokenizer: PreTrainedTokenizerFast) -> None:
+    """One that reads the last position, padding or not, is refused; others read texts of any length."""
+    sizes = {"vocab_size": 360, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}
+
+    def prepared(summary: str) -> Tokenizer:
+        config = AutoConfig.for_model("xlnet", **sizes, summary_type=summary)
+        model = AUTO_CLASSES["SEQ_CLS"].from_config(config)
+        return EditorModel.from_base(model, EditorConfig(rank=8)).tokenizer_for(model, tokenizer)
+
+    with pytest.raises(ModelMismatchError, match=r"XLNetForSequenceClassification has summary_type='last'"):
+        prepared("last")
+    assert prepared("first").max_length is None
+    assert len(prepared("first")("Lyon " * 100, "1")) > 100

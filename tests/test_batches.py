@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_malmen import EditorConfig, FactError
-from hf_malmen.batches import IGNORED, TokenBatch, Tokenizer, TokenSequence
+from hf_malmen.batches import IGNORED, TokenBatch, Tokenizer, TokenSequence, find_subject
 from hf_malmen.tasks import Classes
 
 CORPUS = ["The country of Lyon is France", "Quito lies in Ecuador, high up", "Is it true? It is.", "naïve 東京 café"]
@@ -622,6 +622,28 @@ def test_subject_ends_where_its_last_character_is_read(name: str, prompt: str, s
 
     if "<unk>" not in tokenizer.decode(ids):
         assert count(position + 1) == count(len(ids)) > count(position)
+
+
+@pytest.mark.parametrize(
+    ("before", "subject", "behind"),
+    [
+        ("Compared with ", "Niger", " in size, the neighbour Nigeria is"),
+        ("The moon of ", "mars", " is smaller than Marseille"),  # other letter case, but a word
+        ("Nigeria has ", "Niger", "'s"),
+        ("After Apollo 11 and ", "Apollo 1", ", Apollo 12 is"),
+        ("Der ", "Ö", " heißt wie Öl und MÖ"),
+        ("", "Fiji", ", an island: the Fijian language is"),
+        ("法国和", "法国", "的首都是"),  # written without spaces
+        ("프랑스와 ", "프랑스", "의 수도는"),
+        ("The name of C and ", "C++", "17 is"),
+        ("In ", "Niger", "ia"),  # nothing else
+    ],
+)
+def test_subject_is_a_word_of_its_own(before: str, subject: str, behind: str) -> None:
+    """The last one that is; part of a longer word only where there is nothing else."""
+    assert find_subject(before + subject + behind, subject) == len(before)
+    around = f"{subject} {before}", f"{behind} {subject}"
+    assert find_subject(subject.join(around), subject, len(subject) + 1, -len(subject) - 1) == len(around[0])
 
 
 def test_subject_in_a_template_or_a_chat() -> None:

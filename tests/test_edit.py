@@ -28,6 +28,7 @@ from hf_malmen import (
     NumericalError,
     UntrainedEditorWarning,
 )
+from hf_malmen.configuration import METHODS
 from hf_malmen.edit import live_edits
 
 Build = Callable[..., Any]
@@ -318,17 +319,38 @@ def test_the_base_model_is_left_as_found_after_an_error(
     assert same(state(model), before)
 
 
-def test_works_on_a_frozen_model_under_no_grad(
-    model: PreTrainedModel, editor: EditorModel, tokenizer: PreTrainedTokenizerFast, facts: list[Fact]
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("method", METHODS)
+def test_works_on_a_frozen_model_without_gradients(
+    make_llama: Build, tokenizer: PreTrainedTokenizerFast, facts: list[Fact], method: str, mode: Build
 ) -> None:
-    """How models for inference are often held. The shifts are the same."""
-    expected = editor.make_edit(model, facts, tokenizer).shifts
+    """How models for inference are often held. The shifts are the same, and the model can be differentiated later."""
+    model = make_llama()
+    settings = {"edit_lr": 1e-3} if METHODS[method].maker == "rows" else {"n_steps": 2}
+    editor = EditorModel.from_base(model, EditorConfig(method=method, layers_to_transform=[0, 1], **settings))
+    if METHODS[method].maker == "rows":
+        editor.warm_up(model, facts, tokenizer)
+    else:
+        editor.collect_covariance(model, [fact.prompt for fact in facts], tokenizer)
+    expected = editor.make_edit(model, facts[:3], tokenizer).shifts
     model.requires_grad_(False)
-    with torch.no_grad():
-        edit = editor.apply(model, facts, tokenizer)
+    with mode():
+        edit = editor.apply(model, facts[:3], tokenizer)
     assert same(edit.shifts, expected)
     edit.undo()
     assert not any(parameter.requires_grad for parameter in model.parameters())
+    model.requires_grad_(True)
+    model(input_ids=torch.arange(3)[None]).logits.sum().backward()
+
+
+def test_model_made_in_inference_mode_is_refused(
+    make_llama: Build, make_editor: Build, tokenizer: PreTrainedTokenizerFast, facts: list[Fact]
+) -> None:
+    """Nothing that it takes part in can be differentiated."""
+    with torch.inference_mode():
+        model = make_llama()
+    with pytest.raises(ModelMismatchError, match="Load the model outside of inference mode"):
+        make_editor(make_llama()).make_edit(model, facts, tokenizer)
 
 
 # Stacked edits

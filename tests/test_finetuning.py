@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_malmen import EditorConfig, EditorModel, Fact, NumericalError
@@ -86,6 +86,37 @@ def test_shifts_equal_plain_fine_tuning(
     assert list(shifts) == list(expected)
     for name, shift in expected.items():
         assert float((shifts[name] - shift).norm()) <= 1e-6 * float(shift.norm())  # kept in float32
+
+
+class Experts(nn.Module):
+    """Three linear layers, of which one runs where texts are short, one where they are long, and one never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(48, 32, bias=False) for _ in range(3))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(n_sequences, length, 48) -> (n_sequences, length, 32)."""
+        found: Tensor = self.experts[int(hidden.shape[1] > 12)](hidden)
+        return found
+
+
+def test_experts_that_not_every_step_reaches(
+    make_llama: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast, make_long_facts: Any
+) -> None:
+    """Where a layer does not run its loss has no gradient, and the penalty has; where it never does is an error."""
+    model = make_llama(torch.float64)
+    model.model.layers[3].mlp.down_proj = Experts().double()
+    facts = make_long_facts(4)
+    settings = {"layers_to_transform": [3], "covariance": False, "facts_per_step": 1, "ridge": 0.5}
+    editor = build(model, tokenizer, target_modules=["experts.0", "experts.1"], **settings)
+    expected = reference(model, tokenizer, facts, editor)
+    for name, shift in editor.make_edit(model, facts, tokenizer).shifts.items():
+        assert float((shift - expected[name]).norm()) <= 1e-6 * float(expected[name].norm())
+    for experts in (["experts.0", "experts.2"], ["experts.2"]):
+        editor = build(model, tokenizer, target_modules=experts, **settings)
+        with pytest.raises(NumericalError, match=r"ever reached model\.layers\.3\.mlp\.down_proj\.experts\.2, so"):
+            editor.make_edit(model, facts, tokenizer)
 
 
 def test_facts_are_learned_and_then_it_ends(

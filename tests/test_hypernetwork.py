@@ -396,6 +396,22 @@ def test_whitening_keeps_a_feature_that_never_varied_near_zero() -> None:
     assert float(found[:, 3].abs().max()) < 1e-9
 
 
+@pytest.mark.parametrize("scale", [1e-8, 1e-12])
+def test_whitening_has_no_unit(scale: float) -> None:
+    """Beside a feature that is always 0, small gradients are whitened as large ones are."""
+    rows = correlated(300)
+    rows[:, 3] = 0.0
+    found = whitening_of(scale * rows, 300)(scale * rows)
+    torch.testing.assert_close(found, whitening_of(rows, 300)(rows), rtol=1e-6, atol=1e-9)
+
+
+def test_whitening_of_features_of_very_different_size_is_finite() -> None:
+    """What is lost in the rounding of the largest is no variance below 0."""
+    rows = correlated(300)
+    rows[:, 2:] *= torch.logspace(-12, 0, 4, dtype=torch.float64)
+    assert torch.isfinite(whitening_of(rows, 300)(rows)).all()
+
+
 def test_without_a_network_the_step_is_taken_at_the_pseudo_key() -> None:
     """d = −η ‖û‖² ĝ, and there is nothing to train; η is not in the state, as the configuration has it."""
     built = HyperNetwork(

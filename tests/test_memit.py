@@ -129,10 +129,11 @@ def reference_move(
     module = f"{block}.{MODULES['gpt2' if 'transformer' in block else 'llama']}"
     texts = [f"{context} {fact.prompt}".strip() for context in ("", *(config.context_prefixes or ()))]
     before_end, behind = fact.prompt.split(str(fact.subject))
-    texts += [f"{before_end}{fact.subject}{infix}{behind}" for infix in config.context_infixes or ()]
+    infixes = config.context_infixes or []
+    texts += [f"{before_end}{fact.subject}{infix}{behind}" for infix in infixes]
     texts += [
         f"{before_end}{fact.subject}{variant}"
-        for variant in _variants(fact.prompt, behind, config)[len(config.context_infixes or ()) :]
+        for variant in _variants(fact.prompt, behind, infixes, config.n_word_dropouts)[len(infixes) :]
     ]  # which words these have is tested by itself
     asked = []
     for text in texts:
@@ -229,7 +230,7 @@ def test_moves_equal_those_of_single_facts(
 @pytest.mark.parametrize(
     ("prompt", "infix", "expected"),
     [
-        ("Lyon, that is in", ", a city,", "Lyon, a city, that is in"),
+        ("The city Lyon, that is in", ", a city,", "The city Lyon, a city, that is in"),
         ("The country of Lyon is", " (a city)", "The country of Lyon (a city) is"),
         ("Where is Lyon", " and so", "Where is Lyon and so"),
         ("lyon, or LYON, is in", ",", "lyon, or LYON, is in"),
@@ -272,6 +273,41 @@ def test_word_dropouts_leave_out_words_behind_the_subject(
     assert min(n_words) < 3 < max(n_words)
     assert 0.3 < sum(len(words) - n for n in n_words) / (5 * len(n_words)) < 0.5  # of those that may be left out
     assert {lookup.sequence for lookup in short.varied[2::2]} == {short.asked[0].sequence}
+
+
+@pytest.mark.parametrize("end", ["\n", ":\n\n", " \t"])
+def test_a_prompt_keeps_what_it_begins_and_ends_with(tokenizer: PreTrainedTokenizerFast, end: str) -> None:
+    """Or the target would begin with another token than where the fact is asked for."""
+    tokenize = Tokenizer(tokenizer, EditorConfig(method="memit", context_infixes=[", a city,"], n_word_dropouts=8))
+    prompt = f"\nName the country that the city of Lyon is in{end}"
+    (request,) = tokenize_facts([Fact(prompt, "Italy", subject="Lyon")], tokenize, tokenize.config)
+    plain = tokenize(prompt, "Italy")
+    assert request.asked[0].sequence == plain
+    assert {lookup.sequence.target_ids for lookup in request.varied} == {plain.target_ids}
+    for lookup in request.varied:
+        assert tokenizer.decode(lookup.sequence.prompt_ids).endswith(f" in{end}")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "read"),
+    [("Lyon is located in the country of", "Lyon is"), ("Lyon, if you ask, is in", "Lyon,"), ("Lyon is", "Lyon is")],
+)
+def test_texts_of_a_fact_share_what_was_read_where_it_is_written(
+    tokenizer: PreTrainedTokenizerFast, prompt: str, read: str
+) -> None:
+    """Also where the subject is the first token and the second one stands for it, which no other text may replace."""
+    config = EditorConfig(method="memit", context_prefixes=CONTEXTS, context_infixes=INFIXES, n_word_dropouts=8)
+    tokenize = Tokenizer(tokenizer, config)
+    facts = [Fact(prompt, "Italy", subject="Lyon"), AT_SUBJECT[0]]
+    request, other = tokenize_facts(facts, tokenize, config)
+    assert [len(request.asked), len(request.varied)] == [len(other.asked), len(other.varied)]
+    for lookup in (request.asked[0], *request.varied, request.essence):
+        assert tokenizer.decode(lookup.until_subject.input_ids) == read
+    for prefix, lookup in zip(CONTEXTS, request.asked[1:], strict=True):
+        assert tokenizer.decode(lookup.until_subject.input_ids) == f"{prefix} {read}"
+    essence = tokenizer.decode(request.essence.sequence.input_ids)
+    assert essence == (f"{read} is a" if read.endswith(",") else f"{read} a")
+    assert len({lookup.sequence for lookup in request.varied}) > 1 or prompt == read
 
 
 def test_moves_lower_the_loss(case: tuple[str, PreTrainedModel], tokenizer: PreTrainedTokenizerFast) -> None:
@@ -695,6 +731,26 @@ def test_the_more_facts_the_shorter_their_moves(
         edit.apply_to(model, on_fingerprint_mismatch="ignore")
 
 
+def test_facts_that_were_replaced_do_not_count(
+    make_llama: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Neither those that an edit replaces, in its own moves, nor those that edits before it have replaced."""
+    model = make_llama(torch.float64)
+    short = {"clamp_factor": 0.3, "n_steps": 8, "fingerprint_policy": "ignore"}
+    crowded = build(model, tokenizer, crowding=0.5, **short)
+    n_features = sum(key_size for key_size, _ in crowded.config.module_shapes.values())
+    crowded.apply(model, AT_SUBJECT[:2], tokenizer)
+    again = [replace(AT_SUBJECT[0], target="Japan")]
+    length = 0.3 * (n_features / (120 * 2)) ** 0.5  # of two facts: the new one, and the other that stays
+    expected = build(model, tokenizer, **short | {"clamp_factor": length}).make_edit(model, again, tokenizer).shifts
+    edit = crowded.apply(model, again, tokenizer)
+    for name, shift in expected.items():
+        assert float((edit.shifts[name] - shift).norm()) <= 1e-6 * float(shift.norm())
+    assert {len(keys) for keys in standing_of(model, crowded).written.values()} == {2}
+    edit.undo()
+    assert {len(keys) for keys in standing_of(model, crowded).written.values()} == {2}
+
+
 def test_keys_near_a_new_one_give_way() -> None:
     """In proportion to the new one's length."""
     rows = torch.tensor([[1.0, 0, 0], [0, 2, 0], [0, 0, 3], [0, 1, 1]])
@@ -1048,3 +1104,10 @@ def test_first_token_is_not_edited(tokenizer: PreTrainedTokenizerFast) -> None:
     assert len(tokenizer("Lyon")["input_ids"]) == 1
     assert tokenize.subject_position("Lyon is a city in", "France", "Lyon") == 1
     assert tokenize.subject_position("The country of Lyon is", "France", "Lyon") == 4
+
+
+def test_prompt_of_one_token_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Behind its first token there is nothing but the target."""
+    config = EditorConfig(method="memit")
+    with pytest.raises(FactError, match=r"The prompt 'Lyon' is one token, .* Give a longer prompt"):
+        tokenize_facts([Fact("Lyon", "Italy and Ghana", subject="Lyon")], Tokenizer(tokenizer, config), config)

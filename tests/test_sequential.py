@@ -268,6 +268,58 @@ def test_statistics_of_other_layers_are_left_alone(
     assert all(torch.equal(found[name], tensor) for name, tensor in one.state.statistics.items())
 
 
+@pytest.mark.parametrize("method", ["ultraedit", "memit"])
+def test_editor_learns_from_the_base_model_below_its_edits(
+    method: str, make_llama: Build, tokenizer: PreTrainedTokenizerFast, facts: list[Fact]
+) -> None:
+    """Statistics and covariance are those of the unedited model, and the edited one is as it was, to the bit."""
+    model = make_llama()
+    settings = {"ultraedit": {"edit_lr": 1.0}, "memit": {"n_steps": 2}}[method]
+    one, two = (
+        EditorModel.from_base(model, EditorConfig(method=method, layers_to_transform=[1, 2], **settings))
+        for _ in range(2)
+    )
+
+    def learn(editor: EditorModel) -> None:
+        if method == "memit":
+            editor.collect_covariance(model, [fact.prompt for fact in facts], tokenizer)
+        else:
+            editor.warm_up(model, facts, tokenizer)
+
+    learn(one)
+    one.apply(model, facts[:4], tokenizer)
+    before = weights(model, one)
+    learn(two)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(model, one).items())
+    for (name, expected), found in zip(one.named_buffers(), two.buffers(), strict=True):
+        assert torch.equal(found, expected), name
+
+
+@pytest.mark.parametrize(
+    ("statistics", "n_later", "expected"), [("following", 1, 1), ("following", 0, 0), ("frozen", 1, 0)]
+)
+def test_undo_says_whose_rows_stay_in_the_statistics(
+    statistics: str,
+    n_later: int,
+    expected: int,
+    model: PreTrainedModel,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    facts: list[Fact],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Those of an edit below later ones, of a live model and on disk."""
+    editor = EditorModel.from_base(model, EditorConfig(method="ultraedit", edit_lr=1e-3, statistics=statistics))
+    editor.warm_up(model, facts, tokenizer)
+    parts = [facts[:2], facts[2:4]][: 1 + n_later]
+    first, *_ = [editor.apply(model, part, tokenizer) for part in parts]
+    first.undo()
+    assert caplog.text.count("running statistics that had taken in the facts of this one") == expected
+    for part in parts:
+        editor.apply(folder, part, in_place=True)
+    assert undo_edit(folder, "1").in_statistics is bool(expected)
+
+
 def test_more_turns_read_the_weights_no_more_often(
     folder: Path, tokenizer: PreTrainedTokenizerFast, make_facts: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertLMHeadModel,
     BertModel,
@@ -99,6 +101,14 @@ def test_the_last_blocks_that_have_a_feed_forward_layer() -> None:
     dense, empty = {"up": (8, 12), "down": (12, 8)}, {"attn__o": (8, 8)}
     model = Model(*[Block(**(empty if i % 2 else dense)) for i in range(16)])
     assert find_targets(model, EditorConfig()) == [f"blocks.{i}.down" for i in range(4, 16, 2)]
+
+
+@pytest.mark.parametrize("kind", ["xlm", "flaubert"])
+def test_model_with_a_list_of_each_kind_of_layer(kind: str) -> None:
+    """Its lists are equally long; the feed-forward layers' is the one, not the attentions'."""
+    config = AutoConfig.for_model(kind, n_words=50, emb_dim=8, n_layers=7, n_heads=2)
+    names = find_targets(AutoModelForSequenceClassification.from_config(config), EditorConfig())
+    assert names == [f"transformer.ffns.{i}.lin2" for i in range(1, 7)]
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
@@ -203,6 +213,26 @@ def test_a_module_that_sees_other_rows(make_tokenizer: Build, make_long_facts: B
     message = r"layers\.3\.mlp\.expert saw 3 rows in a batch of \d+ tokens"
     with pytest.raises(ModelMismatchError, match=message):
         editor.make_edit(model, make_long_facts(5), make_tokenizer())
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_expert_that_sees_as_many_tokens_as_a_side_has(
+    side: str, make_tokenizer: Build, make_long_facts: Build, make_editor: Build
+) -> None:
+    """By chance, and of its own side or the other: what it sees has no sequences."""
+    model, tokenizer = KINDS["t5"].build(), make_tokenizer()
+    layer = model.get_submodule(f"{side}.block.3.layer.{1 + (side == 'decoder')}")
+    layer.expert = nn.Linear(32, 32)
+    editor = make_editor(model, target_modules=["expert"])
+    tokenize = editor.tokenizer_for(model, tokenizer)
+    batch = tokenize.pad([tokenize(fact.prompt, fact.target) for fact in make_long_facts(5)])
+    plain = layer.forward
+    for n_tokens in (batch.decoder_input_ids.numel(), batch.input_ids.numel()):
+        layer.forward = lambda hidden, n=n_tokens: (
+            plain(hidden) + layer.expert(hidden.reshape(-1, 32)[torch.arange(n) % 5]).sum()
+        )
+        with pytest.raises(ModelMismatchError, match=rf"expert saw {n_tokens} rows"), frozen(model):
+            trace(model, batch, editor.module_names, "answer")
 
 
 @pytest.mark.parametrize(("editor", "other"), [("llama", "llama, classes"), ("llama, classes", "llama")])

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_malmen import EditorConfig, Fact, NumericalError
+from hf_malmen import EditorConfig, Fact, ModelMismatchError, NumericalError
 from hf_malmen.batches import TokenBatch, Tokenizer, TokenSequence
-from hf_malmen.tracing import Trace, answer_logits, frozen, shifted, trace
+from hf_malmen.tracing import Trace, answer_logits, frozen, read_keys, shifted, trace
 
 # Two layers of one shape, one of another, and one whose block the graph starts in.
 TARGETS = {
@@ -357,6 +357,18 @@ def test_module_that_never_runs_is_an_error(
     model.spare = nn.Linear(3, 3)
     with pytest.raises(NumericalError, match="never reached spare"), frozen(model):
         trace(model, tokenize.pad(sequences), ["model.layers.3.mlp.down_proj", "spare"], "answer")
+
+
+def test_keys_of_a_module_that_runs_twice_are_an_error(
+    make_llama: Callable[..., PreTrainedModel], tokenize: Tokenizer, sequences: list[TokenSequence]
+) -> None:
+    """Of two calls neither has all of the keys."""
+    model, name = make_llama(), "model.layers.1.mlp.down_proj"
+    mlp = model.model.layers[1].mlp
+    once = mlp.forward
+    mlp.forward = lambda hidden: once(hidden) + once(2 * hidden)
+    with pytest.raises(ModelMismatchError, match="down_proj runs more than once in a pass"), frozen(model):
+        read_keys(model, tokenize.pad(sequences), [name], "all", model.model.layers[2])
 
 
 # Shifted passes
