@@ -314,8 +314,11 @@ class Tokenizer:
             # All of it where a template changes the prompt.
             place = (0, start) if begin < 0 else (begin, min(begin + len(asked), start))
             stop = find_subject(text, wanted, *place) + len(wanted)
-        # Tokens that begin before the subject ends; the last of them is the one wanted.
-        position = self._tokenize(text, stop - 1)[1].index(True)
+        # Tokens that hold the subject's last character and nothing behind it: several, where each has some of its
+        # bytes. Or else the first that holds it.
+        reached, passed = (self._tokenize(text, end)[1] for end in (stop - 1, stop))
+        own = [i for i, (is_on, is_behind) in enumerate(zip(reached, passed, strict=False)) if is_on and not is_behind]
+        position = own[-1] if own else reached.index(True)
         if position == 0:
             position = 1
             if self._tokenize(text, start)[1][position]:

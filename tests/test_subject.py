@@ -44,6 +44,19 @@ def test_the_last_token_of_each_subject_is_traced(
         assert len(tokenizer(text)["input_ids"]) == position + 1
 
 
+@pytest.mark.parametrize("subject", ["東京", "Łódź", "กรุงเทพ", "😀"])
+@pytest.mark.parametrize("prompt", ["The country of {} is", "{}", "{}'s country is"])
+def test_a_character_of_several_tokens_is_read_to_its_end(
+    tokenizer: PreTrainedTokenizerFast, config: EditorConfig, subject: str, prompt: str
+) -> None:
+    """As byte-level tokenizers cut most characters of most scripts, all bytes at the same offsets."""
+    fact = Fact(prompt.format(subject), "Lima", subject=subject)
+    sequence = Tokenizer(tokenizer, config).edit(fact)
+    read = tokenizer.decode(sequence.input_ids[: sequence.subject + 1])
+    assert read.endswith(subject)
+    assert tokenizer.decode(sequence.input_ids[: sequence.subject]).endswith("\N{REPLACEMENT CHARACTER}")
+
+
 def test_rows_are_the_inputs_at_the_subject(
     make_llama: Callable[..., PreTrainedModel],
     tokenizer: PreTrainedTokenizerFast,
