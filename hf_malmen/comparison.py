@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers.utils.hub import cached_file
 from .comparison_settings import SHARED_FIELDS, SPLITS, Amount, Comparison, require_shared_format
 from .configuration import METHODS, EditorConfig
 from .facts import Fact, load_facts, read_facts
+from .history import locked
 from .version import __version__
 
 FACTS_FOLDER, LOGS_FOLDER = "facts", "logs"
@@ -39,6 +40,7 @@ class Job:
         folder: the comparison's.
         settings: all that its result depends on, as JSON has it.
         needs: names of jobs that must be done before.
+        facts: digests of the splits that it reads, which tell whether they are those it was planned with.
     """
 
     kind: str
@@ -46,6 +48,7 @@ class Job:
     folder: str
     settings: dict[str, Any]
     needs: tuple[str, ...] = ()
+    facts: dict[str, str] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -172,10 +175,11 @@ def plan(comparison: Comparison, splits: Mapping[str, Sequence[Fact]]) -> list[J
         )
         for amount in comparison.amounts
     }
-    jobs = [
-        Job("before", "before", folder, {**common, **measured, "facts": asked_facts, "amounts": _amounts(comparison)})
-    ]
     digests = {name: digest_of(facts) for name, facts in splits.items()}
+    tested = {"test": digests["test"]}
+    made_from = {name: digests[name] for name in ("train", "validation")}
+    own = {**common, **measured, "facts": asked_facts, "amounts": _amounts(comparison)}
+    jobs = [Job("before", "before", folder, own, facts=tested)]
     editors = {}
     for name, method in comparison.methods.items():
         own = {
@@ -192,7 +196,7 @@ def plan(comparison: Comparison, splits: Mapping[str, Sequence[Fact]]) -> list[J
         if METHODS[name].key_covariance is not None:
             own |= {"covariance_texts": comparison.covariance_texts, "n_tokens": comparison.n_covariance_tokens}
             own |= {"covariance_identity": _identity(comparison.covariance_texts)}
-        editors[name] = Job("editor", f"editors/{name}", folder, own)
+        editors[name] = Job("editor", f"editors/{name}", folder, own, facts=made_from)
     jobs += editors.values()
     for amount in comparison.amounts:
         for name, editor in editors.items():
@@ -207,7 +211,7 @@ def plan(comparison: Comparison, splits: Mapping[str, Sequence[Fact]]) -> list[J
             }
             if amount.facts_per_turn is not None:
                 own["accumulate"] = comparison.methods[name].accumulate
-            jobs.append(Job("cell", f"cells/{name}-{amount.name}", folder, own, ("before", editor.name)))
+            jobs.append(Job("cell", f"cells/{name}-{amount.name}", folder, own, ("before", editor.name), tested))
     return jobs
 
 
@@ -229,6 +233,7 @@ def run_comparison(
     Raises:
         FactError, ValueError: facts that cannot be compared on, or a given editor of another method or prompt format;
             before anything is run.
+        CheckpointWriteError: another comparison is running in the same folder.
         ModelMismatchError, OSError: no given editor where there should be one, or no base model; likewise.
     """
     splits, left_out = split_facts(comparison)
@@ -239,14 +244,22 @@ def run_comparison(
     if left_out:
         say(f"{left_out} facts left out, of which a text stands in a fact before.")
     folder = Path(comparison.output_dir)
-    for name, facts in splits.items():
-        lines = "".join(json.dumps(fact.to_dict(), ensure_ascii=False) + "\n" for fact in facts)
-        write_text(folder / FACTS_FOLDER / f"{name}.jsonl", lines)
-    counts = ", ".join(f"{len(facts):,} {name}" for name, facts in splits.items())
-    write_json(folder / "settings.json", dataclasses.asdict(comparison) | {"n_facts": counts, "left_out": left_out})
-    say(f"{len(jobs)} jobs in {folder}; facts: {counts}.")
-    if isinstance(commit := jobs[0].settings["base"], str):  # a branch may move on while jobs run
-        comparison = dataclasses.replace(comparison, editor={**comparison.editor, "base_model_revision": commit})
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        for name, facts in splits.items():
+            lines = "".join(json.dumps(fact.to_dict(), ensure_ascii=False) + "\n" for fact in facts)
+            write_text(folder / FACTS_FOLDER / f"{name}.jsonl", lines)
+        counts = ", ".join(f"{len(facts):,} {name}" for name, facts in splits.items())
+        write_json(folder / "settings.json", dataclasses.asdict(comparison) | {"n_facts": counts, "left_out": left_out})
+        say(f"{len(jobs)} jobs in {folder}; facts: {counts}.")
+        if isinstance(commit := jobs[0].settings["base"], str):  # a branch may move on while jobs run
+            comparison = dataclasses.replace(comparison, editor={**comparison.editor, "base_model_revision": commit})
+        return _run_jobs(jobs, comparison, say, run or run_alone)
+
+
+def _run_jobs(
+    jobs: Sequence[Job], comparison: Comparison, say: Callable[[str], None], run: Callable[[Job, Comparison], None]
+) -> dict[str, dict[str, Any]]:
     results: dict[str, dict[str, Any]] = {}
     for position, job in enumerate(jobs, 1):
         result, how = job.read(), "done before"
@@ -256,7 +269,7 @@ def run_comparison(
             if broken:
                 job.write({"error": f"{broken[0]} failed: {results[broken[0]]['error']}"})
             else:
-                (run or run_alone)(job, comparison)
+                run(job, comparison)
             result, how = job.read(), f"{time.perf_counter() - began:.0f} s"
             assert result is not None  # for the type checker: it was just written
         results[job.name] = result

@@ -42,6 +42,7 @@ from hf_malmen.comparison_report import (
     write_report,
 )
 from hf_malmen.comparison_settings import Amount, Comparison, MethodSettings, load_comparison
+from hf_malmen.errors import CheckpointWriteError
 from hf_malmen.evaluation import measure_edit
 from hf_malmen.side_effects import perplexity
 
@@ -395,6 +396,25 @@ def test_what_is_tested_was_not_trained_on(home: Path, tmp_path: Path) -> None:
     save_facts(tmp_path / "test.jsonl", facts[40:])
     splits, left_out = split_facts(settings(home, tmp_path, **three))
     assert left_out == 0 and [len(part) for part in splits.values()] == [30, 10, 20]
+
+
+def test_a_folder_is_of_one_comparison(home: Path, tmp_path: Path) -> None:
+    """A second one waits; facts that changed between two jobs, such as training facts now tested on, are not used."""
+    found = settings(home, tmp_path, methods=["ultraedit"], sizes=[4], turns=0)
+
+    def run(job: Job, used: Comparison) -> None:
+        if job.kind == "before":
+            job.write({"summary": ""})
+            with pytest.raises(CheckpointWriteError, match="Another process is writing to"):
+                run_comparison(settings(home, tmp_path, seed=1), lambda _: None, run)
+            return
+        (tmp_path / "facts" / "test.jsonl").replace(tmp_path / "facts" / "train.jsonl")
+        perform(job, used)
+
+    with pytest.raises(ValueError, match=r"train.jsonl does not hold the facts that this comparison wrote there"):
+        run_comparison(found, lambda _: None, run)
+    with pytest.raises(StoppedError):  # the lock has ended
+        run_comparison(found, lambda _: None, Runner("editors/ultraedit"))
 
 
 @pytest.mark.parametrize(
