@@ -25,6 +25,7 @@ from .comparison_settings import SHARED_FIELDS, SPLITS, Amount, Comparison, requ
 from .configuration import METHODS, EditorConfig
 from .facts import Fact, load_facts, read_facts
 from .history import locked
+from .side_effects import load_texts
 from .version import __version__
 
 FACTS_FOLDER, LOGS_FOLDER = "facts", "logs"
@@ -196,7 +197,7 @@ def plan(comparison: Comparison, splits: Mapping[str, Sequence[Fact]]) -> list[J
         if METHODS[name].key_covariance is not None:
             own |= {"covariance_texts": comparison.covariance_texts, "n_tokens": comparison.n_covariance_tokens}
             own |= {"covariance_identity": _identity(comparison.covariance_texts)}
-        editors[name] = Job("editor", f"editors/{name}", folder, own, facts=made_from)
+        editors[name] = Job("editor", f"editors/{name}", folder, own, ("before",), made_from)
     jobs += editors.values()
     for amount in comparison.amounts:
         for name, editor in editors.items():
@@ -231,16 +232,20 @@ def run_comparison(
         {name of the job: its result, or `{"error": ...}`}.
 
     Raises:
-        FactError, ValueError: facts that cannot be compared on, or a given editor of another method or prompt format;
-            before anything is run.
+        FactError, ValueError: facts that cannot be compared on, a given editor of another method or prompt format, or
+            texts that cannot be read; before anything is run.
         CheckpointWriteError: another comparison is running in the same folder.
-        ModelMismatchError, OSError: no given editor where there should be one, or no base model; likewise.
+        ModelMismatchError, OSError: no given editor where there should be one, no base model, or no texts; likewise.
     """
     splits, left_out = split_facts(comparison)
     for name, method in comparison.methods.items():
         if method.editor_folder is not None:
             require_shared_format(EditorConfig.from_pretrained(method.editor_folder), name, comparison)
     jobs = plan(comparison, splits)
+    reads_texts = any(METHODS[name].key_covariance is not None for name in comparison.methods)
+    for source in (comparison.texts, comparison.covariance_texts if reads_texts else None):
+        if source is not None:
+            load_texts(source)  # raises what is wrong with them
     if left_out:
         say(f"{left_out} facts left out, of which a text stands in a fact before.")
     folder = Path(comparison.output_dir)

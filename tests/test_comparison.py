@@ -362,6 +362,21 @@ def test_a_failed_method_is_reported(
     assert "error" not in mended["cells/malmen-4"]
 
 
+def test_nothing_is_made_where_nothing_can_be_compared(home: Path, tmp_path: Path) -> None:
+    """Without the answers of the unedited model no editor is trained or tuned; with them, later, all are."""
+    ran = []
+
+    def run(job: Job, _: Comparison) -> None:
+        ran.append(job.name)
+        job.write({"error": "no memory"})
+
+    results = run_comparison(settings(home, tmp_path, sizes=[4], turns=0), lambda _: None, run)
+    assert ran == ["before"]
+    assert results["cells/malmen-4"]["error"] == "before failed: no memory"
+    with pytest.raises(StoppedError):
+        run_comparison(settings(home, tmp_path, sizes=[4], turns=0), lambda _: None, Runner("editors/malmen"))
+
+
 def test_a_job_that_is_killed(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its result says by which signal, and where its log is."""
     found = settings(home, tmp_path)
@@ -429,6 +444,8 @@ def test_a_folder_is_of_one_comparison(home: Path, tmp_path: Path) -> None:
         ({"evaluation": {"max_fact": 3}}, "evaluation: unknown 'max_fact'. Known: batch_size, max_facts"),
         ({"evaluation": {"max_facts": 0}}, "evaluation.max_facts is 0; expected a whole number of at least 1"),
         ({"tuning": {"sizes": [9]}}, "There are 8 validation facts, and 9 are wanted. Lower tuning.sizes"),
+        ({"texts": "no.txt"}, "no.txt is not a file"),
+        ({"covariance_texts": "no.jsonl", "methods": ["ft"], "editor": {}}, "There is no file no.jsonl"),
         ({"test_facts": "test.jsonl"}, "give facts, to be split, or all of train_facts"),
         ({"editor": {"rnak": 3}}, "editor: unknown 'rnak'. Known: "),
         ({"editor": {"edit_lr": 0}}, "EditorConfig.edit_lr is 0"),
@@ -440,7 +457,7 @@ def test_a_folder_is_of_one_comparison(home: Path, tmp_path: Path) -> None:
 )
 def test_settings_are_checked(home: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
     """Whatever is wrong is said before anything is run."""
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_comparison(settings(home, tmp_path / "out", **change), lambda _: None, Runner("before"))
     assert not (tmp_path / "out").exists()
 
