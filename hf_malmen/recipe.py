@@ -18,14 +18,12 @@ from .facts import Fact, load_facts
 from .hub import cached_commit
 from .model_card import EditorRun, Measurement, write_editor_card
 from .modeling import DEFAULT_BATCH_SIZE, EditorModel
-from .settings import field_names, read_settings, require_known
+from .settings import DTYPES, field_names, read_settings, require_known
 from .sharding import place
 from .side_effects import load_texts
 from .tables import METRIC_TITLES
 from .tasks import AUTO_CLASSES
 from .training import EditorTrainer, EditorTrainingArguments
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)

@@ -435,6 +435,7 @@ def test_a_folder_is_of_one_comparison(home: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"dtype": "bf16"}, "dtype is 'bf16'; allowed: auto, float32, bfloat16, float16"),
         ({"base_model": None}, "has no base_model. Add it, or give it on the command line"),
         ({"sizes": [4, 13]}, "n_test_facts is 12, and the largest cell edits 13 facts. Raise it"),
         ({"n_test_facts": 52}, "has 60 facts that share no text, and 52 are wanted for testing and 8 for validation"),
@@ -481,6 +482,25 @@ def test_settings_are_checked(home: Path, tmp_path: Path, change: dict[str, Any]
         ("ultraedit", {"search": {"n_steps": [1, 4]}}, "search.n_steps: EditorConfig.n_steps is 1; allowed: nothing"),
         ("memit", {"search": {"n_steps": [2, 4.5]}}, "search.n_steps: EditorConfig.n_steps is 4.5; allowed: a whole"),
         ("ultraedit", {"search": {"statistics": {"choices": ["frozen", "warm"]}}}, "statistics is 'warm'; allowed"),
+        ("ft", {"search": {"layers_to_transform": [1, 3]}}, "layers_to_transform is no single number"),
+        (
+            "memit",
+            {"accumulate": True},
+            "accumulate is for editors whose rows do not depend .* 'memit' do; leave it out",
+        ),
+        ("ultraedit", {"accumulate": True}, "'ultraedit' do; give it statistics: frozen, or leave it out"),
+        (
+            "ultraedit",
+            {"accumulate": True, "search": {"statistics": {"choices": ["frozen", "following"]}}},
+            "give it statistics: frozen",
+        ),
+        ("malmen", {"training": {"lr_scheduler_type": "cosin"}}, "malmen, with training: cosin is not a valid"),
+        ("malmen", {"training": {"look_back": "a"}}, "malmen, with training: .* 'str' and 'int'"),
+        ("malmen", {"training": {"output_dir": "a"}}, "training: output_dir is 'a'; expected none"),
+        ("ultraedit", {"editor_folder": "e", "search": {"edit_lr": [1, 2]}}, "search is for an editor that is made"),
+        ("ultraedit", {"editor_folder": "e", "warm_up_facts": 1}, "warm_up_facts is for an editor that is made"),
+        ("malmen", {"editor_folder": "e", "editor": {"rank": 9}}, "editor is for an editor that is made"),
+        ("malmen", {"editor_folder": "e", "training": {"max_steps": 9}}, "training is for an editor that is made"),
         ("ultraedit", 3, "methods.ultraedit is 3; expected accumulate, editor"),
     ],
 )
