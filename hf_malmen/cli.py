@@ -103,7 +103,7 @@ def _root(
 def train(
     config: Annotated[Path, typer.Option(help="YAML file of the run; recipes/geography.yaml is a documented example.")],
     output_dir: Annotated[Path | None, typer.Option(help="Overrides the file's training.output_dir.")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Overrides the file's training.max_steps.")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Overrides the file's training.max_steps.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in the output folder.")] = False,
 ) -> None:
     """Train an editor for a base model, and save it with its card. One of a method without training is made ready."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .configuration import METHODS, EditorConfig
-from .settings import DTYPES, field_names, read_settings, require_known
+from .settings import DTYPES, field_names, read_settings, require_known, require_text
 
 EXAMPLE = "recipes/compare-geography.yaml"
 # Of every prompt alike, so that one set of answers before the edit serves all methods.
@@ -17,6 +17,7 @@ SHARED_FIELDS = ("prompt_template", "use_chat_template", "task_type", "base_mode
 WHOLE_FIELDS = frozenset(entry.name for entry in dataclasses.fields(EditorConfig) if entry.type is int)
 _NUMBER_FIELDS = WHOLE_FIELDS | {entry.name for entry in dataclasses.fields(EditorConfig) if entry.type is float}
 SPLITS = ("train", "validation", "test")
+_TEXTS = ("base_model", "output_dir", "facts", *(f"{name}_facts" for name in SPLITS), "texts", "covariance_texts")
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,7 @@ def load_comparison(
     for name in ("base_model", "output_dir"):
         if not content.get(name):
             raise ValueError(f"{where} has no {name}. Add it, or give it on the command line.")
+    require_text(content, _TEXTS, where)
     comparison = Comparison(**content)
     if comparison.dtype not in DTYPES:
         raise ValueError(f"{where}: dtype is {comparison.dtype!r}; allowed: {', '.join(DTYPES)}.")
@@ -339,6 +341,7 @@ def _check_method(comparison: Comparison, name: str, place: str) -> None:
         )
     if not METHODS[name].is_trained and method.training:
         raise ValueError(f"{place}.training: {name!r} is not trained. Tune it with search.")
+    require_text(vars(method), ["editor_folder"], place)
     if method.editor_folder is not None:
         for section in ("editor", "training", "search", "warm_up_facts"):
             if getattr(method, section):

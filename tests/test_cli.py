@@ -760,6 +760,7 @@ def test_bad_input_in_its_own_process(case: str, home: Path, bad: Path) -> None:
         ["recover"],
         ["push", "edit"],
         ["train"],
+        ["train", "--config", "run.yaml", "--max-steps", "0"],
     ],
 )
 def test_usage_errors(arguments: list[str], home: Path, call: Callable[..., Done]) -> None:

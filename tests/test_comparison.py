@@ -435,6 +435,8 @@ def test_a_folder_is_of_one_comparison(home: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"texts": ["texts.jsonl"]}, r"texts is \['texts.jsonl'\]; expected one text"),
+        ({"base_model": 5}, "base_model is 5; expected one text, with quotes around a number"),
         ({"dtype": "bf16"}, "dtype is 'bf16'; allowed: auto, float32, bfloat16, float16"),
         ({"base_model": None}, "has no base_model. Add it, or give it on the command line"),
         ({"sizes": [4, 13]}, "n_test_facts is 12, and the largest cell edits 13 facts. Raise it"),
@@ -499,6 +501,7 @@ def test_settings_are_checked(home: Path, tmp_path: Path, change: dict[str, Any]
         ("malmen", {"training": {"output_dir": "a"}}, "training: output_dir is 'a'; expected none"),
         ("ultraedit", {"editor_folder": "e", "search": {"edit_lr": [1, 2]}}, "search is for an editor that is made"),
         ("ultraedit", {"editor_folder": "e", "warm_up_facts": 1}, "warm_up_facts is for an editor that is made"),
+        ("malmen", {"editor_folder": 5}, "methods.malmen: editor_folder is 5; expected one text"),
         ("malmen", {"editor_folder": "e", "editor": {"rank": 9}}, "editor is for an editor that is made"),
         ("malmen", {"editor_folder": "e", "training": {"max_steps": 9}}, "training is for an editor that is made"),
         ("ultraedit", 3, "methods.ultraedit is 3; expected accumulate, editor"),
