@@ -5,6 +5,8 @@ import errno
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,14 +61,21 @@ def main() -> None:
     """Run the command line, with one clear line for whatever is wrong with the input."""
     if not sys.stderr.isatty():  # a log file has no use for progress bars; transformers reads this when it is imported
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    try:
+    with plain_errors("hf-malmen"):
         app()
+
+
+@contextmanager
+def plain_errors(program: str) -> Iterator[None]:
+    """Within this context an error is one line that begins with the program's name, and the exit code that it has."""
+    try:
+        yield
     except Exception as error:
         code = _exit_code(error)
         if code is None:
             raise
         line = " ".join(str(error).split())
-        print(f"hf-malmen: {line or type(error).__name__}", file=sys.stderr)
+        print(f"{program}: {line or type(error).__name__}", file=sys.stderr)
         raise SystemExit(code) from None
 
 

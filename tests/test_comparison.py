@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -751,6 +752,23 @@ def test_recipe(
     assert "| ultraedit " in output and str(tmp_path / "report.md") in output
     result = json.loads((tmp_path / "cells" / "ultraedit-6.json").read_text(encoding="utf-8"))["result"]
     assert result["n_scored"] == 6 and result["perplexity"]["after"][0] > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "memot"], r"argument --methods: invalid choice: 'memot'"),
+        (["--config", "no.yaml"], r"^\S+: There is no file no.yaml. Give the path of a YAML recipe, such as \S+\n$"),
+    ],
+)
+def test_recipe_says_what_is_wrong(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a traceback, as the command does."""
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module("compare").main(arguments)
+    assert stop.value.code == 2 and re.search(message, capsys.readouterr().err)
 
 
 def test_shipped_settings(tmp_path: Path) -> None:
