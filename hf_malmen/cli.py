@@ -317,6 +317,7 @@ def evaluate(
     require_settled(Path(model))
     checked = load_facts(facts)[:n_facts]
     from . import distributed
+    from .base_model import check_base_model
     from .modeling import EditorModel
     from .sharding import place
     from .side_effects import load_texts, measure_side_effects
@@ -327,6 +328,7 @@ def evaluate(
     trained = EditorModel.from_pretrained(editor)
     other_texts = load_texts(texts) if texts else None
     auto_class = AUTO_CLASSES[trained.config.task_type]
+    check_base_model(model)
     base = auto_class.from_pretrained(model, dtype=dtype.value)
     place(base)
     found = trained.measure(base, checked, batch_size=batch_size, generate=generate, probabilities=probabilities)

@@ -21,6 +21,7 @@ from typing import Any
 
 from transformers.utils.hub import cached_file
 
+from .base_model import check_base_model
 from .comparison_settings import SHARED_FIELDS, SPLITS, Amount, Comparison, require_shared_format
 from .configuration import METHODS, EditorConfig
 from .facts import Fact, load_facts, read_facts
@@ -241,6 +242,7 @@ def run_comparison(
     for name, method in comparison.methods.items():
         if method.editor_folder is not None:
             require_shared_format(EditorConfig.from_pretrained(method.editor_folder), name, comparison)
+    check_base_model(comparison.base_model, comparison.prompt_format.base_model_revision)
     jobs = plan(comparison, splits)
     reads_texts = any(METHODS[name].key_covariance is not None for name in comparison.methods)
     for source in (comparison.texts, comparison.covariance_texts if reads_texts else None):

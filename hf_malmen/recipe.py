@@ -11,6 +11,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from .base_model import check_base_model
 from .configuration import METHODS, EditorConfig
 from .covariance import DEFAULT_N_TOKENS
 from .evaluation import n_measured
@@ -138,6 +139,7 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> Path:
     config = EditorConfig(**recipe.editor)
     hub = {"revision": config.base_model_revision or "main"}
     auto_class = AUTO_CLASSES[config.task_type or "CAUSAL_LM"]
+    check_base_model(recipe.base_model, **hub)
     model = auto_class.from_pretrained(recipe.base_model, dtype=recipe.dtype, **hub)
     tokenizer = AutoTokenizer.from_pretrained(recipe.base_model, **hub)
     config.base_model_revision = cached_commit(recipe.base_model, **hub) or config.base_model_revision

@@ -642,6 +642,7 @@ def bad(home: Path, make_llama: Build, tmp_path: Path) -> Path:
     write_recipe(folder / "value.yaml", editor={"method": "magic"})
     write_recipe(folder / "settings.yaml", editor=[1])
     write_recipe(folder / "facts.yaml", train_facts="no.jsonl")
+    write_recipe(folder / "an editor.yaml", base_model="editor")
     write_recipe(folder / "good.yaml")
     return folder
 
@@ -672,6 +673,27 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
     "a model in pickles": (["apply", "editor", "BAD/pickles", "facts.jsonl", *OUT], r"\.bin files only"),
     "evaluation of no facts": (["evaluate", "editor", "model", "no.jsonl"], r"There is no file no\.jsonl"),
     "evaluation of no editor": (["evaluate", "model", "model", "facts.jsonl"], r"model holds no editor"),
+    "evaluation of no model": (
+        ["evaluate", "editor", "nosuch", "facts.jsonl"],
+        r"There is no folder nosuch, and no repo",
+    ),
+    "evaluation of no folder": (["evaluate", "editor", "./no", "facts.jsonl"], r"There is no folder \./no\. Check the"),
+    "evaluation of a file": (
+        ["evaluate", "editor", "facts.jsonl", "facts.jsonl"],
+        r"facts\.jsonl is a file; expected a",
+    ),
+    "evaluation of an editor": (
+        ["evaluate", "editor", "editor", "facts.jsonl"],
+        r"editor holds an editor; expected the",
+    ),
+    "evaluation by no folder": (
+        ["evaluate", "/no", "model", "facts.jsonl"],
+        r"There is no folder /no\. Check the path",
+    ),
+    "evaluation by no editor": (
+        ["evaluate", "nosuch", "model", "facts.jsonl"],
+        r"There is no folder nosuch, and no repo",
+    ),
     "evaluation of another model": (["evaluate", "editor", "gpt2", "facts.jsonl"], r"GPT2LMHeadModel has no module"),
     "inspection of nothing": (["inspect", "no/thing"], r"."),
     "inspection of an empty folder": (["inspect", "BAD/nothing"], r"has no config\.json; expected an editor"),
@@ -721,6 +743,7 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
     "a recipe with a bad value": (["train", "--config", "BAD/value.yaml"], r"EditorConfig\.method is 'magic'; allowed"),
     "a recipe with bad settings": (["train", "--config", "BAD/settings.yaml"], r"editor is \[1\]; expected settings"),
     "a recipe without facts": (["train", "--config", "BAD/facts.yaml"], r"There is no file no\.jsonl"),
+    "a recipe of an editor": (["train", "--config", "BAD/an editor.yaml"], r"editor holds an editor; expected the"),
     "nothing to resume": (["train", "--config", "BAD/good.yaml", "--resume"], r"has no checkpoint to resume from"),
 }
 
