@@ -169,6 +169,7 @@ def apply(
     from .facts import FactStream, load_facts
 
     check_checkpoint(model, output_dir, in_place)
+    _require_no_revision(model, revision)
     _require_unused(save_edit)
     if save_edit is not None and output_dir is not None and save_edit.resolve() == output_dir.resolve():
         raise ValueError(f"{save_edit} cannot hold both the checkpoint and the edit. Choose another folder for one.")
@@ -215,6 +216,7 @@ def write(
     from .checkpoint import check_checkpoint
 
     check_checkpoint(model, output_dir, in_place)
+    _require_no_revision(model, revision)
     from .edit import Edit
 
     loaded = Edit.from_pretrained(edit)
@@ -315,15 +317,23 @@ def evaluate(
     from .history import require_settled
 
     require_settled(Path(model))
+    for option, value in (("--limit", limit), ("--include-path", include_path)):
+        if value is not None and not tasks:
+            raise ValueError(f"{option} is for benchmarks, and none are asked for. Name some with --tasks.")
+    for path in (output, per_fact):
+        _require_file(path)
     checked = load_facts(facts)[:n_facts]
     from . import distributed
     from .base_model import check_base_model
     from .modeling import EditorModel
     from .sharding import place
-    from .side_effects import load_texts, measure_side_effects
+    from .side_effects import known_tasks, load_texts, measure_side_effects
     from .tables import scores_table, table
     from .tasks import AUTO_CLASSES
 
+    benchmarks = _listed(tasks)
+    if benchmarks:
+        known_tasks(benchmarks, include_path)  # raises what is wrong with them
     distributed.join()
     trained = EditorModel.from_pretrained(editor)
     other_texts = load_texts(texts) if texts else None
@@ -332,7 +342,7 @@ def evaluate(
     base = auto_class.from_pretrained(model, dtype=dtype.value)
     place(base)
     found = trained.measure(base, checked, batch_size=batch_size, generate=generate, probabilities=probabilities)
-    edit = trained.make_edit(base, checked, batch_size=batch_size) if other_texts or tasks else None
+    edit = trained.make_edit(base, checked, batch_size=batch_size) if other_texts or benchmarks else None
     is_writer = distributed.writes()
     if is_writer:  # also before side effects are measured, which takes long and may fail
         print(scores_table({len(checked): found.scores}, found.intervals), flush=True)
@@ -348,7 +358,7 @@ def evaluate(
         edit,
         trained.tokenizer_for(base).tokenizer,
         texts=other_texts,
-        tasks=tasks.split(",") if tasks else (),
+        tasks=benchmarks,
         limit=limit,
         include_path=include_path,
     )
@@ -495,6 +505,17 @@ def _write_scores(scores: dict[str, float], output: Path | None) -> None:
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(scores, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _require_file(path: Path | None) -> None:
+    """Refuse a path at which no file can be written, before what is to be written there is computed."""
+    if path is not None and (path.is_dir() or any(parent.is_file() for parent in path.parents)):
+        raise ValueError(f"{path} is a folder, or lies below a file. Give the path of a file to write.")
+
+
+def _require_no_revision(model: str, revision: str | None) -> None:
+    if revision is not None and Path(model).exists():
+        raise ValueError(f"--revision is of a repo on the Hub, and {model} is on this machine. Leave it out.")
 
 
 def _require_unused(folder: Path | None) -> None:

@@ -673,6 +673,21 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
     "a model in pickles": (["apply", "editor", "BAD/pickles", "facts.jsonl", *OUT], r"\.bin files only"),
     "evaluation of no facts": (["evaluate", "editor", "model", "no.jsonl"], r"There is no file no\.jsonl"),
     "evaluation of no editor": (["evaluate", "model", "model", "facts.jsonl"], r"model holds no editor"),
+    "a limit of nothing": (
+        ["evaluate", "editor", "model", "facts.jsonl", "--limit", "3"],
+        r"--limit is for benchmarks",
+    ),
+    "tasks that are not there": (
+        ["evaluate", "editor", "model", "facts.jsonl", "--tasks", "tiny_history", "--include-path", "BAD/nothing"],
+        r"lm-eval has no task 'tiny_history'",
+    ),
+    "scores into a folder": (["evaluate", "editor", "model", "facts.jsonl", "--output", "BAD/used"], r"is a folder"),
+    "scores below a file": (
+        ["evaluate", "editor", "model", "facts.jsonl", "--output", "BAD/half.json/x"],
+        r"below a file",
+    ),
+    "a revision of a folder": ([*APPLY, *OUT, "--revision", "v1"], r"--revision is of a repo on the Hub, and model is"),
+    "writing a revision": (["write", "edit", "model", *OUT, "--revision", "v1"], r"--revision is of a repo on the Hub"),
     "evaluation of no model": (
         ["evaluate", "editor", "nosuch", "facts.jsonl"],
         r"There is no folder nosuch, and no repo",
