@@ -14,6 +14,7 @@ import typer
 from safetensors import SafetensorError
 
 from .errors import CheckpointWriteError, HfMalmenError, NumericalError
+from .tables import finite_or_none
 from .version import __version__
 
 # The disk's fault.
@@ -504,7 +505,8 @@ def _numbers(text: str) -> list[int]:
 def _write_scores(scores: dict[str, float], output: Path | None) -> None:
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(scores, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        content = {name: finite_or_none(score) for name, score in scores.items()}
+        output.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _require_file(path: Path | None) -> None:

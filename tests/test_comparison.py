@@ -713,6 +713,19 @@ def test_what_is_not_finite_never_wins(tmp_path: Path) -> None:
     assert best(results_of({"mend": {"locality": [nan]}}, tmp_path), amount, "locality") == []
 
 
+def test_report_of_facts_without_rephrases(tmp_path: Path) -> None:
+    """It names what was measured and has no plot without points; NaN is null for readers of JSON."""
+    results = results_of(
+        {"malmen": {"edit_success": [0.5, 1.0]}, "mend": {"edit_success": [float("nan"), 1.0]}}, tmp_path
+    )
+    write_report(results)
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "- not beaten on all of edit success, by means: malmen" in report
+    assert "tradeoff.png" not in report and not (tmp_path / "tradeoff.png").exists()
+    rows = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert [row["score"] for row in rows if row["metric"] == "edit_success"] == [0.75, None]
+
+
 def test_report(done: tuple[Comparison, dict[str, Any], list[str]], tmp_path: Path) -> None:
     """Everything that was searched, won and measured is in the report, and the plots are there."""
     found, results, _ = done
