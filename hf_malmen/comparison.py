@@ -100,11 +100,11 @@ def split_facts(comparison: Comparison) -> tuple[dict[str, list[Fact]], int]:
             seen |= texts
         random.Random(comparison.seed).shuffle(found)
         n_test, n_both = comparison.n_test_facts, comparison.n_test_facts + comparison.n_validation_facts
-        if len(found) <= n_both:
+        if len(found) < n_both + _reads_training_facts(comparison):
             raise ValueError(
                 f"{comparison.facts} has {len(found)} facts that share no text, and {n_test} are wanted for testing "
-                f"and {comparison.n_validation_facts} for validation, which leaves none for training. Lower "
-                "n_test_facts and sizes, or give more facts."
+                f"and {comparison.n_validation_facts} for validation, which leaves too few. Lower n_test_facts and "
+                "sizes, or n_validation_facts and tuning.sizes, or give more facts."
             )
         splits = {"train": found[n_both:], "validation": found[n_test:n_both], "test": found[:n_test]}
     else:
@@ -125,6 +125,17 @@ def split_facts(comparison: Comparison) -> tuple[dict[str, list[Fact]], int]:
             )
     check_disjoint(splits)
     return splits, left_out
+
+
+def _reads_training_facts(comparison: Comparison) -> bool:
+    """Whether a method is trained on them, starts with their statistics, or reads them for ordinary text."""
+    return any(
+        METHODS[name].is_trained
+        or method.warm_up_facts > 0
+        or (METHODS[name].key_covariance is not None and comparison.covariance_texts is None)
+        for name, method in comparison.methods.items()
+        if method.editor_folder is None
+    )
 
 
 def check_disjoint(splits: Mapping[str, Sequence[Fact]]) -> None:
@@ -179,7 +190,7 @@ def plan(comparison: Comparison, splits: Mapping[str, Sequence[Fact]]) -> list[J
     }
     digests = {name: digest_of(facts) for name, facts in splits.items()}
     tested = {"test": digests["test"]}
-    made_from = {name: digests[name] for name in ("train", "validation")}
+    made_from = {name: digests[name] for name in ("train", "validation") if splits[name]}
     own = {**common, **measured, "facts": asked_facts, "amounts": _amounts(comparison)}
     jobs = [Job("before", "before", folder, own, facts=tested)]
     editors = {}

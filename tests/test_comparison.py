@@ -433,6 +433,16 @@ def test_a_folder_is_of_one_comparison(home: Path, tmp_path: Path) -> None:
         run_comparison(found, lambda _: None, Runner("editors/ultraedit"))
 
 
+def test_training_facts_are_for_methods_that_read_some(home: Path, tmp_path: Path) -> None:
+    """Without one, all facts may be for testing and validation."""
+    content = yaml.safe_load((home / "compare.yaml").read_text(encoding="utf-8"))
+    content |= {"output_dir": str(tmp_path), "sizes": [4], "turns": 0, "texts": None, "n_test_facts": 52}
+    content["methods"] = {"ultraedit": {}}
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    results = run_comparison(load_comparison(tmp_path / "compare.yaml"), lambda _: None, Runner())
+    assert "error" not in results["cells/ultraedit-4"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
