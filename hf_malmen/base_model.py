@@ -1,16 +1,39 @@
 """Base model -> an editor's configuration for it, whether the two fit, and the tokenizer with the model's limits."""
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .batches import Tokenizer
-from .configuration import EditorConfig
+from .configuration import EditorConfig, repo_named
 from .edit import base_fingerprint
 from .errors import ModelMismatchError
 from .targets import check_targets, find_targets, is_fan_in_fan_out, module_shape, plain_model, target_module
 from .tasks import AUTO_CLASSES, Classes, infer_task_type
+
+
+def check_base_model(source: str, revision: str | None = None) -> None:
+    """Check, before anything large is loaded, that a folder or repo holds a model to edit.
+
+    Args:
+        source: folder or Hub id.
+        revision: on the Hub.
+
+    Raises:
+        ModelMismatchError: it holds an editor or an edit.
+        OSError: there is no such folder, repo or revision.
+    """
+    if Path(source).is_file():
+        raise ModelMismatchError(f"{source} is a file; expected a language model's folder, or its repo on the Hub.")
+    with repo_named(source):
+        content, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    if content.get("model_type") == EditorConfig.model_type or "edit_format_version" in content:
+        raise ModelMismatchError(
+            f"{source} holds {'a saved edit' if 'edit_format_version' in content else 'an editor'}; expected "
+            "the language model to edit."
+        )
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:

@@ -5,6 +5,8 @@ import errno
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +14,7 @@ import typer
 from safetensors import SafetensorError
 
 from .errors import CheckpointWriteError, HfMalmenError, NumericalError
+from .tables import finite_or_none
 from .version import __version__
 
 # The disk's fault.
@@ -59,14 +62,21 @@ def main() -> None:
     """Run the command line, with one clear line for whatever is wrong with the input."""
     if not sys.stderr.isatty():  # a log file has no use for progress bars; transformers reads this when it is imported
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    try:
+    with plain_errors("hf-malmen"):
         app()
+
+
+@contextmanager
+def plain_errors(program: str) -> Iterator[None]:
+    """Within this context an error is one line that begins with the program's name, and the exit code that it has."""
+    try:
+        yield
     except Exception as error:
         code = _exit_code(error)
         if code is None:
             raise
         line = " ".join(str(error).split())
-        print(f"hf-malmen: {line or type(error).__name__}", file=sys.stderr)
+        print(f"{program}: {line or type(error).__name__}", file=sys.stderr)
         raise SystemExit(code) from None
 
 
@@ -103,7 +113,7 @@ def _root(
 def train(
     config: Annotated[Path, typer.Option(help="YAML file of the run; recipes/geography.yaml is a documented example.")],
     output_dir: Annotated[Path | None, typer.Option(help="Overrides the file's training.output_dir.")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Overrides the file's training.max_steps.")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Overrides the file's training.max_steps.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in the output folder.")] = False,
 ) -> None:
     """Train an editor for a base model, and save it with its card. One of a method without training is made ready."""
@@ -160,6 +170,7 @@ def apply(
     from .facts import FactStream, load_facts
 
     check_checkpoint(model, output_dir, in_place)
+    _require_no_revision(model, revision)
     _require_unused(save_edit)
     if save_edit is not None and output_dir is not None and save_edit.resolve() == output_dir.resolve():
         raise ValueError(f"{save_edit} cannot hold both the checkpoint and the edit. Choose another folder for one.")
@@ -206,6 +217,7 @@ def write(
     from .checkpoint import check_checkpoint
 
     check_checkpoint(model, output_dir, in_place)
+    _require_no_revision(model, revision)
     from .edit import Edit
 
     loaded = Edit.from_pretrained(edit)
@@ -308,22 +320,32 @@ def evaluate(
     from .history import require_settled
 
     require_settled(Path(model))
+    for option, value in (("--limit", limit), ("--include-path", include_path)):
+        if value is not None and not tasks:
+            raise ValueError(f"{option} is for benchmarks, and none are asked for. Name some with --tasks.")
+    for path in (output, per_fact):
+        _require_file(path)
     checked = load_facts(facts)[:n_facts]
     from . import distributed
+    from .base_model import check_base_model
     from .modeling import EditorModel
     from .sharding import place
-    from .side_effects import load_texts, measure_side_effects
+    from .side_effects import known_tasks, load_texts, measure_side_effects
     from .tables import scores_table, table
     from .tasks import AUTO_CLASSES
 
+    benchmarks = _listed(tasks)
+    if benchmarks:
+        known_tasks(benchmarks, include_path)  # raises what is wrong with them
     distributed.join()
     trained = EditorModel.from_pretrained(editor)
     other_texts = load_texts(texts) if texts else None
     auto_class = AUTO_CLASSES[trained.config.task_type]
+    check_base_model(model)
     base = auto_class.from_pretrained(model, dtype=dtype.value)
     place(base)
     found = trained.measure(base, checked, batch_size=batch_size, generate=generate, probabilities=probabilities)
-    edit = trained.make_edit(base, checked, batch_size=batch_size) if other_texts or tasks else None
+    edit = trained.make_edit(base, checked, batch_size=batch_size) if other_texts or benchmarks else None
     is_writer = distributed.writes()
     if is_writer:  # also before side effects are measured, which takes long and may fail
         print(scores_table({len(checked): found.scores}, found.intervals), flush=True)
@@ -339,7 +361,7 @@ def evaluate(
         edit,
         trained.tokenizer_for(base).tokenizer,
         texts=other_texts,
-        tasks=tasks.split(",") if tasks else (),
+        tasks=benchmarks,
         limit=limit,
         include_path=include_path,
     )
@@ -485,7 +507,19 @@ def _numbers(text: str) -> list[int]:
 def _write_scores(scores: dict[str, float], output: Path | None) -> None:
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(scores, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        content = {name: finite_or_none(score) for name, score in scores.items()}
+        output.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _require_file(path: Path | None) -> None:
+    """Refuse a path at which no file can be written, before what is to be written there is computed."""
+    if path is not None and (path.is_dir() or any(parent.is_file() for parent in path.parents)):
+        raise ValueError(f"{path} is a folder, or lies below a file. Give the path of a file to write.")
+
+
+def _require_no_revision(model: str, revision: str | None) -> None:
+    if revision is not None and Path(model).exists():
+        raise ValueError(f"--revision is of a repo on the Hub, and {model} is on this machine. Leave it out.")
 
 
 def _require_unused(folder: Path | None) -> None:

@@ -15,15 +15,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers.utils.hub import cached_file
 
+from .base_model import check_base_model
 from .comparison_settings import SHARED_FIELDS, SPLITS, Amount, Comparison, require_shared_format
 from .configuration import METHODS, EditorConfig
 from .facts import Fact, load_facts, read_facts
+from .history import locked
+from .side_effects import load_texts
 from .version import __version__
 
 FACTS_FOLDER, LOGS_FOLDER = "facts", "logs"
@@ -39,6 +42,7 @@ class Job:
         folder: the comparison's.
         settings: all that its result depends on, as JSON has it.
         needs: names of jobs that must be done before.
+        facts: digests of the splits that it reads, which tell whether they are those it was planned with.
     """
 
     kind: str
@@ -46,6 +50,7 @@ class Job:
     folder: str
     settings: dict[str, Any]
     needs: tuple[str, ...] = ()
+    facts: dict[str, str] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -95,11 +100,11 @@ def split_facts(comparison: Comparison) -> tuple[dict[str, list[Fact]], int]:
             seen |= texts
         random.Random(comparison.seed).shuffle(found)
         n_test, n_both = comparison.n_test_facts, comparison.n_test_facts + comparison.n_validation_facts
-        if len(found) <= n_both:
+        if len(found) < n_both + _reads_training_facts(comparison):
             raise ValueError(
                 f"{comparison.facts} has {len(found)} facts that share no text, and {n_test} are wanted for testing "
-                f"and {comparison.n_validation_facts} for validation, which leaves none for training. Lower "
-                "n_test_facts and sizes, or give more facts."
+                f"and {comparison.n_validation_facts} for validation, which leaves too few. Lower n_test_facts and "
+                "sizes, or n_validation_facts and tuning.sizes, or give more facts."
             )
         splits = {"train": found[n_both:], "validation": found[n_test:n_both], "test": found[:n_test]}
     else:
@@ -120,6 +125,17 @@ def split_facts(comparison: Comparison) -> tuple[dict[str, list[Fact]], int]:
             )
     check_disjoint(splits)
     return splits, left_out
+
+
+def _reads_training_facts(comparison: Comparison) -> bool:
+    """Whether a method is trained on them, starts with their statistics, or reads them for ordinary text."""
+    return any(
+        METHODS[name].is_trained
+        or method.warm_up_facts > 0
+        or (METHODS[name].key_covariance is not None and comparison.covariance_texts is None)
+        for name, method in comparison.methods.items()
+        if method.editor_folder is None
+    )
 
 
 def check_disjoint(splits: Mapping[str, Sequence[Fact]]) -> None:
@@ -172,10 +188,11 @@ def plan(comparison: Comparison, splits: Mapping[str, Sequence[Fact]]) -> list[J
         )
         for amount in comparison.amounts
     }
-    jobs = [
-        Job("before", "before", folder, {**common, **measured, "facts": asked_facts, "amounts": _amounts(comparison)})
-    ]
     digests = {name: digest_of(facts) for name, facts in splits.items()}
+    tested = {"test": digests["test"]}
+    made_from = {name: digests[name] for name in ("train", "validation") if splits[name]}
+    own = {**common, **measured, "facts": asked_facts, "amounts": _amounts(comparison)}
+    jobs = [Job("before", "before", folder, own, facts=tested)]
     editors = {}
     for name, method in comparison.methods.items():
         own = {
@@ -192,7 +209,7 @@ def plan(comparison: Comparison, splits: Mapping[str, Sequence[Fact]]) -> list[J
         if METHODS[name].key_covariance is not None:
             own |= {"covariance_texts": comparison.covariance_texts, "n_tokens": comparison.n_covariance_tokens}
             own |= {"covariance_identity": _identity(comparison.covariance_texts)}
-        editors[name] = Job("editor", f"editors/{name}", folder, own)
+        editors[name] = Job("editor", f"editors/{name}", folder, own, ("before",), made_from)
     jobs += editors.values()
     for amount in comparison.amounts:
         for name, editor in editors.items():
@@ -207,7 +224,7 @@ def plan(comparison: Comparison, splits: Mapping[str, Sequence[Fact]]) -> list[J
             }
             if amount.facts_per_turn is not None:
                 own["accumulate"] = comparison.methods[name].accumulate
-            jobs.append(Job("cell", f"cells/{name}-{amount.name}", folder, own, ("before", editor.name)))
+            jobs.append(Job("cell", f"cells/{name}-{amount.name}", folder, own, ("before", editor.name), tested))
     return jobs
 
 
@@ -227,26 +244,40 @@ def run_comparison(
         {name of the job: its result, or `{"error": ...}`}.
 
     Raises:
-        FactError, ValueError: facts that cannot be compared on, or a given editor of another method or prompt format;
-            before anything is run.
-        ModelMismatchError, OSError: no given editor where there should be one, or no base model; likewise.
+        FactError, ValueError: facts that cannot be compared on, a given editor of another method or prompt format, or
+            texts that cannot be read; before anything is run.
+        CheckpointWriteError: another comparison is running in the same folder.
+        ModelMismatchError, OSError: no given editor where there should be one, no base model, or no texts; likewise.
     """
     splits, left_out = split_facts(comparison)
     for name, method in comparison.methods.items():
         if method.editor_folder is not None:
             require_shared_format(EditorConfig.from_pretrained(method.editor_folder), name, comparison)
+    check_base_model(comparison.base_model, comparison.prompt_format.base_model_revision)
     jobs = plan(comparison, splits)
+    reads_texts = any(METHODS[name].key_covariance is not None for name in comparison.methods)
+    for source in (comparison.texts, comparison.covariance_texts if reads_texts else None):
+        if source is not None:
+            load_texts(source)  # raises what is wrong with them
     if left_out:
         say(f"{left_out} facts left out, of which a text stands in a fact before.")
     folder = Path(comparison.output_dir)
-    for name, facts in splits.items():
-        lines = "".join(json.dumps(fact.to_dict(), ensure_ascii=False) + "\n" for fact in facts)
-        write_text(folder / FACTS_FOLDER / f"{name}.jsonl", lines)
-    counts = ", ".join(f"{len(facts):,} {name}" for name, facts in splits.items())
-    write_json(folder / "settings.json", dataclasses.asdict(comparison) | {"n_facts": counts, "left_out": left_out})
-    say(f"{len(jobs)} jobs in {folder}; facts: {counts}.")
-    if isinstance(commit := jobs[0].settings["base"], str):  # a branch may move on while jobs run
-        comparison = dataclasses.replace(comparison, editor={**comparison.editor, "base_model_revision": commit})
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        for name, facts in splits.items():
+            lines = "".join(json.dumps(fact.to_dict(), ensure_ascii=False) + "\n" for fact in facts)
+            write_text(folder / FACTS_FOLDER / f"{name}.jsonl", lines)
+        counts = ", ".join(f"{len(facts):,} {name}" for name, facts in splits.items())
+        write_json(folder / "settings.json", dataclasses.asdict(comparison) | {"n_facts": counts, "left_out": left_out})
+        say(f"{len(jobs)} jobs in {folder}; facts: {counts}.")
+        if isinstance(commit := jobs[0].settings["base"], str):  # a branch may move on while jobs run
+            comparison = dataclasses.replace(comparison, editor={**comparison.editor, "base_model_revision": commit})
+        return _run_jobs(jobs, comparison, say, run or run_alone)
+
+
+def _run_jobs(
+    jobs: Sequence[Job], comparison: Comparison, say: Callable[[str], None], run: Callable[[Job, Comparison], None]
+) -> dict[str, dict[str, Any]]:
     results: dict[str, dict[str, Any]] = {}
     for position, job in enumerate(jobs, 1):
         result, how = job.read(), "done before"
@@ -256,7 +287,7 @@ def run_comparison(
             if broken:
                 job.write({"error": f"{broken[0]} failed: {results[broken[0]]['error']}"})
             else:
-                (run or run_alone)(job, comparison)
+                run(job, comparison)
             result, how = job.read(), f"{time.perf_counter() - began:.0f} s"
             assert result is not None  # for the type checker: it was just written
         results[job.name] = result

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from .base_model import tokenizer_for
 from .batches import Tokenizer
-from .comparison import FACTS_FOLDER, Job, asked, evaluated, write_json
+from .comparison import FACTS_FOLDER, Job, asked, digest_of, evaluated, write_json
 from .comparison_settings import WHOLE_FIELDS, Amount, Comparison, comparison_from, require_shared_format
 from .configuration import METHODS, EditorConfig
 from .edit import Edit
@@ -48,7 +48,17 @@ def main(request: Path) -> None:
 
 
 def perform(job: Job, comparison: Comparison) -> None:
-    """Do a job in this process, and write its result."""
+    """Do a job in this process, and write its result.
+
+    Raises:
+        ValueError: the facts in the folder are not those that it was planned with.
+    """
+    for split, digest in job.facts.items():
+        if digest_of(_facts(comparison, split)) != digest:
+            raise ValueError(
+                f"{Path(job.folder) / FACTS_FOLDER / split}.jsonl does not hold the facts that this comparison wrote "
+                "there. Start it again, in a folder that nothing else writes to."
+            )
     set_seed(comparison.seed)
     base = Base(comparison)
     do = {"before": ask_before, "editor": make_editor, "cell": run_cell}[job.kind]

@@ -1,7 +1,7 @@
 """Results of a comparison -> tables, plots, and a page that says what was done and who is best at what."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from .comparison_settings import Amount, Comparison
 from .configuration import METHODS
 from .model_card import escape
 from .scoring import bootstrap_intervals
-from .tables import METRIC_TITLES, table
+from .tables import METRIC_TITLES, finite_or_none, table
 from .version import __version__
 
 # Of these three, a method that changes nothing wins one, and a method that forgets everything else the other two.
@@ -67,7 +67,8 @@ def write_report(results: Results) -> str:
         The tables of scores and costs, for a terminal.
     """
     folder = Path(results.comparison.output_dir)
-    write_json(folder / "results.json", _rows(results))
+    rows = [{name: finite_or_none(value) for name, value in row.items()} for row in _rows(results)]
+    write_json(folder / "results.json", rows)
     plots = {}
     if any(results.measured(amount) for amount in results.comparison.amounts):
         plots = {
@@ -75,6 +76,8 @@ def write_report(results: Results) -> str:
             "tradeoff.png": ("Generalization against locality", _plot_tradeoff),
             "costs.png": ("Seconds and memory", _plot_costs),
         }
+        if not any({"generalization", "locality"} <= set(cell.get("scores", ())) for cell in results.cells.values()):
+            del plots["tradeoff.png"]  # facts without rephrases, or without unrelated prompts
         for name, (_, draw) in plots.items():
             draw(results, folder / name)
     tables = score_tables(results)
@@ -251,10 +254,9 @@ def _best(results: Results) -> str:
             if winners := best(results, amount, name):
                 tie = " (a tie)" if len(winners) > 1 else ""
                 lines.append(f"- {title}: {', '.join(winners)}{tie}")
-        lines.append(
-            f"- not beaten on edit success, generalization and locality all three, by means: "
-            f"{', '.join(unbeaten(results, amount)) or 'none measured'}\n"
-        )
+        scores = {name for cell in results.measured(amount).values() for name in cell["scores"]}
+        left = ", ".join(unbeaten(results, amount)) or "none measured"
+        lines.append(f"- not beaten on all of {_titles(scores)}, by means: {left}\n")
     note = (
         "Methods stand together where the 95 % interval of the difference to the first, over the same facts, holds 0. "
         "A win on locality or perplexity alone may be that of a method that hardly edits: read it with edit success."
@@ -273,11 +275,12 @@ def _making(results: Results) -> str:
         parts.append(f"{head}{made['how']}, {made['seconds']:.0f} s, {made['n_parameters']:,} parameters.")
         if search and made["trials"]:
             won = max(made["trials"], key=lambda trial: trial["score"])
+            scored = {name for trial in made["trials"] for scores in trial["by_size"].values() for name in scores}
             ranges = ", ".join(f"{name} in {values}" for name, values in search.items())
             parts.append(
                 f"Searched: {ranges}; {len(made['trials'])} trials (Latin hypercube, logarithmic), each editing "
                 f"{' and '.join(map(str, results.comparison.tuning.sizes))} validation facts at once. Score: harmonic "
-                f"mean of edit success, generalization and locality. Won: {_values(won['values'])}."
+                f"mean of {_titles(scored)}. Won: {_values(won['values'])}."
             )
             rows = []
             for trial in sorted(made["trials"], key=lambda trial: -trial["score"]):
@@ -290,6 +293,11 @@ def _making(results: Results) -> str:
                 rows.append([_values(trial["values"]), f"{trial['score']:.3f}", shown, f"{trial['seconds']:.0f}"])
             parts.append(table(["setting", "score", "ES / GS / locality", "seconds"], rows))
     return "\n\n".join(parts)
+
+
+def _titles(names: Collection[str]) -> str:
+    """Of the main metrics among the names: others were not measured, as of facts without rephrases."""
+    return ", ".join(METRIC_TITLES[name] for name in MAIN_METRICS if name in names) or "no metric"
 
 
 def _values(values: Mapping[str, Any]) -> str:
@@ -395,10 +403,12 @@ def _plot_scores(results: Results, path: Path) -> None:
         axes.grid(alpha=0.3)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
-    handles, labels = grid[0].get_legend_handles_labels()
+    # Of all panels: a method may have no number in the first one.
+    drawn = {name: handle for axes in grid for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     turns = "; hollow: edited in turns" if results.comparison.turns else ""
     title = f"against the number of facts edited; bands: 95 % intervals{turns}"
-    figure.legend(handles, labels, loc="outside lower center", ncols=max(1, len(labels)), title=title)
+    columns = max(1, len(drawn))
+    figure.legend(list(drawn.values()), list(drawn), loc="outside lower center", ncols=columns, title=title)
     figure.savefig(path, dpi=130, format="png")
 
 

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from .configuration import METHODS, EditorConfig
-from .settings import field_names, read_settings, require_known
+from .settings import DTYPES, field_names, read_settings, require_known, require_text
 
 EXAMPLE = "recipes/compare-geography.yaml"
 # Of every prompt alike, so that one set of answers before the edit serves all methods.
 SHARED_FIELDS = ("prompt_template", "use_chat_template", "task_type", "base_model_revision")
 # Fields of `EditorConfig` whose values are whole numbers, also where a range of them is searched.
 WHOLE_FIELDS = frozenset(entry.name for entry in dataclasses.fields(EditorConfig) if entry.type is int)
+_NUMBER_FIELDS = WHOLE_FIELDS | {entry.name for entry in dataclasses.fields(EditorConfig) if entry.type is float}
 SPLITS = ("train", "validation", "test")
+_TEXTS = ("base_model", "output_dir", "facts", *(f"{name}_facts" for name in SPLITS), "texts", "covariance_texts")
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ class MethodSettings:
             logarithmically, in whole numbers where the field takes no others; or `{field: {choices: [...]}}`. Empty:
             nothing is tuned.
         warm_up_facts: training facts whose statistics the editor of a method that is not trained starts with.
-        editor_folder: folder or Hub id of an editor that is there already, instead of making one. That it was not
-            trained on the test facts is for you to know.
+        editor_folder: folder or Hub id of an editor that is there already, instead of making one with the four above.
+            That it was not trained on the test facts is for you to know.
         accumulate: edits in turns as `EditorModel.apply(accumulate=True)`, which solves for all facts in force at every
             turn; False: turn by turn.
     """
@@ -211,7 +213,10 @@ def load_comparison(
     for name in ("base_model", "output_dir"):
         if not content.get(name):
             raise ValueError(f"{where} has no {name}. Add it, or give it on the command line.")
+    require_text(content, _TEXTS, where)
     comparison = Comparison(**content)
+    if comparison.dtype not in DTYPES:
+        raise ValueError(f"{where}: dtype is {comparison.dtype!r}; allowed: {', '.join(DTYPES)}.")
     _check_numbers(comparison, where)
     _check_sources(comparison, where)
     _check_methods(comparison, where)
@@ -226,7 +231,7 @@ def comparison_from(content: Mapping[str, Any]) -> Comparison:
 
 
 def require_shared_format(config: EditorConfig, method: str, comparison: Comparison) -> None:
-    """Check that a given editor is of its method, and reads prompts as the answers before the edit were asked.
+    """Check that a given editor is of its method, reads prompts as the answers before were asked, and can accumulate.
 
     Args:
         config: the editor's.
@@ -234,7 +239,7 @@ def require_shared_format(config: EditorConfig, method: str, comparison: Compari
         comparison: the settings.
 
     Raises:
-        ValueError: it is not, or does not.
+        ValueError: it is not, does not, or cannot where it is to.
     """
     source = comparison.methods[method].editor_folder
     if config.method != method:
@@ -242,6 +247,8 @@ def require_shared_format(config: EditorConfig, method: str, comparison: Compari
             f"{source} holds an editor of method {config.method!r}; expected {method!r}. Give it where that method is "
             "set up."
         )
+    if comparison.methods[method].accumulate:
+        _require_accumulable(config, f"{source}, the editor of {method!r}")
     shared = comparison.prompt_format
     for name in ("prompt_template", "use_chat_template", "task_type"):
         own, wanted = getattr(config, name), getattr(shared, name)
@@ -313,28 +320,43 @@ def _check_sources(comparison: Comparison, where: str) -> None:
 
 def _check_methods(comparison: Comparison, where: str) -> None:
     _check_editor(comparison.editor, f"{where}, editor")
-    _check_training(comparison.training, f"{where}, training")
-    for name, method in comparison.methods.items():
-        place = f"{where}, methods.{name}"
-        _check_editor(method.editor, f"{place}.editor")
-        require_known(method.search, field_names(EditorConfig), f"{place}.search")
-        for section, fields in (("editor", method.editor), ("search", method.search)):
-            for shared in SHARED_FIELDS:
-                if shared in fields:
-                    raise ValueError(f"{place}.{section}: {shared} is the same for all methods; give it in `editor`.")
-        if type(method.accumulate) is not bool:
-            raise ValueError(f"{place}: accumulate is {method.accumulate!r}; expected true or false.")
-        if METHODS[name].is_trained and (method.search or method.warm_up_facts):
-            raise ValueError(
-                f"{place}: search and warm_up_facts are for methods without training, and {name!r} is trained."
-            )
-        if not METHODS[name].is_trained and method.training:
-            raise ValueError(f"{place}.training: {name!r} is not trained. Tune it with search.")
-        _check_training(method.training, f"{place}.training")
-        settings = comparison.editor_settings(name)
-        EditorConfig(**settings)  # raises what is not allowed, before anything is run
-        for setting, values in method.search.items():
-            _check_search(setting, values, settings, f"{place}.search.{setting}")
+    _check_training_names(comparison.training, f"{where}, training")
+    for name in comparison.methods:
+        _check_method(comparison, name, f"{where}, methods.{name}")
+
+
+def _check_method(comparison: Comparison, name: str, place: str) -> None:
+    method = comparison.methods[name]
+    _check_editor(method.editor, f"{place}.editor")
+    require_known(method.search, field_names(EditorConfig), f"{place}.search")
+    for section, fields in (("editor", method.editor), ("search", method.search)):
+        for shared in SHARED_FIELDS:
+            if shared in fields:
+                raise ValueError(f"{place}.{section}: {shared} is the same for all methods; give it in `editor`.")
+    if type(method.accumulate) is not bool:
+        raise ValueError(f"{place}: accumulate is {method.accumulate!r}; expected true or false.")
+    if METHODS[name].is_trained and (method.search or method.warm_up_facts):
+        raise ValueError(
+            f"{place}: search and warm_up_facts are for methods without training, and {name!r} is trained."
+        )
+    if not METHODS[name].is_trained and method.training:
+        raise ValueError(f"{place}.training: {name!r} is not trained. Tune it with search.")
+    require_text(vars(method), ["editor_folder"], place)
+    if method.editor_folder is not None:
+        for section in ("editor", "training", "search", "warm_up_facts"):
+            if getattr(method, section):
+                raise ValueError(f"{place}: {section} is for an editor that is made, and editor_folder gives one.")
+        return
+    settings = comparison.editor_settings(name)
+    config = EditorConfig(**settings)  # raises what is not allowed, before anything is run
+    for setting, values in method.search.items():
+        _check_search(setting, values, settings, f"{place}.search.{setting}")
+    if method.accumulate:
+        for statistics in method.search.get("statistics", {"choices": [config.statistics]})["choices"]:
+            _require_accumulable(EditorConfig(**{**settings, "statistics": statistics}), place)
+    _check_training_names(method.training, f"{place}.training")
+    if METHODS[name].is_trained:
+        _check_training({**comparison.training, **method.training}, f"{place}, with training")
 
 
 def _check_editor(editor: Mapping[str, Any], where: str) -> None:
@@ -343,11 +365,32 @@ def _check_editor(editor: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where}: method is {editor['method']!r}; expected none. What is compared stands in methods.")
 
 
-def _check_training(training: Mapping[str, Any], where: str) -> None:
+def _require_accumulable(config: EditorConfig, where: str) -> None:
+    if config.maker != "rows" or config.follows_edits:
+        remedy = "give it statistics: frozen, or leave it out" if config.maker == "rows" else "leave it out"
+        raise ValueError(
+            f"{where}: accumulate is for editors whose rows do not depend on the turn, and those of {config.method!r} "
+            f"do; {remedy}."
+        )
+
+
+def _check_training_names(training: Mapping[str, Any], where: str) -> None:
     if training:
         from .training import EditorTrainingArguments  # seconds to import
 
         require_known(training, set(inspect.signature(EditorTrainingArguments).parameters), where)
+        if "output_dir" in training:
+            raise ValueError(f"{where}: output_dir is {training['output_dir']!r}; expected none, but the comparison's.")
+
+
+def _check_training(training: Mapping[str, Any], where: str) -> None:
+    if training:
+        from .training import EditorTrainingArguments  # seconds to import
+
+        try:  # without the accelerator, which this process leaves to its jobs
+            EditorTrainingArguments(**{**training, "output_dir": "", "use_cpu": True})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from None
 
 
 def _check_search(setting: str, values: Any, settings: Mapping[str, Any], where: str) -> None:
@@ -355,6 +398,8 @@ def _check_search(setting: str, values: Any, settings: Mapping[str, Any], where:
     if setting == "method":
         raise ValueError(f"{where} is {values!r}; expected none. What is compared stands in methods.")
     _check_range(values, where)
+    if isinstance(values, list) and setting not in _NUMBER_FIELDS:
+        raise ValueError(f"{where} is {values!r}; {setting} is no single number. Write {{choices: [...]}}.")
     for value in values["choices"] if isinstance(values, dict) else values:
         try:
             EditorConfig(**{**settings, setting: value})

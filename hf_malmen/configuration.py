@@ -2,9 +2,11 @@
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -307,8 +309,10 @@ class EditorConfig(PreTrainedConfig):
 
         Raises:
             ModelMismatchError: the folder or repo holds something else.
+            OSError: there is no such folder, repo or revision.
         """
-        content, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        with repo_named(str(pretrained_model_name_or_path)):
+            content, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if content.get("model_type") != cls.model_type:
             raise ModelMismatchError(
                 f"{pretrained_model_name_or_path} holds no editor, as EditorModel.save_pretrained writes it: "
@@ -499,6 +503,26 @@ class EditorConfig(PreTrainedConfig):
             )
         if template is not None and self.use_chat_template:
             raise ValueError("EditorConfig takes prompt_template or use_chat_template, not both.")
+
+
+@contextmanager
+def repo_named(source: str) -> Iterator[None]:
+    """Within this context a repo on the Hub is asked for, as there is no folder of this name; an error says so.
+
+    Raises:
+        FileNotFoundError: neither a folder nor the name of a repo.
+    """
+    path = Path(source)
+    if not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise FileNotFoundError(f"There is no folder {source}. Check the path, or give a repo on the Hub: owner/name.")
+    try:
+        yield
+    except (ConnectionError, TimeoutError):
+        raise
+    except OSError as error:
+        if path.exists():
+            raise
+        raise OSError(f"There is no folder {source}, and no repo on the Hub that can be read: {error}") from error
 
 
 def _what_else(content: Mapping[str, Any]) -> str:

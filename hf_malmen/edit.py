@@ -352,6 +352,8 @@ class Edit:
     def to_lora(self, save_directory: str | Path, rank: int | None = None) -> Path:
         """Save the edit as a PEFT LoRA adapter folder, also for 4- and 8-bit models, which cannot be edited in place.
 
+        It is for a model that the edit is not in force on: there it would count twice.
+
         The adapter is exact wherever a layer was solved from no more than `rank` traced tokens; see `save_lora`. Edits
         load side by side and switch with `set_adapter`, and swap with PEFT's `hotswap_adapter`, whatever their ranks.
         There, two adapters must agree on the layers that have a rank of their own (`alpha_pattern`), and for a compiled

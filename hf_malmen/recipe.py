@@ -11,6 +11,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from .base_model import check_base_model
 from .configuration import METHODS, EditorConfig
 from .covariance import DEFAULT_N_TOKENS
 from .evaluation import n_measured
@@ -18,14 +19,12 @@ from .facts import Fact, load_facts
 from .hub import cached_commit
 from .model_card import EditorRun, Measurement, write_editor_card
 from .modeling import DEFAULT_BATCH_SIZE, EditorModel
-from .settings import field_names, read_settings, require_known
+from .settings import DTYPES, field_names, read_settings, require_known, require_text
 from .sharding import place
 from .side_effects import load_texts
 from .tables import METRIC_TITLES
 from .tasks import AUTO_CLASSES
 from .training import EditorTrainer, EditorTrainingArguments
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         overrides: values that replace those under `training`.
 
     Raises:
-        ValueError: not YAML, a name that is not known, or one that is missing.
+        ValueError: not YAML, a name that is not known, one that is missing, or a value that is not allowed.
     """
     content = read_settings(path, field_names(Recipe), "recipes/geography.yaml")
     if not content.get("base_model"):
@@ -78,6 +77,12 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     for name in ("editor", "training"):
         if not isinstance(content.setdefault(name, {}), dict):
             raise ValueError(f"{path}: {name} is {content[name]!r}; expected settings with their values, or no {name}.")
+    require_text(content, ("base_model", "train_facts", "texts", "eval_facts", "license"), f"{path}")
+    require_text(content["training"], ["output_dir"], f"{path}, training")
+    for name in ("n_tokens", "max_eval_facts"):
+        value = content.get(name)
+        if value is not None and not (type(value) is int and value >= 1):
+            raise ValueError(f"{path}: {name} is {value!r}; expected a whole number of at least 1, or nothing.")
     recipe = Recipe(**content)
     method = METHODS.get(str(recipe.editor.get("method", EditorConfig.method)))
     if not recipe.train_facts and (method is None or method.is_trained):  # one that is unknown is refused later
@@ -134,6 +139,7 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> Path:
     config = EditorConfig(**recipe.editor)
     hub = {"revision": config.base_model_revision or "main"}
     auto_class = AUTO_CLASSES[config.task_type or "CAUSAL_LM"]
+    check_base_model(recipe.base_model, **hub)
     model = auto_class.from_pretrained(recipe.base_model, dtype=recipe.dtype, **hub)
     tokenizer = AutoTokenizer.from_pretrained(recipe.base_model, **hub)
     config.base_model_revision = cached_commit(recipe.base_model, **hub) or config.base_model_revision

@@ -2,11 +2,14 @@
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+# Precisions that a base model is loaded in.
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class _Loader(yaml.SafeLoader):
@@ -51,6 +54,17 @@ def require_known(given: Mapping[str, Any], known: Collection[str], where: str) 
     unknown = sorted(set(map(str, given)) - set(known))
     if unknown:
         raise ValueError(f"{where}: unknown {', '.join(map(repr, unknown))}. Known: {', '.join(sorted(known))}.")
+
+
+def require_text(given: Mapping[str, Any], names: Iterable[str], where: str) -> None:
+    """Refuse what is no text where one is expected: a list of files, or a name that YAML reads as a number.
+
+    Raises:
+        ValueError: such a value.
+    """
+    for name in names:
+        if (value := given.get(name)) is not None and not isinstance(value, str):
+            raise ValueError(f"{where}: {name} is {value!r}; expected one text, with quotes around a number.")
 
 
 def field_names(dataclass_type: type) -> set[str]:

@@ -172,6 +172,22 @@ def text_losses(
     return [(math.fsum(of_text), n_tokens) for of_text, n_tokens in zip(losses, counts, strict=True)]
 
 
+def known_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> Any:
+    """The `TaskManager` of `lm-eval`, which knows the tasks; arguments and errors as of `run_harness`."""
+    if not tasks:
+        raise ValueError("No tasks given. Name at least one that lm-eval knows, such as 'hellaswag'.")
+    _, _, manager = _harness()
+    known = manager(include_path=str(include_path) if include_path is not None else None)
+    # Patterns, as on the command line of lm-eval: "mmlu_*".
+    missing = [task for task in tasks if not known.match_tasks([task])]
+    if missing:
+        raise ValueError(
+            f"lm-eval has no task {', '.join(map(repr, missing))}. `lm-eval ls tasks` lists those that there are; for "
+            "your own, pass the folder of their files as include_path."
+        )
+    return known
+
+
 def run_harness(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -203,17 +219,8 @@ def run_harness(
         ImportError: `lm-eval` is not installed.
         ValueError: no task, or one that `lm-eval` does not know.
     """
-    if not tasks:
-        raise ValueError("No tasks given. Name at least one that lm-eval knows, such as 'hellaswag'.")
-    evaluate, wrapper, manager = _harness()
-    known = manager(include_path=str(include_path) if include_path is not None else None)
-    # Patterns, as on the command line of lm-eval: "mmlu_*".
-    missing = [task for task in tasks if not known.match_tasks([task])]
-    if missing:
-        raise ValueError(
-            f"lm-eval has no task {', '.join(map(repr, missing))}. `lm-eval ls tasks` lists those that there are; for "
-            "your own, pass the folder of their files as include_path."
-        )
+    known = known_tasks(tasks, include_path)
+    evaluate, wrapper, _ = _harness()
     with in_eval_mode(model), _random_state_kept():  # it seeds all generators of the process
         report = evaluate(
             # A copy of the tokenizer, which is given a padding token where it has none.

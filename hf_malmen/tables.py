@@ -1,6 +1,8 @@
 """Values -> Markdown tables. Imports nothing heavy: the cards and the command line are made of these."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 METRIC_TITLES = {
     "edit_success": "edit success",
@@ -49,3 +51,8 @@ def scores_table(
                     rows.append(row)
     header = ["metric", "facts", "before", "after"]
     return table(header if intervals is None else [*header, "95 % interval"], rows)
+
+
+def finite_or_none(value: Any) -> Any:
+    """The value, or None for a number that is not finite: JSON has no NaN, and strict readers refuse it."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

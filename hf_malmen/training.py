@@ -323,6 +323,11 @@ class EditorTrainer(Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return prepare_data_loader(loader, num_processes=1, process_index=0, use_seedable_sampler=True, data_seed=seed)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """`Trainer`'s, which would take one step more on from a checkpoint that has taken all of them."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """`Trainer`'s optimizer, with log η, log λ and log κ in a group of their own."""
         if self.optimizer is None:

@@ -17,9 +17,11 @@ from typing import Any
 import yaml
 from transformers.utils import logging
 
+from hf_malmen.cli import plain_errors
 from hf_malmen.comparison import run_comparison
 from hf_malmen.comparison_report import Results, write_report
 from hf_malmen.comparison_settings import load_comparison
+from hf_malmen.configuration import METHODS
 
 RECIPE = Path(__file__).with_name("compare-geography.yaml")
 # Of the edited subjects. More test facts than the other recipes have, for the cell of 4,096.
@@ -49,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--facts", help="one file of facts, to be split (default: geography)")
     parser.add_argument("--texts", help="other text, for perplexity (default: everyday-texts.jsonl)")
     parser.add_argument("--output-dir", help="folder for results; the same one goes on (default: the settings')")
-    parser.add_argument("--methods", nargs="+", help="methods (default: all)")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="methods (default: all)")
     parser.add_argument("--sizes", type=int, nargs="*", help="facts edited at once")
     parser.add_argument("--turns", type=int, help="turns of one more cell; 0: none")
     parser.add_argument("--facts-per-turn", type=int, help="facts in each turn")
@@ -60,7 +62,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, help="of splits, subsets, training and tuning")
     options = parser.parse_args(arguments)
     logging.set_verbosity_error()
+    with plain_errors(parser.prog):
+        return run(options)
 
+
+def run(options: argparse.Namespace) -> int:
+    """The comparison that the options ask for. Returns the exit code."""
     given: dict[str, Any] = {name: value for name, value in vars(options).items() if value is not None}
     config, max_steps, n_trials = (given.pop(name, None) for name in ("config", "max_steps", "n_trials"))
     if options.model is not None:

@@ -642,6 +642,7 @@ def bad(home: Path, make_llama: Build, tmp_path: Path) -> Path:
     write_recipe(folder / "value.yaml", editor={"method": "magic"})
     write_recipe(folder / "settings.yaml", editor=[1])
     write_recipe(folder / "facts.yaml", train_facts="no.jsonl")
+    write_recipe(folder / "an editor.yaml", base_model="editor")
     write_recipe(folder / "good.yaml")
     return folder
 
@@ -672,6 +673,42 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
     "a model in pickles": (["apply", "editor", "BAD/pickles", "facts.jsonl", *OUT], r"\.bin files only"),
     "evaluation of no facts": (["evaluate", "editor", "model", "no.jsonl"], r"There is no file no\.jsonl"),
     "evaluation of no editor": (["evaluate", "model", "model", "facts.jsonl"], r"model holds no editor"),
+    "a limit of nothing": (
+        ["evaluate", "editor", "model", "facts.jsonl", "--limit", "3"],
+        r"--limit is for benchmarks",
+    ),
+    "tasks that are not there": (
+        ["evaluate", "editor", "model", "facts.jsonl", "--tasks", "tiny_history", "--include-path", "BAD/nothing"],
+        r"lm-eval has no task 'tiny_history'",
+    ),
+    "scores into a folder": (["evaluate", "editor", "model", "facts.jsonl", "--output", "BAD/used"], r"is a folder"),
+    "scores below a file": (
+        ["evaluate", "editor", "model", "facts.jsonl", "--output", "BAD/half.json/x"],
+        r"below a file",
+    ),
+    "a revision of a folder": ([*APPLY, *OUT, "--revision", "v1"], r"--revision is of a repo on the Hub, and model is"),
+    "writing a revision": (["write", "edit", "model", *OUT, "--revision", "v1"], r"--revision is of a repo on the Hub"),
+    "evaluation of no model": (
+        ["evaluate", "editor", "nosuch", "facts.jsonl"],
+        r"There is no folder nosuch, and no repo",
+    ),
+    "evaluation of no folder": (["evaluate", "editor", "./no", "facts.jsonl"], r"There is no folder \./no\. Check the"),
+    "evaluation of a file": (
+        ["evaluate", "editor", "facts.jsonl", "facts.jsonl"],
+        r"facts\.jsonl is a file; expected a",
+    ),
+    "evaluation of an editor": (
+        ["evaluate", "editor", "editor", "facts.jsonl"],
+        r"editor holds an editor; expected the",
+    ),
+    "evaluation by no folder": (
+        ["evaluate", "/no", "model", "facts.jsonl"],
+        r"There is no folder /no\. Check the path",
+    ),
+    "evaluation by no editor": (
+        ["evaluate", "nosuch", "model", "facts.jsonl"],
+        r"There is no folder nosuch, and no repo",
+    ),
     "evaluation of another model": (["evaluate", "editor", "gpt2", "facts.jsonl"], r"GPT2LMHeadModel has no module"),
     "inspection of nothing": (["inspect", "no/thing"], r"."),
     "inspection of an empty folder": (["inspect", "BAD/nothing"], r"has no config\.json; expected an editor"),
@@ -721,6 +758,7 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
     "a recipe with a bad value": (["train", "--config", "BAD/value.yaml"], r"EditorConfig\.method is 'magic'; allowed"),
     "a recipe with bad settings": (["train", "--config", "BAD/settings.yaml"], r"editor is \[1\]; expected settings"),
     "a recipe without facts": (["train", "--config", "BAD/facts.yaml"], r"There is no file no\.jsonl"),
+    "a recipe of an editor": (["train", "--config", "BAD/an editor.yaml"], r"editor holds an editor; expected the"),
     "nothing to resume": (["train", "--config", "BAD/good.yaml", "--resume"], r"has no checkpoint to resume from"),
 }
 
@@ -760,6 +798,7 @@ def test_bad_input_in_its_own_process(case: str, home: Path, bad: Path) -> None:
         ["recover"],
         ["push", "edit"],
         ["train"],
+        ["train", "--config", "run.yaml", "--max-steps", "0"],
     ],
 )
 def test_usage_errors(arguments: list[str], home: Path, call: Callable[..., Done]) -> None:

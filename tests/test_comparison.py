@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -42,6 +43,7 @@ from hf_malmen.comparison_report import (
     write_report,
 )
 from hf_malmen.comparison_settings import Amount, Comparison, MethodSettings, load_comparison
+from hf_malmen.errors import CheckpointWriteError
 from hf_malmen.evaluation import measure_edit
 from hf_malmen.side_effects import perplexity
 
@@ -361,6 +363,21 @@ def test_a_failed_method_is_reported(
     assert "error" not in mended["cells/malmen-4"]
 
 
+def test_nothing_is_made_where_nothing_can_be_compared(home: Path, tmp_path: Path) -> None:
+    """Without the answers of the unedited model no editor is trained or tuned; with them, later, all are."""
+    ran = []
+
+    def run(job: Job, _: Comparison) -> None:
+        ran.append(job.name)
+        job.write({"error": "no memory"})
+
+    results = run_comparison(settings(home, tmp_path, sizes=[4], turns=0), lambda _: None, run)
+    assert ran == ["before"]
+    assert results["cells/malmen-4"]["error"] == "before failed: no memory"
+    with pytest.raises(StoppedError):
+        run_comparison(settings(home, tmp_path, sizes=[4], turns=0), lambda _: None, Runner("editors/malmen"))
+
+
 def test_a_job_that_is_killed(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its result says by which signal, and where its log is."""
     found = settings(home, tmp_path)
@@ -397,9 +414,41 @@ def test_what_is_tested_was_not_trained_on(home: Path, tmp_path: Path) -> None:
     assert left_out == 0 and [len(part) for part in splits.values()] == [30, 10, 20]
 
 
+def test_a_folder_is_of_one_comparison(home: Path, tmp_path: Path) -> None:
+    """A second one waits; facts that changed between two jobs, such as training facts now tested on, are not used."""
+    found = settings(home, tmp_path, methods=["ultraedit"], sizes=[4], turns=0)
+
+    def run(job: Job, used: Comparison) -> None:
+        if job.kind == "before":
+            job.write({"summary": ""})
+            with pytest.raises(CheckpointWriteError, match="Another process is writing to"):
+                run_comparison(settings(home, tmp_path, seed=1), lambda _: None, run)
+            return
+        (tmp_path / "facts" / "test.jsonl").replace(tmp_path / "facts" / "train.jsonl")
+        perform(job, used)
+
+    with pytest.raises(ValueError, match=r"train.jsonl does not hold the facts that this comparison wrote there"):
+        run_comparison(found, lambda _: None, run)
+    with pytest.raises(StoppedError):  # the lock has ended
+        run_comparison(found, lambda _: None, Runner("editors/ultraedit"))
+
+
+def test_training_facts_are_for_methods_that_read_some(home: Path, tmp_path: Path) -> None:
+    """Without one, all facts may be for testing and validation."""
+    content = yaml.safe_load((home / "compare.yaml").read_text(encoding="utf-8"))
+    content |= {"output_dir": str(tmp_path), "sizes": [4], "turns": 0, "texts": None, "n_test_facts": 52}
+    content["methods"] = {"ultraedit": {}}
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    results = run_comparison(load_comparison(tmp_path / "compare.yaml"), lambda _: None, Runner())
+    assert "error" not in results["cells/ultraedit-4"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"texts": ["texts.jsonl"]}, r"texts is \['texts.jsonl'\]; expected one text"),
+        ({"base_model": 5}, "base_model is 5; expected one text, with quotes around a number"),
+        ({"dtype": "bf16"}, "dtype is 'bf16'; allowed: auto, float32, bfloat16, float16"),
         ({"base_model": None}, "has no base_model. Add it, or give it on the command line"),
         ({"sizes": [4, 13]}, "n_test_facts is 12, and the largest cell edits 13 facts. Raise it"),
         ({"n_test_facts": 52}, "has 60 facts that share no text, and 52 are wanted for testing and 8 for validation"),
@@ -409,6 +458,9 @@ def test_what_is_tested_was_not_trained_on(home: Path, tmp_path: Path) -> None:
         ({"evaluation": {"max_fact": 3}}, "evaluation: unknown 'max_fact'. Known: batch_size, max_facts"),
         ({"evaluation": {"max_facts": 0}}, "evaluation.max_facts is 0; expected a whole number of at least 1"),
         ({"tuning": {"sizes": [9]}}, "There are 8 validation facts, and 9 are wanted. Lower tuning.sizes"),
+        ({"base_model": "./no"}, "There is no folder ./no. Check the path"),
+        ({"texts": "no.txt"}, "no.txt is not a file"),
+        ({"covariance_texts": "no.jsonl", "methods": ["ft"], "editor": {}}, "There is no file no.jsonl"),
         ({"test_facts": "test.jsonl"}, "give facts, to be split, or all of train_facts"),
         ({"editor": {"rnak": 3}}, "editor: unknown 'rnak'. Known: "),
         ({"editor": {"edit_lr": 0}}, "EditorConfig.edit_lr is 0"),
@@ -420,7 +472,7 @@ def test_what_is_tested_was_not_trained_on(home: Path, tmp_path: Path) -> None:
 )
 def test_settings_are_checked(home: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
     """Whatever is wrong is said before anything is run."""
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_comparison(settings(home, tmp_path / "out", **change), lambda _: None, Runner("before"))
     assert not (tmp_path / "out").exists()
 
@@ -444,6 +496,26 @@ def test_settings_are_checked(home: Path, tmp_path: Path, change: dict[str, Any]
         ("ultraedit", {"search": {"n_steps": [1, 4]}}, "search.n_steps: EditorConfig.n_steps is 1; allowed: nothing"),
         ("memit", {"search": {"n_steps": [2, 4.5]}}, "search.n_steps: EditorConfig.n_steps is 4.5; allowed: a whole"),
         ("ultraedit", {"search": {"statistics": {"choices": ["frozen", "warm"]}}}, "statistics is 'warm'; allowed"),
+        ("ft", {"search": {"layers_to_transform": [1, 3]}}, "layers_to_transform is no single number"),
+        (
+            "memit",
+            {"accumulate": True},
+            "accumulate is for editors whose rows do not depend .* 'memit' do; leave it out",
+        ),
+        ("ultraedit", {"accumulate": True}, "'ultraedit' do; give it statistics: frozen, or leave it out"),
+        (
+            "ultraedit",
+            {"accumulate": True, "search": {"statistics": {"choices": ["frozen", "following"]}}},
+            "give it statistics: frozen",
+        ),
+        ("malmen", {"training": {"lr_scheduler_type": "cosin"}}, "malmen, with training: cosin is not a valid"),
+        ("malmen", {"training": {"look_back": "a"}}, "malmen, with training: .* 'str' and 'int'"),
+        ("malmen", {"training": {"output_dir": "a"}}, "training: output_dir is 'a'; expected none"),
+        ("ultraedit", {"editor_folder": "e", "search": {"edit_lr": [1, 2]}}, "search is for an editor that is made"),
+        ("ultraedit", {"editor_folder": "e", "warm_up_facts": 1}, "warm_up_facts is for an editor that is made"),
+        ("malmen", {"editor_folder": 5}, "methods.malmen: editor_folder is 5; expected one text"),
+        ("malmen", {"editor_folder": "e", "editor": {"rank": 9}}, "editor is for an editor that is made"),
+        ("malmen", {"editor_folder": "e", "training": {"max_steps": 9}}, "training is for an editor that is made"),
         ("ultraedit", 3, "methods.ultraedit is 3; expected accumulate, editor"),
     ],
 )
@@ -547,6 +619,7 @@ def test_a_base_on_the_hub_is_the_same_before_and_after(home: Path, tmp_path: Pa
         return str(tmp_path / "snapshots" / "c0ffee" / name)
 
     monkeypatch.setattr(comparison, "cached_file", cached_file)
+    monkeypatch.setattr(comparison, "check_base_model", lambda *_: None)
     found = settings(home, tmp_path / "out", base_model="me/base", editor={"base_model_revision": "v1"})
     runner = Runner("cells/malmen-4")
 
@@ -650,6 +723,19 @@ def test_what_is_not_finite_never_wins(tmp_path: Path) -> None:
     assert best(results_of({"mend": {"locality": [nan]}}, tmp_path), amount, "locality") == []
 
 
+def test_report_of_facts_without_rephrases(tmp_path: Path) -> None:
+    """It names what was measured and has no plot without points; NaN is null for readers of JSON."""
+    results = results_of(
+        {"malmen": {"edit_success": [0.5, 1.0]}, "mend": {"edit_success": [float("nan"), 1.0]}}, tmp_path
+    )
+    write_report(results)
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "- not beaten on all of edit success, by means: malmen" in report
+    assert "tradeoff.png" not in report and not (tmp_path / "tradeoff.png").exists()
+    rows = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert [row["score"] for row in rows if row["metric"] == "edit_success"] == [0.75, None]
+
+
 def test_report(done: tuple[Comparison, dict[str, Any], list[str]], tmp_path: Path) -> None:
     """Everything that was searched, won and measured is in the report, and the plots are there."""
     found, results, _ = done
@@ -691,6 +777,23 @@ def test_recipe(
     assert "| ultraedit " in output and str(tmp_path / "report.md") in output
     result = json.loads((tmp_path / "cells" / "ultraedit-6.json").read_text(encoding="utf-8"))["result"]
     assert result["n_scored"] == 6 and result["perplexity"]["after"][0] > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "memot"], r"argument --methods: invalid choice: 'memot'"),
+        (["--config", "no.yaml"], r"^\S+: There is no file no.yaml. Give the path of a YAML recipe, such as \S+\n$"),
+    ],
+)
+def test_recipe_says_what_is_wrong(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a traceback, as the command does."""
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module("compare").main(arguments)
+    assert stop.value.code == 2 and re.search(message, capsys.readouterr().err)
 
 
 def test_shipped_settings(tmp_path: Path) -> None:

@@ -190,6 +190,24 @@ def test_what_a_recipe_that_reads_text_needs(tmp_path: Path) -> None:
             load_recipe(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_eval_facts": -1}, "max_eval_facts is -1; expected a whole number of at least 1"),
+        ({"max_eval_facts": "8"}, "max_eval_facts is '8'; expected a whole number of at least 1"),
+        ({"base_model": 5}, "base_model is 5; expected one text"),
+        ({"train_facts": ["f"]}, r"train_facts is \['f'\]; expected one text"),
+        ({"training": {"output_dir": 5}}, "training: output_dir is 5; expected one text"),
+    ],
+)
+def test_values_of_a_recipe_are_checked(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """Where it is read, and not as a traceback from wherever they are used."""
+    content = {"base_model": "b", "train_facts": "f", "eval_facts": "f", "training": {"output_dir": "o"}} | change
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
 def test_training_needs_facts(tmp_path: Path) -> None:
     """A recipe of a method that is trained, or of one that is not known, has some."""
     for number, editor in enumerate(({}, {"method": "rledit"}, {"method": "magic"})):

@@ -561,6 +561,27 @@ def test_resumed_run_ends_where_an_uninterrupted_one_does(
         assert logged(resumed, key) == logged(whole, key)
 
 
+def test_a_run_that_has_ended_is_not_gone_on_with(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+    tmp_path: Path,
+) -> None:
+    """Resumed within an epoch with all its steps taken, it is loaded as it was saved."""
+
+    def trainer() -> EditorTrainer:
+        return make_trainer(
+            make_editor(llama, seed=None, **TARGETS), llama, many, output_dir=tmp_path,
+            per_device_train_batch_size=2, max_steps=1, save_strategy="steps", save_steps=1,
+        )  # fmt: skip
+
+    ended, resumed = trainer(), trainer()
+    ended.train()
+    assert resumed.train(resume_from_checkpoint=True).global_step == 1
+    assert_identical(resumed.editor.state_dict(), ended.editor.state_dict())
+
+
 @pytest.mark.parametrize("stop", [1, 2])
 def test_a_sequence_is_an_optimizer_step(
     llama: PreTrainedModel,
