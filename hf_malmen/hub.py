@@ -1,13 +1,20 @@
 """Folders -> repos on the Hub, and what the cache and the repo of a loaded model hold."""
 
+import glob
 import math
+import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from .errors import CheckpointError
+from .model_card import HUB_RESULTS_FILE, PLOT_FILE, RESULTS_FILE
+from .records import CARD_FILE, EDITS_FOLDER, ID_PATTERN, SHIFTS_FILE
+from .shards import INDEX_FILE, SINGLE_FILE, parse_json
+from .state import STATE_FILE
 from .version import __version__
 
 # The second one is the base of all errors of the network library, of which the client has used more than one.
@@ -33,6 +40,9 @@ def push_folder(
 ) -> str:
     """Upload a folder to a Hub repo, made if it does not exist. Pickles and training checkpoints stay here.
 
+    What an earlier push has left there and the folder no longer has is deleted in the same commit: weights of other
+    names, edits that were undone, the state and the results of others. Other files of the repo stay.
+
     Args:
         folder: with a `config.json` or `adapter_config.json`.
         repo_id: `owner/name`.
@@ -57,15 +67,35 @@ def push_folder(
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
+    outdated = _outdated(folder, api.list_repo_files(repo_id, revision=revision))
     commit = api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
         commit_message=commit_message,
         create_pr=create_pr,
         revision=revision,
-        ignore_patterns=_NOT_PUSHED,
+        ignore_patterns=list(_NOT_PUSHED),  # as the client adds to it
+        delete_patterns=[glob.escape(file) for file in outdated] or None,
     )
     return commit.pr_url if create_pr and commit.pr_url else commit.commit_url
+
+
+def _outdated(folder: Path, files: Iterable[str]) -> list[str]:
+    """Those of a repo's files that would be taken for part of a folder, and are none of it."""
+    patterns = []
+    if (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file():
+        patterns += [r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", rf"{EDITS_FOLDER}/{ID_PATTERN}/.+"]
+    if (folder / SHIFTS_FILE).is_file():
+        patterns.append(re.escape(STATE_FILE))
+    if _is_editor(folder) and (folder / CARD_FILE).is_file():  # else the card in the repo stays, which shows them
+        patterns += map(re.escape, (PLOT_FILE, RESULTS_FILE, HUB_RESULTS_FILE))
+    ours = re.compile("|".join(patterns) or r"(?!)")
+    return [file for file in files if ours.fullmatch(file) and not (folder / file).is_file()]
+
+
+def _is_editor(folder: Path) -> bool:
+    path = folder / "config.json"
+    return path.is_file() and parse_json(path.read_bytes(), path).get("model_type") == "hf_malmen"
 
 
 def cached_checkpoint(repo_id: str, commit: str, token: str | bool | None = None) -> Path | None:

@@ -33,9 +33,11 @@ from hf_malmen import (
     Fact,
     ModelMismatchError,
     facts_in_force,
+    undo_edit,
 )
 from hf_malmen.configuration import FORMAT_VERSION, METHODS
 from hf_malmen.hub import push_folder
+from hf_malmen.model_card import EditorRun, write_editor_card
 
 from .hub_server import HubServer
 
@@ -460,6 +462,40 @@ def test_edits_of_a_checkpoint_on_the_hub_are_in_force(
     assert (edit.n_facts, edit.n_skipped) == (1, 4)
     for name, weight in wanted.items():
         assert torch.allclose(loaded.get_submodule(name).weight, weight, atol=1e-6)
+
+
+def test_what_is_gone_from_a_folder_goes_from_its_repo(
+    hub: HubServer, api: HfApi, edited: tuple[list[Fact], dict[str, Tensor]], tmp_path: Path
+) -> None:
+    """An edit that was undone would be in force again, and weights of other names would be loaded instead."""
+    others = {"README.md", "edits/notes.txt", "state.safetensors", "results.png", "lora/model.safetensors"}
+    for name in (*others, "model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+        api.upload_file(path_or_fileobj=b"", path_in_repo=name, repo_id="me/model")
+    undo_edit(tmp_path / "edited")
+    push_folder(tmp_path / "edited", "me/model", token=TOKEN)
+    kept = {path.name for path in (tmp_path / "edited").iterdir()}
+    assert set(hub.files("me/model")) == {".gitattributes", *kept, *others}
+
+
+@BOTH
+def test_what_belongs_to_an_earlier_push_goes_with_it(
+    hub: HubServer, api: HfApi, make_artifact: Build, kind: str, tmp_path: Path
+) -> None:
+    """Another edit's state would be read as its own; results would be shown as those of another editor."""
+    make_artifact(kind).push_to_hub(ID, token=TOKEN)
+    before = set(hub.files(ID))
+    results = {"results.png", "eval_results.json", ".eval_results/hf_malmen.yaml"}
+    for name in results | {"state.safetensors"}:
+        api.upload_file(path_or_fileobj=b"", path_in_repo=name, repo_id=ID)
+    artifact = make_artifact(kind, seed=1)
+    artifact.push_to_hub(ID, token=TOKEN)
+    others = {"state.safetensors"} if kind == "editor" else set()
+    assert set(hub.files(ID)) == before | results | others  # with the card that they are part of
+    if kind == "editor":
+        artifact.save_pretrained(tmp_path / "new")
+        write_editor_card(tmp_path / "new", artifact, EditorRun())
+        push_folder(tmp_path / "new", ID, token=TOKEN)
+        assert set(hub.files(ID)) == before | others
 
 
 def test_edits_of_a_private_checkpoint_are_in_force(
