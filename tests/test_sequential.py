@@ -754,5 +754,6 @@ def test_state_files(
     save_file({"weights": torch.ones(1)}, path, metadata={"version": "1"})
     with pytest.raises(ModelMismatchError, match=r"belongs to no state of an edit"):
         Edit.from_pretrained(tmp_path)
-    editor.make_edit(model, facts, tokenizer).save_pretrained(tmp_path / "plain")
-    assert not (tmp_path / "plain" / STATE_FILE).exists()
+    for folder in (tmp_path / "plain", tmp_path):  # one that has none, and one that has another edit's
+        editor.make_edit(model, facts, tokenizer).save_pretrained(folder)
+        assert not (folder / STATE_FILE).exists()
