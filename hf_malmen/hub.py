@@ -21,7 +21,7 @@ from .version import __version__
 HUB_ERRORS: tuple[type[Exception], ...] = (OSError, HfHubHTTPError.__bases__[0])
 _TIMEOUT = 10  # seconds that the Hub has to answer a question that is no download
 _PATIENCE = 60  # seconds after which it is asked again
-# Configurations in the cache: whose repo was asked for its edits, and whose could not be.
+# Configurations in the cache: whose repo was asked for its edits, and whose could not be (or `repo@commit`).
 _asked: set[str] = set()
 _failed: dict[str, tuple[float, Exception]] = {}
 # Training checkpoints, pickles, and what stands between two states of a checkpoint.
@@ -83,7 +83,7 @@ def push_folder(
 def _outdated(folder: Path, files: Iterable[str]) -> list[str]:
     """Those of a repo's files that would be taken for part of a folder, and are none of it."""
     patterns = []
-    if (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file():
+    if _has_weights(folder):
         patterns += [r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", rf"{EDITS_FOLDER}/{ID_PATTERN}/.+"]
     if (folder / SHIFTS_FILE).is_file():
         patterns.append(re.escape(STATE_FILE))
@@ -93,40 +93,54 @@ def _outdated(folder: Path, files: Iterable[str]) -> list[str]:
     return [file for file in files if ours.fullmatch(file) and not (folder / file).is_file()]
 
 
+def _has_weights(folder: Path) -> bool:
+    return (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file()
+
+
 def _is_editor(folder: Path) -> bool:
     path = folder / "config.json"
     return path.is_file() and parse_json(path.read_bytes(), path).get("model_type") == "hf_malmen"
 
 
-def cached_checkpoint(repo_id: str, commit: str, token: str | bool | None = None) -> Path | None:
+def cached_checkpoint(repo_id: str, commit: str | None, token: str | bool | None = None) -> Path | None:
     """The cache's copy of a checkpoint that was loaded from the Hub, with the edits that its repo has.
 
-    Loading a model leaves those on the Hub. It is asked for them once, if it answers.
+    Loading a model leaves those on the Hub. It is asked for them once, if it answers. Of a model that was loaded into
+    another place, by `cache_dir`, the weights come too if there are edits, as what these changed is read from both.
 
     Args:
         repo_id: `owner/name`.
-        commit: that the model was loaded at.
+        commit: that the model was loaded at; None takes that of the main branch.
         token: access token; None takes the one that is logged in.
+
+    Returns:
+        Its folder; None if it is not in the cache and has no edits.
 
     Raises:
         OSError, HTTPError (`HUB_ERRORS`): the Hub cannot be asked.
     """
     found = _cached_config(repo_id, commit)
-    if found is None:
-        return None
     if found in _asked:
         return Path(found).parent
-    failed_at, error = _failed.get(found, (-math.inf, None))
+    checkpoint = found or f"{repo_id}@{commit}"
+    failed_at, error = _failed.get(checkpoint, (-math.inf, None))
     if error is not None and time.monotonic() < failed_at + _PATIENCE:
         raise error
     try:
         api = HfApi(token=token, library_name="hf_malmen", library_version=__version__)
-        files = api.model_info(repo_id, revision=commit, timeout=_TIMEOUT).siblings or []
-        if any(file.rfilename.startswith("edits/") for file in files):
-            snapshot_download(repo_id, revision=commit, allow_patterns="edits/*", token=token)
+        info = api.model_info(repo_id, revision=Path(found).parent.name if found else commit, timeout=_TIMEOUT)
+        found = _cached_config(repo_id, info.sha)
+        if found not in _asked and any(file.rfilename.startswith(f"{EDITS_FOLDER}/") for file in info.siblings or []):
+            patterns = [f"{EDITS_FOLDER}/*"]
+            if found is None or not _has_weights(Path(found).parent):
+                patterns += ["config.json", "model*.safetensors*"]
+            snapshot_download(repo_id, revision=info.sha, allow_patterns=patterns, token=token)
+            found = _cached_config(repo_id, info.sha)
     except HUB_ERRORS as error:
-        _failed[found] = time.monotonic(), error
+        _failed[checkpoint] = time.monotonic(), error
         raise
+    if found is None:
+        return None
     _asked.add(found)
     return Path(found).parent
 

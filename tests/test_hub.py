@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_malmen import (
     Edit,
@@ -31,6 +31,7 @@ from hf_malmen import (
     EditorTrainingArguments,
     EditStateError,
     Fact,
+    FingerprintWarning,
     ModelMismatchError,
     facts_in_force,
     undo_edit,
@@ -445,14 +446,15 @@ def edited(
     return facts, wanted
 
 
-@pytest.mark.parametrize("live", [True, False])
+@pytest.mark.parametrize("kind", ["live", "live, from another cache", "on disk"])
 def test_edits_of_a_checkpoint_on_the_hub_are_in_force(
-    live: bool, edited: tuple[list[Fact], dict[str, Tensor]], editor: EditorModel, tmp_path: Path
+    kind: str, edited: tuple[list[Fact], dict[str, Tensor]], editor: EditorModel, tmp_path: Path
 ) -> None:
     """Its facts are not written again, and what is solved for are the facts of all edits."""
     facts, wanted = edited
-    if live:
-        loaded = AutoModelForCausalLM.from_pretrained("me/model")
+    if kind != "on disk":
+        cache = None if kind == "live" else tmp_path / "another cache"
+        loaded = AutoModelForCausalLM.from_pretrained("me/model", cache_dir=cache)
         assert facts_in_force(loaded).n_in_force == 4
         edit = editor.apply(loaded, facts, accumulate=True)
     else:
@@ -523,6 +525,29 @@ def test_edits_of_a_checkpoint_from_a_hub_that_is_gone(
     assert "whether me/model, which this model was loaded from, has edits in force" in caplog.text
     with pytest.raises(EditStateError, match=r"whether me/model.* has edits in force"):
         editor.apply(loaded, edited[0], accumulate=True)
+
+
+@pytest.mark.parametrize("name", ["edited", "me/model"])
+def test_a_model_that_only_the_hub_could_know(
+    name: str,
+    hub: HubServer,
+    edited: tuple[list[Fact], dict[str, Tensor]],
+    editor: EditorModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """From a folder that is looked for from elsewhere, or another cache, and it is gone: the user is told. As any model
+    may have that name, it is edited."""
+    monkeypatch.chdir(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(name, cache_dir=tmp_path / "another cache")
+    monkeypatch.chdir(tmp_path / "base")
+    hub.stop()
+    assert facts_in_force(loaded).n_in_force == 0
+    assert f"Cannot ask the Hub whether {name}, which this model was loaded from, has edits in force" in caplog.text
+    with pytest.warns(FingerprintWarning, match="weights differ"):
+        edit = editor.apply(loaded, edited[0], AutoTokenizer.from_pretrained("."), accumulate=True)
+    assert edit.n_facts == 5
 
 
 def test_a_checkpoint_without_edits_is_asked_for_them_once(
