@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -23,8 +24,9 @@ from torch import Tensor
 from .configuration import FINGERPRINT_POLICIES
 from .errors import CheckpointError, CheckpointWriteError, FingerprintWarning, ModelMismatchError
 from .history import add_in_place, locked, recorded, recover_locked, require_settled, sync_file
+from .hub import HUB_ERRORS
 from .mapping import TensorShift, direct_shifts, map_shifts
-from .model_card import EditSummary
+from .model_card import EditSummary, hub_id
 from .records import EDITS_FOLDER, JOURNAL, read_history
 from .shards import (
     DTYPES,
@@ -119,9 +121,9 @@ def write_shifts(
 
     Raises:
         ValueError: not exactly one of `output_dir` and `in_place`.
-        CheckpointError: the checkpoint is not there, has no safetensors weights, is damaged, quantised, read-only or
-            changed while it was read, or lies in the Hub's shared cache while `in_place` is set; or `output_dir` is in
-            use.
+        CheckpointError: the checkpoint is not there, or a repo's cannot be had as a whole; it has no safetensors
+            weights, is damaged, quantised, read-only or changed while it was read, or lies in the Hub's shared cache
+            while `in_place` is set; or `output_dir` is in use.
         CheckpointWriteError: the disk is full or fails, or another process is writing.
         ModelMismatchError: a module has no tensor of its shape in the checkpoint, or its weights are not those the edit
             was made for and the policy is `"error"`.
@@ -213,7 +215,7 @@ def check_checkpoint(checkpoint: str | Path, output_dir: str | Path | None, in_p
         ValueError, CheckpointError: as `write_shifts`.
     """
     _check_destination(checkpoint, output_dir, in_place)
-    if in_place or Path(checkpoint).exists():
+    if in_place or hub_id(str(checkpoint)) is None:
         source = _resolve(checkpoint, in_place, None, None)
         require_settled(source.folder)
         tensors = source.tensors()
@@ -400,14 +402,35 @@ def _resolve(checkpoint: str | Path, in_place: bool, revision: str | None, token
             raise CheckpointError(
                 f"There is no folder {checkpoint}. A checkpoint from the Hub is never edited in place; use output_dir."
             )
-        folder = snapshot_download(str(checkpoint), revision=revision, token=token, ignore_patterns=_NOT_FETCHED)
-        return Source(Path(folder))
+        if hub_id(str(checkpoint)) is None:
+            raise CheckpointError(f"There is no folder or file {checkpoint}, and no repo can have that name.")
+        return Source(_download(str(checkpoint), revision, token))
     if in_place and any(entry.is_symlink() for entry in path.iterdir()):
         raise CheckpointError(
             f"{path} holds symbolic links, as the Hub's shared cache does; editing in place would change what other "
             "models read. Use output_dir."
         )
     return Source(path)
+
+
+def _download(repo_id: str, revision: str | None, token: str | bool | None) -> Path:
+    """The cache's copy of a repo, all of it.
+
+    Without the Hub the client gives whatever the cache holds, unless it has kept the list of the repo's files.
+    """
+    options: dict[str, Any] = {"token": token, "ignore_patterns": _NOT_FETCHED}
+    try:
+        folder = Path(snapshot_download(repo_id, revision=revision, **options))
+        files: Any = snapshot_download(repo_id, revision=folder.name, dry_run=True, **options)
+        missing = [file.filename for file in files if not file.is_cached]
+    except HUB_ERRORS as error:
+        raise CheckpointError(
+            f"There is no folder {repo_id}, and no repo of that name of which the Hub's cache is known to have all. "
+            f"Asking the Hub: {type(error).__name__}: {error} Check the name, or try again later."
+        ) from error
+    if missing:  # the Hub answers again
+        raise CheckpointError(f"{folder} has no {', '.join(missing)}, which {repo_id} has. Try again.")
+    return folder
 
 
 def _resolve_file(path: Path) -> Source:

@@ -375,12 +375,15 @@ def test_links_out_of_a_folder_are_not_followed(make_llama: Build, layout: str, 
 
 
 def test_a_checkpoint_that_is_not_there(make_llama: Build, tmp_path: Path) -> None:
-    """In place there has to be a folder; a file is not one."""
+    """In place there has to be a folder; a file is not one; and what is no repo's name is not looked for on the Hub."""
     edit = edit_for(make_llama())
     with pytest.raises(
         CheckpointError, match=r"There is no folder org/model\. A checkpoint from the Hub is never edited"
     ):
         edit.write("org/model", in_place=True)
+    for path in ("./org/model", tmp_path / "missing", "no such folder"):
+        with pytest.raises(CheckpointError, match=r"There is no folder or file .*no repo can have that name"):
+            edit.write(path, tmp_path / "target")
     (tmp_path / "model.gguf").write_bytes(b"x")
     with pytest.raises(
         CheckpointError, match=r"is a file; expected a \.safetensors file, or the folder of a checkpoint"

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_malmen import (
+    CheckpointError,
     Edit,
     EditorConfig,
     EditorModel,
@@ -34,6 +35,7 @@ from hf_malmen import (
     FingerprintWarning,
     ModelMismatchError,
     facts_in_force,
+    read_history,
     undo_edit,
 )
 from hf_malmen.configuration import FORMAT_VERSION, METHODS
@@ -527,7 +529,29 @@ def test_edits_of_a_checkpoint_from_a_hub_that_is_gone(
         editor.apply(loaded, edited[0], accumulate=True)
 
 
-@pytest.mark.parametrize("name", ["edited", "me/model"])
+def test_a_copy_of_a_repo_has_all_of_it(
+    hub: HubServer, edited: tuple[list[Fact], dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the Hub, what a model was loaded from may be a part: no tokenizer, and no history."""
+    edit = Edit({"model.layers.1.mlp.down_proj": torch.ones(48, 32)})
+    AutoModelForCausalLM.from_pretrained("me/model")
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(
+            CheckpointError, match=r"no folder me/model, and no repo .*the Hub's cache is known to have"
+        ):
+            edit.write("me/model", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+    edit.write("me/model", tmp_path / "copy")
+    assert [record.id for record in read_history(tmp_path / "copy")] == ["0001", "0002"]
+    hub.stop()
+    edit.write("me/model", tmp_path / "another")
+    assert {path.name for path in (tmp_path / "another").iterdir()} >= {
+        path.name for path in (tmp_path / "copy").iterdir()
+    }
+
+
+@pytest.mark.parametrize("name", ["edited", "me/another"])
 def test_a_model_that_only_the_hub_could_know(
     name: str,
     hub: HubServer,
@@ -539,6 +563,7 @@ def test_a_model_that_only_the_hub_could_know(
 ) -> None:
     """From a folder that is looked for from elsewhere, or another cache, and it is gone: the user is told. As any model
     may have that name, it is edited."""
+    push_folder(tmp_path / "edited", "me/another", token=TOKEN)
     monkeypatch.chdir(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(name, cache_dir=tmp_path / "another cache")
     monkeypatch.chdir(tmp_path / "base")
