@@ -64,9 +64,7 @@ def push_folder(
     if (folder / "edits" / ".journal").exists():
         raise CheckpointError(f"A change to {folder} has begun and not ended. Run hf-malmen recover {folder} first.")
     api = HfApi(token=token, library_name="hf_malmen", library_version=__version__)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    repo_id = ensure_repo(repo_id, private=private, token=token, revision=revision)
     outdated = _outdated(folder, api.list_repo_files(repo_id, revision=revision))
     commit = api.upload_folder(
         repo_id=repo_id,
@@ -78,6 +76,24 @@ def push_folder(
         delete_patterns=[glob.escape(file) for file in outdated] or None,
     )
     return commit.pr_url if create_pr and commit.pr_url else commit.commit_url
+
+
+def ensure_repo(
+    repo_id: str, *, private: bool | None = None, token: str | bool | None = None, revision: str | None = None
+) -> str:
+    """Make a Hub repo, and a branch of it, where they do not exist.
+
+    Args:
+        repo_id, private, token, revision: as in `push_folder`; a `repo_id` without an owner is the token's owner's.
+
+    Returns:
+        The whole id, `owner/name`.
+    """
+    api = HfApi(token=token, library_name="hf_malmen", library_version=__version__)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return repo_id
 
 
 def _outdated(folder: Path, files: Iterable[str]) -> list[str]:

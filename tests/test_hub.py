@@ -238,6 +238,17 @@ def test_a_new_branch(hub: HubServer, make_artifact: Build) -> None:
     assert same(pull("editor", revision="dev"), second)
 
 
+@pytest.mark.parametrize("revision", [None, "dev"])
+def test_a_repo_keeps_the_card_that_it_has(
+    hub: HubServer, api: HfApi, make_artifact: Build, revision: str | None
+) -> None:
+    """Of each branch, also where its owner is left out."""
+    make_artifact("editor").push_to_hub(ID, token=TOKEN, revision=revision)
+    api.upload_file(path_or_fileobj=b"# Mine\n", path_in_repo="README.md", repo_id=ID, revision=revision)
+    make_artifact("editor", seed=1).push_to_hub("editor", token=TOKEN, revision=revision)
+    assert hub.files(ID, revision or "main")["README.md"] == b"# Mine\n"
+
+
 @BOTH
 def test_an_old_revision_is_the_old_version(hub: HubServer, make_artifact: Build, kind: str) -> None:
     """The second push does not touch the first commit, and `main` in the cache moves on."""
