@@ -4,6 +4,7 @@ Only the bytes of the edited tensors change: headers, other tensors and other fi
 complete or not at all; in place, the journal of `history.py` stands between a crash and the weights.
 """
 
+import glob
 import hashlib
 import os
 import shutil
@@ -12,19 +13,23 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
+from transformers.utils import logging
 
 from .configuration import FINGERPRINT_POLICIES
 from .errors import CheckpointError, CheckpointWriteError, FingerprintWarning, ModelMismatchError
 from .history import add_in_place, locked, recorded, recover_locked, require_settled, sync_file
+from .hub import HUB_ERRORS
 from .mapping import TensorShift, direct_shifts, map_shifts
-from .model_card import EditSummary
+from .model_card import EditSummary, hub_id
 from .records import EDITS_FOLDER, JOURNAL, read_history
 from .shards import (
     DTYPES,
@@ -44,8 +49,14 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+logger = logging.get_logger(__name__)
+
 # Weights in other formats, which are not edited, and which an edited copy would contradict.
-_NOT_FETCHED = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.ot", "*.onnx*", "*.gguf", "*.tflite", "original/*"]
+_OTHER_WEIGHTS = [
+    *("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.ot", "*.onnx*", "*.gguf", "*.tflite"),
+    *("original/*", "consolidated*.safetensors"),
+]
+_STAGE = ".hf_malmen-"  # how the name of a folder begins, or goes on, in which a copy is made
 _FICLONE = 0x40049409  # Linux: share the extents of another file until one of the two is written
 
 
@@ -101,7 +112,8 @@ def write_shifts(
     """Add weight shifts to the tensors of a checkpoint, and record the edit in its `edits` folder.
 
     Untouched weight files of a copy share their bytes with the source where the file system allows (reflinks, else hard
-    links); the edited ones and all small files are copies.
+    links); the edited ones and all small files are copies. Weights in other formats, which would contradict the edited
+    ones, are left out.
 
     Args:
         checkpoint: a folder with `model.safetensors`, or with shards and `model.safetensors.index.json`; one
@@ -110,7 +122,7 @@ def write_shifts(
         save_edit: writes the edit itself into a folder, for the record.
         summarise: makes the record's summary from the edit's id.
         fan_in_fan_out: modules stored as (key_size, value_size).
-        output_dir: folder for the edited copy; must not exist, or be empty.
+        output_dir: folder for the edited copy; must not exist, or be empty. An empty one gets the files, and stays.
         in_place: edit `checkpoint` itself. Give exactly one of `output_dir` and `in_place`.
         fingerprint: of the target weights that the shifts were made for; the checkpoint's are compared with it.
         on_fingerprint_mismatch: `"warn"`, `"error"` or `"ignore"`.
@@ -119,9 +131,9 @@ def write_shifts(
 
     Raises:
         ValueError: not exactly one of `output_dir` and `in_place`.
-        CheckpointError: the checkpoint is not there, has no safetensors weights, is damaged, quantised, read-only or
-            changed while it was read, or lies in the Hub's shared cache while `in_place` is set; or `output_dir` is in
-            use.
+        CheckpointError: the checkpoint is not there, or a repo's cannot be had as a whole; it has no safetensors
+            weights, or links out of its folder, is damaged, quantised, read-only or changed while it was read, or lies
+            in the Hub's shared cache while `in_place` is set; or `output_dir` is in use.
         CheckpointWriteError: the disk is full or fails, or another process is writing.
         ModelMismatchError: a module has no tensor of its shape in the checkpoint, or its weights are not those the edit
             was made for and the policy is `"error"`.
@@ -213,7 +225,7 @@ def check_checkpoint(checkpoint: str | Path, output_dir: str | Path | None, in_p
         ValueError, CheckpointError: as `write_shifts`.
     """
     _check_destination(checkpoint, output_dir, in_place)
-    if in_place or Path(checkpoint).exists():
+    if in_place or hub_id(str(checkpoint)) is None:
         source = _resolve(checkpoint, in_place, None, None)
         require_settled(source.folder)
         tensors = source.tensors()
@@ -400,14 +412,35 @@ def _resolve(checkpoint: str | Path, in_place: bool, revision: str | None, token
             raise CheckpointError(
                 f"There is no folder {checkpoint}. A checkpoint from the Hub is never edited in place; use output_dir."
             )
-        folder = snapshot_download(str(checkpoint), revision=revision, token=token, ignore_patterns=_NOT_FETCHED)
-        return Source(Path(folder))
+        if hub_id(str(checkpoint)) is None:
+            raise CheckpointError(f"There is no folder or file {checkpoint}, and no repo can have that name.")
+        return Source(_download(str(checkpoint), revision, token))
     if in_place and any(entry.is_symlink() for entry in path.iterdir()):
         raise CheckpointError(
             f"{path} holds symbolic links, as the Hub's shared cache does; editing in place would change what other "
             "models read. Use output_dir."
         )
     return Source(path)
+
+
+def _download(repo_id: str, revision: str | None, token: str | bool | None) -> Path:
+    """The cache's copy of a repo, all of it.
+
+    Without the Hub the client gives whatever the cache holds, unless it has kept the list of the repo's files.
+    """
+    options: dict[str, Any] = {"token": token, "ignore_patterns": _OTHER_WEIGHTS}
+    try:
+        folder = Path(snapshot_download(repo_id, revision=revision, **options))
+        files: Any = snapshot_download(repo_id, revision=folder.name, dry_run=True, **options)
+        missing = [file.filename for file in files if not file.is_cached]
+    except HUB_ERRORS as error:
+        raise CheckpointError(
+            f"There is no folder {repo_id}, and no repo of that name of which the Hub's cache is known to have all. "
+            f"Asking the Hub: {type(error).__name__}: {error} Check the name, or try again later."
+        ) from error
+    if missing:  # the Hub answers again
+        raise CheckpointError(f"{folder} has no {', '.join(missing)}, which {repo_id} has. Try again.")
+    return folder
 
 
 def _resolve_file(path: Path) -> Source:
@@ -428,10 +461,15 @@ def _check_destination(checkpoint: str | Path, output_dir: str | Path | None, in
     if output_dir is None:
         return
     folder, source = Path(output_dir), Path(checkpoint)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists and is not empty. Choose another output_dir, or remove it.")
+    if folder.exists():
+        _require_unused(folder, but=_abandoned_stages(folder) if folder.is_dir() else ())
     if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
         raise CheckpointError(f"{folder} lies inside of {source}, and its copy cannot. Choose another output_dir.")
+
+
+def _require_unused(folder: Path, but: Iterable[Path]) -> None:
+    if not folder.is_dir() or {*folder.iterdir()} - {*but}:
+        raise CheckpointError(f"{folder} exists and is not empty. Choose another output_dir, or remove it.")
 
 
 def _stamps(place: Source) -> dict[Path, tuple[int, int]]:
@@ -473,62 +511,144 @@ def _staged_copy(source: Source, target: Path, edited: set[Path], state: object)
         edited: the files that are to be written, and so are copied.
         state: `_settled_state` of the source when it was looked at, which must be that of what was copied.
     """
-
-    def copy(file: str, place: str) -> str:
-        return _copy(Path(file), Path(place), may_link=Path(file) not in edited)
-
+    target = target.resolve()
     stage = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the target, so that taking its place is a rename within one file system.
-        stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        if source.file is not None:
-            copy(str(source.file), str(stage / source.file.name))
-        else:
-            hidden = shutil.ignore_patterns(".git", ".cache")
-            unfinished = shutil.ignore_patterns(".*")  # what a writer that died has left among the records
-
-            def ignored(folder: str, names: list[str]) -> set[str]:
-                return (unfinished if Path(folder) == source.folder / EDITS_FOLDER else hidden)(folder, names)
-
-            try:
-                shutil.copytree(source.folder, stage, dirs_exist_ok=True, ignore=ignored, copy_function=copy)
-            except (CheckpointError, OSError) as error:
-                if _state(source) != state:  # as where an edit is undone, whose files are gone
-                    raise _changed(source) from error
-                raise
-            if (edits := stage / EDITS_FOLDER).is_dir() and not any(edits.iterdir()):
-                edits.rmdir()
-        if _state(source) != state:
-            raise _changed(source)
-        for file in edited:
-            copied = stage / file.name
-            copied.chmod(copied.stat().st_mode | stat.S_IWUSR)  # a read-only source does not make a read-only copy
-        yield stage
-        stage.chmod(source.folder.stat().st_mode | stat.S_IRWXU)
-        if target.exists():
-            target.rmdir()
-        os.replace(stage, target)
+        with _new_stage(target) as stage:
+            if source.file is not None:
+                _copy(source.file, stage / source.file.name, may_link=source.file not in edited)
+            else:
+                try:
+                    _copy_folder(source, stage, edited)
+                except (CheckpointError, OSError) as error:
+                    if _state(source) != state:  # as where an edit is undone, whose files are gone
+                        raise _changed(source) from error
+                    raise
+            if _state(source) != state:
+                raise _changed(source)
+            for file in edited:
+                copied = stage / file.name
+                copied.chmod(copied.stat().st_mode | stat.S_IWUSR)  # a read-only source does not make a read-only copy
+            yield stage
+            for path in (*stage.rglob("*"), stage):
+                sync_file(path)
+            _take_place(stage, target, source.folder.stat().st_mode | stat.S_IRWXU)
     except shutil.Error as error:  # of a list of (file, copy, reason)
         file, _, reason = error.args[0][0]
         raise CheckpointWriteError(f"Could not copy {file} to {target}: {reason}. Nothing is left of it.") from error
     except OSError as error:
         reason = error.__cause__ if isinstance(error, CheckpointError) else error  # not one about the hidden folder
         raise CheckpointWriteError(f"Could not write {target}: {reason or error}. Nothing is left of it.") from error
+
+
+@contextmanager
+def _new_stage(target: Path) -> Iterator[Path]:
+    """A locked hidden folder on the file system of a folder that is to be written; it is removed in the end.
+
+    It lies in the folder, where that exists, which may be a mount point or in a place where nothing can be made; else
+    beside it. Those that dead processes have left there are removed.
+    """
+    place, prefix = _stages_of(target)
+    place.mkdir(parents=True, exist_ok=True)
+    for abandoned in _abandoned_stages(target):
+        shutil.rmtree(abandoned, ignore_errors=True)
+    stage = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
+    handle = _lock(stage)
+    try:
+        yield stage
     finally:
-        if stage is not None:
-            shutil.rmtree(stage, ignore_errors=True)
+        shutil.rmtree(stage, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def _stages_of(target: Path) -> tuple[Path, str]:
+    """The folder in which the stages of a folder lie, and how their names begin."""
+    return (target, _STAGE) if target.is_dir() else (target.parent, f".{target.name}{_STAGE}")
+
+
+def _abandoned_stages(target: Path) -> Iterator[Path]:
+    """The stages of a folder whose processes have died."""
+    place, prefix = _stages_of(target)
+    for stage in place.glob(f"{glob.escape(prefix)}*"):
+        if (handle := _lock(stage)) is not None:
+            os.close(handle)
+            yield stage
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder until the handle is closed, or the process ends; None if it cannot be locked."""
+    if fcntl is None:
+        return None
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # another process has it, or the file system has no locks
+            os.close(handle)
+        else:
+            return handle
+    return None
+
+
+def _take_place(stage: Path, target: Path, mode: int) -> None:
+    """Rename a stage to the folder it is for; or what it holds, if the folder is there, whose own mode it keeps."""
+    if stage.parent != target:
+        stage.chmod(mode)
+        os.replace(stage, target)
+    else:
+        _require_unused(target, but=[stage])
+        # What is no checkpoint yet has no configuration, nor weights.
+        names = sorted(os.listdir(stage), key=lambda name: (name in (SINGLE_FILE, INDEX_FILE), name == "config.json"))
+        try:
+            for name in names:
+                os.replace(stage / name, target / name)
+        except BaseException:
+            for name in names:
+                if not (stage / name).exists():
+                    os.replace(target / name, stage / name)
+            raise
+    with suppress(OSError):  # a folder that cannot be read; the copy is there
+        sync_file(stage.parent)
+
+
+def _copy_folder(source: Source, stage: Path, edited: set[Path]) -> None:
+    """Copy a checkpoint's folder, but for what is no part of it: weights in other formats, and unfinished changes."""
+    weights = {entry.file for entry in source.tensors().values()}
+    left_out = []
+
+    def copy(file: str, place: str) -> str:
+        return _copy(Path(file), Path(place), may_link=Path(file) not in edited)
+
+    def is_left_out(path: Path) -> bool:
+        if path.name in (".git", ".cache") or path.name.startswith(_STAGE):
+            return True
+        if path.parent == source.folder / EDITS_FOLDER and path.name.startswith("."):
+            return True  # what a writer that died has left among the records
+        place = path.relative_to(source.folder).as_posix()
+        if path not in weights and any(fnmatch(place, kind) or f"{place}/*" == kind for kind in _OTHER_WEIGHTS):
+            left_out.append(place)
+            return True
+        if path.is_symlink() and path.is_dir():
+            raise _linked(path)
+        return False
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        return {name for name in names if is_left_out(Path(folder, name))}
+
+    shutil.copytree(source.folder, stage, dirs_exist_ok=True, ignore=ignored, copy_function=copy)
+    if left_out:
+        logger.warning(f"Not copied from {source.folder}, as no edit changes them: {', '.join(sorted(left_out))}.")
+    if (edits := stage / EDITS_FOLDER).is_dir() and not any(edits.iterdir()):
+        edits.rmdir()
 
 
 def _copy(file: Path, place: Path, *, may_link: bool) -> str:
     """A copy that shares its bytes until one of the two is written; or a hard link, of weights that stay; or bytes."""
     if not file.is_file():  # to open a pipe would wait for ever
         raise CheckpointError(f"{file} is no file, or a link to none, and cannot be copied. Remove it first.")
-    if file.is_symlink() and not in_hub_cache(file):  # what it leads to may be anybody's
-        raise CheckpointError(
-            f"{file} is a symbolic link to {os.readlink(file)}; a checkpoint's files lie in its own folder. Copy it "
-            "with its contents first: cp -rL."
-        )
+    if file.is_symlink() and not in_hub_cache(file):
+        raise _linked(file)
     if _reflink(file, place):
         shutil.copystat(file, place)
     elif may_link and file.suffix == ".safetensors" and not file.is_symlink() and _link(file, place):
@@ -536,6 +656,14 @@ def _copy(file: Path, place: Path, *, may_link: bool) -> str:
     else:
         shutil.copy2(file, place)
     return str(place)
+
+
+def _linked(path: Path) -> CheckpointError:
+    """Of a link out of a checkpoint: what it leads to may be anybody's."""
+    return CheckpointError(
+        f"{path} is a symbolic link to {os.readlink(path)}; a checkpoint's files lie in its own folder. Copy it "
+        "with its contents first: cp -rL."
+    )
 
 
 def _reflink(file: Path, place: Path) -> bool:

@@ -179,7 +179,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Keep other writers out. The lock is on the folder itself, leaves no file behind, and ends with its process.
 
     Raises:
-        CheckpointWriteError: another process holds it.
+        CheckpointWriteError: another process holds it, or the file system has none.
     """
     if fcntl is None:
         raise CheckpointWriteError("Editing in place needs file locks that this system does not have. Use output_dir.")
@@ -191,6 +191,10 @@ def locked(folder: Path) -> Iterator[None]:
             raise CheckpointWriteError(
                 f"Another process is writing to {folder}. Wait until it is done, or stop it."
             ) from None
+        except OSError as error:  # as of some network file systems
+            raise CheckpointWriteError(
+                f"{folder} cannot be locked: {error}. Use output_dir on another disk."
+            ) from error
         yield
     finally:
         os.close(handle)

@@ -1,20 +1,27 @@
 """Folders -> repos on the Hub, and what the cache and the repo of a loaded model hold."""
 
+import glob
 import math
+import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from .errors import CheckpointError
+from .model_card import HUB_RESULTS_FILE, PLOT_FILE, RESULTS_FILE
+from .records import CARD_FILE, EDITS_FOLDER, ID_PATTERN, SHIFTS_FILE
+from .shards import INDEX_FILE, SINGLE_FILE, parse_json
+from .state import STATE_FILE
 from .version import __version__
 
 # The second one is the base of all errors of the network library, of which the client has used more than one.
 HUB_ERRORS: tuple[type[Exception], ...] = (OSError, HfHubHTTPError.__bases__[0])
 _TIMEOUT = 10  # seconds that the Hub has to answer a question that is no download
 _PATIENCE = 60  # seconds after which it is asked again
-# Configurations in the cache: whose repo was asked for its edits, and whose could not be.
+# Configurations in the cache: whose repo was asked for its edits, and whose could not be (or `repo@commit`).
 _asked: set[str] = set()
 _failed: dict[str, tuple[float, Exception]] = {}
 # Training checkpoints, pickles, and what stands between two states of a checkpoint.
@@ -32,6 +39,9 @@ def push_folder(
     revision: str | None = None,
 ) -> str:
     """Upload a folder to a Hub repo, made if it does not exist. Pickles and training checkpoints stay here.
+
+    What an earlier push has left there and the folder no longer has is deleted in the same commit: weights of other
+    names, edits that were undone, the state and the results of others. Other files of the repo stay.
 
     Args:
         folder: with a `config.json` or `adapter_config.json`.
@@ -54,49 +64,99 @@ def push_folder(
     if (folder / "edits" / ".journal").exists():
         raise CheckpointError(f"A change to {folder} has begun and not ended. Run hf-malmen recover {folder} first.")
     api = HfApi(token=token, library_name="hf_malmen", library_version=__version__)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    repo_id = ensure_repo(repo_id, private=private, token=token, revision=revision)
+    outdated = _outdated(folder, api.list_repo_files(repo_id, revision=revision))
     commit = api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
         commit_message=commit_message,
         create_pr=create_pr,
         revision=revision,
-        ignore_patterns=_NOT_PUSHED,
+        ignore_patterns=list(_NOT_PUSHED),  # as the client adds to it
+        delete_patterns=[glob.escape(file) for file in outdated] or None,
     )
     return commit.pr_url if create_pr and commit.pr_url else commit.commit_url
 
 
-def cached_checkpoint(repo_id: str, commit: str, token: str | bool | None = None) -> Path | None:
+def ensure_repo(
+    repo_id: str, *, private: bool | None = None, token: str | bool | None = None, revision: str | None = None
+) -> str:
+    """Make a Hub repo, and a branch of it, where they do not exist.
+
+    Args:
+        repo_id, private, token, revision: as in `push_folder`; a `repo_id` without an owner is the token's owner's.
+
+    Returns:
+        The whole id, `owner/name`.
+    """
+    api = HfApi(token=token, library_name="hf_malmen", library_version=__version__)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return repo_id
+
+
+def _outdated(folder: Path, files: Iterable[str]) -> list[str]:
+    """Those of a repo's files that would be taken for part of a folder, and are none of it."""
+    patterns = []
+    if _has_weights(folder):
+        patterns += [r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", rf"{EDITS_FOLDER}/{ID_PATTERN}/.+"]
+    if (folder / SHIFTS_FILE).is_file():
+        patterns.append(re.escape(STATE_FILE))
+    if _is_editor(folder) and (folder / CARD_FILE).is_file():  # else the card in the repo stays, which shows them
+        patterns += map(re.escape, (PLOT_FILE, RESULTS_FILE, HUB_RESULTS_FILE))
+    ours = re.compile("|".join(patterns) or r"(?!)")
+    return [file for file in files if ours.fullmatch(file) and not (folder / file).is_file()]
+
+
+def _has_weights(folder: Path) -> bool:
+    return (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file()
+
+
+def _is_editor(folder: Path) -> bool:
+    path = folder / "config.json"
+    return path.is_file() and parse_json(path.read_bytes(), path).get("model_type") == "hf_malmen"
+
+
+def cached_checkpoint(repo_id: str, commit: str | None, token: str | bool | None = None) -> Path | None:
     """The cache's copy of a checkpoint that was loaded from the Hub, with the edits that its repo has.
 
-    Loading a model leaves those on the Hub. It is asked for them once, if it answers.
+    Loading a model leaves those on the Hub. It is asked for them once, if it answers. Of a model that was loaded into
+    another place, by `cache_dir`, the weights come too if there are edits, as what these changed is read from both.
 
     Args:
         repo_id: `owner/name`.
-        commit: that the model was loaded at.
+        commit: that the model was loaded at; None takes that of the main branch.
         token: access token; None takes the one that is logged in.
+
+    Returns:
+        Its folder; None if it is not in the cache and has no edits.
 
     Raises:
         OSError, HTTPError (`HUB_ERRORS`): the Hub cannot be asked.
     """
     found = _cached_config(repo_id, commit)
-    if found is None:
-        return None
     if found in _asked:
         return Path(found).parent
-    failed_at, error = _failed.get(found, (-math.inf, None))
+    checkpoint = found or f"{repo_id}@{commit}"
+    failed_at, error = _failed.get(checkpoint, (-math.inf, None))
     if error is not None and time.monotonic() < failed_at + _PATIENCE:
         raise error
     try:
         api = HfApi(token=token, library_name="hf_malmen", library_version=__version__)
-        files = api.model_info(repo_id, revision=commit, timeout=_TIMEOUT).siblings or []
-        if any(file.rfilename.startswith("edits/") for file in files):
-            snapshot_download(repo_id, revision=commit, allow_patterns="edits/*", token=token)
+        info = api.model_info(repo_id, revision=Path(found).parent.name if found else commit, timeout=_TIMEOUT)
+        found = _cached_config(repo_id, info.sha)
+        if found not in _asked and any(file.rfilename.startswith(f"{EDITS_FOLDER}/") for file in info.siblings or []):
+            patterns = [f"{EDITS_FOLDER}/*"]
+            if found is None or not _has_weights(Path(found).parent):
+                patterns += ["config.json", "model*.safetensors*"]
+            snapshot_download(repo_id, revision=info.sha, allow_patterns=patterns, token=token)
+            found = _cached_config(repo_id, info.sha)
     except HUB_ERRORS as error:
-        _failed[found] = time.monotonic(), error
+        _failed[checkpoint] = time.monotonic(), error
         raise
+    if found is None:
+        return None
     _asked.add(found)
     return Path(found).parent
 

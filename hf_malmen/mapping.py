@@ -6,6 +6,7 @@ is the inverse; asking for that, with an empty model of the checkpoint's configu
 """
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from .shards import TensorEntry, check_editable, parse_json
 from .shifts import Shift, blocks, check_shape, materialise
 
 _MAX_LAYERS = 1000  # several times as many as any published model has
+# Settings that say how many layers there are: n_layer, depth, num_layers_per_stack; not vocab_size_per_layer_input.
+_LAYER_COUNT = re.compile(r"(?!.*size).*((layer|block|depth)s?$|(layers|blocks)_per_)")
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,7 @@ def _trusted(value: Any, path: Path, key: str = "") -> Any:
     if isinstance(value, dict):
         # An implementation can name a kernel on the Hub, which would be downloaded and run.
         return {name: _trusted(item, path, name) for name, item in value.items() if "implementation" not in name}
-    if isinstance(value, int) and value > _MAX_LAYERS and any(word in key for word in ("layer", "block", "depth")):
+    if isinstance(value, int) and value > _MAX_LAYERS and _LAYER_COUNT.match(key):
         raise CheckpointError(f"{path} says that {key} is {value}; expected at most {_MAX_LAYERS}. It is damaged.")
     return value
 

@@ -24,7 +24,7 @@ from .edit import Edit, base_fingerprint, check_fingerprint
 from .errors import CheckpointError, ModelMismatchError, UntrainedEditorWarning
 from .evaluation import Evaluation, measure_edit
 from .facts import Fact, FactStream, load_facts
-from .hub import HUB_ERRORS, cached_checkpoint, cached_commit, push_folder
+from .hub import HUB_ERRORS, cached_checkpoint, cached_commit, ensure_repo, push_folder
 from .makers import MAKERS, EditRequest
 from .memory import parse_memory
 from .model_card import HUB_RESULTS_FILE, N_FACTS_SHOWN, PLOT_FILE, RESULTS_FILE, EditorRun, write_editor_card
@@ -137,12 +137,13 @@ class EditorModel(EditorNetworks):
         source = Path(self.name_or_path or "")
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
+            repo_id = ensure_repo(repo_id, private=private, token=token, revision=revision)
             if self.name_or_path and (source / CARD_FILE).is_file():
                 for name in (CARD_FILE, PLOT_FILE, RESULTS_FILE, HUB_RESULTS_FILE):
                     if (source / name).is_file():
                         (Path(folder) / name).parent.mkdir(exist_ok=True)
                         copyfile(source / name, Path(folder) / name)
-            elif not HfApi(token=token).file_exists(repo_id, CARD_FILE):
+            elif not HfApi(token=token).file_exists(repo_id, CARD_FILE, revision=revision):
                 write_editor_card(folder, self, EditorRun())
             return push_folder(
                 folder,

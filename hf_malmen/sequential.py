@@ -28,7 +28,7 @@ from .least_squares import RidgeLeastSquares, RowSum, fitting_state, solve_devic
 from .ledger import Ledger, NewFacts, build_ledger, read_facts
 from .makers import check_readable
 from .memory import parse_memory, plan_groups
-from .model_card import N_FACTS_SHOWN
+from .model_card import N_FACTS_SHOWN, hub_id
 from .records import EDITS_FOLDER, Record, read_history, read_ledger
 from .sharding import copy_of, overwrite, whole
 from .shards import INDEX_FILE, SINGLE_FILE, TensorEntry, raw, read_tensor_index
@@ -267,24 +267,31 @@ def _ledger(edits: Iterable[EditInForce]) -> Ledger:
 def _source(model: nn.Module, strict: bool = False) -> Path | None:
     """The folder of the checkpoint that a model was loaded from; of one on the Hub, its copy in the cache.
 
-    Where transformers does not say which commit was loaded, that of the main branch.
+    Where transformers does not say which commit was loaded, that of the main branch. None where there is none, or it
+    cannot be told.
     """
     model = plain_model(model)
     name = getattr(model, "name_or_path", None)
     if not name:
         return None
-    if Path(name).is_dir():
-        return Path(name)
-    commit = getattr(getattr(model, "config", None), "_commit_hash", None) or cached_commit(name)
-    if commit is None:
+    if Path(name).exists():
+        return Path(name) if Path(name).is_dir() else None
+    elsewhere = "If it is a folder, set model.name_or_path to where that lies"
+    if hub_id(name) is None:
+        _doubt(
+            f"{name}, which this model was loaded from, is not there, and may have edits in force. {elsewhere}; "
+            "if it has none, to ''.",
+            strict,
+        )
         return None
+    commit = getattr(getattr(model, "config", None), "_commit_hash", None) or cached_commit(name)
     try:
         return cached_checkpoint(name, commit)
     except HUB_ERRORS as error:
         _doubt(
             f"Cannot ask the Hub whether {name}, which this model was loaded from, has edits in force "
-            f"({type(error).__name__}). Try again later, or load the model from a download of the repo.",
-            strict,
+            f"({type(error).__name__}). Try again later, or load the model from a download of the repo. {elsewhere}.",
+            strict and commit is not None,  # else it may be any name, of a model that was never saved
         )
         return None
 

@@ -85,8 +85,9 @@ class EditState:
         return bool(self.statistics or self.rows or self.written)
 
     def save(self, folder: Path) -> None:
-        """Write `state.safetensors` into an edit's folder, or nothing if there is no state."""
+        """Write `state.safetensors` into an edit's folder; without any state, remove what another edit has left."""
         if not self:
+            (folder / STATE_FILE).unlink(missing_ok=True)
             return
         tensors = {f"statistics/{name}": tensor for name, tensor in self.statistics.items()}
         tensors |= {f"written/{name}": keys for name, keys in self.written.items()}

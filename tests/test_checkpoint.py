@@ -1,9 +1,11 @@
 """`Edit.write`: an edited safetensors checkpoint, compared byte by byte with the original and with a plain reload."""
 
+import fcntl
 import json
 import os
 import re
 import shutil
+import signal
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -40,8 +42,8 @@ def save(model: PreTrainedModel, folder: Path, *, sharded: bool = False) -> Path
     """A checkpoint with the other files that real ones have."""
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE[model.dtype] if sharded else "5GB")
     (folder / "README.md").write_text("A model.\n", encoding="utf-8")
-    (folder / "original").mkdir()
-    (folder / "original" / "weights.pth").write_bytes(b"\x00\x01weights")
+    (folder / "assets").mkdir()
+    (folder / "assets" / "voice.npz").write_bytes(b"\x00\x01numbers")
     return folder
 
 
@@ -302,16 +304,58 @@ def test_an_output_folder_in_use(make_llama: Build, tmp_path: Path) -> None:
     assert everything_below(tmp_path) == before
 
 
-def test_an_empty_output_folder_is_used(make_llama: Build, tmp_path: Path) -> None:
-    """As `mkdir` leaves it."""
+@pytest.mark.parametrize("kind", ["plain", "the current one", "a link"])
+def test_an_empty_output_folder_is_used(
+    make_llama: Build, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `mkdir` leaves it. It stays the folder that it is: a mount point can be neither removed nor renamed to."""
     model = make_llama()
-    source = save(model, tmp_path / "source")
-    (tmp_path / "target").mkdir()
-    edit_for(model).write(source, tmp_path / "target")
-    assert files_of(tmp_path / "target").keys() == files_of(source).keys() | RECORD
+    source, target = save(model, tmp_path / "source"), tmp_path / "target"
+    target.mkdir(0o750)
+    before = target.stat()
+    given = target
+    if kind == "the current one":
+        monkeypatch.chdir(target)
+        given = Path()
+    elif kind == "a link":
+        given = tmp_path / "link"
+        given.symlink_to("target")
+    edit_for(model).write(source, given)
+    assert (target.stat().st_ino, target.stat().st_mode) == (before.st_ino, before.st_mode)
+    edit_for(model).write(source, tmp_path / "new")
+    assert everything_below(target).keys() == everything_below(tmp_path / "new").keys()
 
 
-@pytest.mark.parametrize("inside", ["edited", "original/edited"])
+@pytest.mark.parametrize("exists", [False, True])
+def test_what_a_killed_copy_left_goes_with_the_next_one(make_llama: Build, exists: bool, tmp_path: Path) -> None:
+    """Not that of a process that still runs."""
+    model = make_llama()
+    source, target = save(model, tmp_path / "source"), tmp_path / "target"
+    if exists:
+        target.mkdir()
+    child = os.fork()
+    if child == 0:
+        hf_malmen.checkpoint.add_in_place = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        edit_for(model).write(source, target)
+    os.waitpid(child, 0)
+    (left,) = (target if exists else tmp_path).glob(".*")
+    handle = os.open(left, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    if exists:
+        with pytest.raises(CheckpointError, match="exists and is not empty"):
+            edit_for(model).write(source, target)
+    else:
+        edit_for(model).write(source, target)
+        shutil.rmtree(target)
+    assert left.exists()
+    os.close(handle)
+    edit_for(model).write(source, target)
+    assert not left.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "target"}
+    assert files_of(target).keys() == files_of(source).keys() | RECORD
+
+
+@pytest.mark.parametrize("inside", ["edited", "assets/edited"])
 def test_an_output_folder_inside_the_checkpoint(make_llama: Build, inside: str, tmp_path: Path) -> None:
     """The copy would contain itself."""
     model = make_llama()
@@ -375,12 +419,15 @@ def test_links_out_of_a_folder_are_not_followed(make_llama: Build, layout: str, 
 
 
 def test_a_checkpoint_that_is_not_there(make_llama: Build, tmp_path: Path) -> None:
-    """In place there has to be a folder; a file is not one."""
+    """In place there has to be a folder; a file is not one; and what is no repo's name is not looked for on the Hub."""
     edit = edit_for(make_llama())
     with pytest.raises(
         CheckpointError, match=r"There is no folder org/model\. A checkpoint from the Hub is never edited"
     ):
         edit.write("org/model", in_place=True)
+    for path in ("./org/model", tmp_path / "missing", "no such folder"):
+        with pytest.raises(CheckpointError, match=r"There is no folder or file .*no repo can have that name"):
+            edit.write(path, tmp_path / "target")
     (tmp_path / "model.gguf").write_bytes(b"x")
     with pytest.raises(
         CheckpointError, match=r"is a file; expected a \.safetensors file, or the folder of a checkpoint"
@@ -704,13 +751,18 @@ def test_what_a_dead_writer_left_is_not_copied(leftover: str, n_edits: int, make
     assert everything_below(source) == before
 
 
-@pytest.mark.parametrize(("in_place", "last"), [(False, 1), (False, 2), (False, 3), (True, 1), (True, 2)])
+@pytest.mark.parametrize(
+    ("where", "last"),
+    [*(("new", n) for n in (1, 2, 3)), *(("empty", n) for n in (3, 5, 8)), ("in place", 1), ("in place", 2)],
+)
 def test_a_failure_of_the_last_step(
-    make_llama: Build, in_place: bool, last: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_llama: Build, where: str, last: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When what is finished cannot take its place, in any of the renames that bring it there."""
     model = make_llama()
-    source = save(model, tmp_path / "source")
+    source, in_place = save(model, tmp_path / "source"), where == "in place"
+    if where == "empty":
+        (tmp_path / "target").mkdir()
     before = everything_below(tmp_path)
     real, n_calls = os.replace, 0
 
@@ -739,6 +791,40 @@ def test_what_is_no_file_is_not_copied(make_llama: Build, tmp_path: Path) -> Non
             edit_for(model).write(source, tmp_path / "target")
         (source / "notes").unlink()
         assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_folder_elsewhere_is_not_copied(make_llama: Build, tmp_path: Path) -> None:
+    """A link to one may lead to anybody's files."""
+    model = make_llama()
+    source = save(model, tmp_path / "source")
+    (tmp_path / "elsewhere").mkdir()
+    (source / "notes").symlink_to("../elsewhere")
+    refused(edit_for(model), source, CheckpointError, "notes is a symbolic link to .*cp -rL", folder=tmp_path,
+            modes=(False,))  # fmt: skip
+
+
+def test_weights_that_are_not_edited_are_not_copied(
+    make_llama: Build, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever loads them would not have the edit. Where they are the weights that are edited, they are."""
+    model = make_llama()
+    edit = edit_for(model)
+    source = save(model, tmp_path / "source")
+    edit.write(source, tmp_path / "expected")
+    for name in ("pytorch_model.bin", "consolidated.00.safetensors", "original/model.pth"):
+        (source / name).parent.mkdir(exist_ok=True)
+        shutil.copy(source / "model.safetensors", source / name)
+    edit.write(source, tmp_path / "target")
+    assert files_of(tmp_path / "target").keys() == files_of(tmp_path / "expected").keys()
+    assert "consolidated.00.safetensors, original, pytorch_model.bin" in caplog.text
+    edit.write(source / "consolidated.00.safetensors", tmp_path / "lone")
+    index = {"weight_map": dict.fromkeys(model.state_dict(), "consolidated.00.safetensors")}
+    (source / "model.safetensors").unlink()
+    (source / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    edit.write(source, tmp_path / "indexed")
+    for folder in ("lone", "indexed"):
+        found = (tmp_path / folder / "consolidated.00.safetensors").read_bytes()
+        assert found == (tmp_path / "expected" / "model.safetensors").read_bytes()
 
 
 def test_the_tensor_index_of_a_folder(make_llama: Build, tmp_path: Path) -> None:

@@ -472,6 +472,24 @@ def test_a_second_writer_is_kept_out(make_llama: Build, tmp_path: Path) -> None:
     undo_edit(folder)
 
 
+def test_a_disk_without_locks(make_llama: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some network file systems are."""
+    model = make_llama()
+    folder = save(model, tmp_path / "source")
+
+    def failing(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", failing)
+    refused(
+        folder,
+        lambda: edit_of(model, 0).write(folder, in_place=True),
+        CheckpointWriteError,
+        r"source cannot be locked: .*No locks available\. Use output_dir",
+    )
+    edit_of(model, 0).write(folder, tmp_path / "target")
+
+
 @pytest.mark.parametrize("operation", ["write", "undo", "undo of an earlier one"])
 def test_other_hard_links_keep_their_bytes(make_llama: Build, operation: str, tmp_path: Path) -> None:
     """The link is broken by a copy first."""

@@ -22,20 +22,25 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_malmen import (
+    CheckpointError,
     Edit,
     EditorConfig,
     EditorModel,
     EditorTrainingArguments,
     EditStateError,
     Fact,
+    FingerprintWarning,
     ModelMismatchError,
     facts_in_force,
+    read_history,
+    undo_edit,
 )
 from hf_malmen.configuration import FORMAT_VERSION, METHODS
 from hf_malmen.hub import push_folder
+from hf_malmen.model_card import EditorRun, write_editor_card
 
 from .hub_server import HubServer
 
@@ -231,6 +236,17 @@ def test_a_new_branch(hub: HubServer, make_artifact: Build) -> None:
     second.push_to_hub(ID, token=TOKEN, revision="dev")
     assert same(pull("editor"), first)
     assert same(pull("editor", revision="dev"), second)
+
+
+@pytest.mark.parametrize("revision", [None, "dev"])
+def test_a_repo_keeps_the_card_that_it_has(
+    hub: HubServer, api: HfApi, make_artifact: Build, revision: str | None
+) -> None:
+    """Of each branch, also where its owner is left out."""
+    make_artifact("editor").push_to_hub(ID, token=TOKEN, revision=revision)
+    api.upload_file(path_or_fileobj=b"# Mine\n", path_in_repo="README.md", repo_id=ID, revision=revision)
+    make_artifact("editor", seed=1).push_to_hub("editor", token=TOKEN, revision=revision)
+    assert hub.files(ID, revision or "main")["README.md"] == b"# Mine\n"
 
 
 @BOTH
@@ -443,14 +459,15 @@ def edited(
     return facts, wanted
 
 
-@pytest.mark.parametrize("live", [True, False])
+@pytest.mark.parametrize("kind", ["live", "live, from another cache", "on disk"])
 def test_edits_of_a_checkpoint_on_the_hub_are_in_force(
-    live: bool, edited: tuple[list[Fact], dict[str, Tensor]], editor: EditorModel, tmp_path: Path
+    kind: str, edited: tuple[list[Fact], dict[str, Tensor]], editor: EditorModel, tmp_path: Path
 ) -> None:
     """Its facts are not written again, and what is solved for are the facts of all edits."""
     facts, wanted = edited
-    if live:
-        loaded = AutoModelForCausalLM.from_pretrained("me/model")
+    if kind != "on disk":
+        cache = None if kind == "live" else tmp_path / "another cache"
+        loaded = AutoModelForCausalLM.from_pretrained("me/model", cache_dir=cache)
         assert facts_in_force(loaded).n_in_force == 4
         edit = editor.apply(loaded, facts, accumulate=True)
     else:
@@ -460,6 +477,40 @@ def test_edits_of_a_checkpoint_on_the_hub_are_in_force(
     assert (edit.n_facts, edit.n_skipped) == (1, 4)
     for name, weight in wanted.items():
         assert torch.allclose(loaded.get_submodule(name).weight, weight, atol=1e-6)
+
+
+def test_what_is_gone_from_a_folder_goes_from_its_repo(
+    hub: HubServer, api: HfApi, edited: tuple[list[Fact], dict[str, Tensor]], tmp_path: Path
+) -> None:
+    """An edit that was undone would be in force again, and weights of other names would be loaded instead."""
+    others = {"README.md", "edits/notes.txt", "state.safetensors", "results.png", "lora/model.safetensors"}
+    for name in (*others, "model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+        api.upload_file(path_or_fileobj=b"", path_in_repo=name, repo_id="me/model")
+    undo_edit(tmp_path / "edited")
+    push_folder(tmp_path / "edited", "me/model", token=TOKEN)
+    kept = {path.name for path in (tmp_path / "edited").iterdir()}
+    assert set(hub.files("me/model")) == {".gitattributes", *kept, *others}
+
+
+@BOTH
+def test_what_belongs_to_an_earlier_push_goes_with_it(
+    hub: HubServer, api: HfApi, make_artifact: Build, kind: str, tmp_path: Path
+) -> None:
+    """Another edit's state would be read as its own; results would be shown as those of another editor."""
+    make_artifact(kind).push_to_hub(ID, token=TOKEN)
+    before = set(hub.files(ID))
+    results = {"results.png", "eval_results.json", ".eval_results/hf_malmen.yaml"}
+    for name in results | {"state.safetensors"}:
+        api.upload_file(path_or_fileobj=b"", path_in_repo=name, repo_id=ID)
+    artifact = make_artifact(kind, seed=1)
+    artifact.push_to_hub(ID, token=TOKEN)
+    others = {"state.safetensors"} if kind == "editor" else set()
+    assert set(hub.files(ID)) == before | results | others  # with the card that they are part of
+    if kind == "editor":
+        artifact.save_pretrained(tmp_path / "new")
+        write_editor_card(tmp_path / "new", artifact, EditorRun())
+        push_folder(tmp_path / "new", ID, token=TOKEN)
+        assert set(hub.files(ID)) == before | others
 
 
 def test_edits_of_a_private_checkpoint_are_in_force(
@@ -487,6 +538,52 @@ def test_edits_of_a_checkpoint_from_a_hub_that_is_gone(
     assert "whether me/model, which this model was loaded from, has edits in force" in caplog.text
     with pytest.raises(EditStateError, match=r"whether me/model.* has edits in force"):
         editor.apply(loaded, edited[0], accumulate=True)
+
+
+def test_a_copy_of_a_repo_has_all_of_it(
+    hub: HubServer, edited: tuple[list[Fact], dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the Hub, what a model was loaded from may be a part: no tokenizer, and no history."""
+    edit = Edit({"model.layers.1.mlp.down_proj": torch.ones(48, 32)})
+    AutoModelForCausalLM.from_pretrained("me/model")
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(
+            CheckpointError, match=r"no folder me/model, and no repo .*the Hub's cache is known to have"
+        ):
+            edit.write("me/model", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+    edit.write("me/model", tmp_path / "copy")
+    assert [record.id for record in read_history(tmp_path / "copy")] == ["0001", "0002"]
+    hub.stop()
+    edit.write("me/model", tmp_path / "another")
+    assert {path.name for path in (tmp_path / "another").iterdir()} >= {
+        path.name for path in (tmp_path / "copy").iterdir()
+    }
+
+
+@pytest.mark.parametrize("name", ["edited", "me/another"])
+def test_a_model_that_only_the_hub_could_know(
+    name: str,
+    hub: HubServer,
+    edited: tuple[list[Fact], dict[str, Tensor]],
+    editor: EditorModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """From a folder that is looked for from elsewhere, or another cache, and it is gone: the user is told. As any model
+    may have that name, it is edited."""
+    push_folder(tmp_path / "edited", "me/another", token=TOKEN)
+    monkeypatch.chdir(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(name, cache_dir=tmp_path / "another cache")
+    monkeypatch.chdir(tmp_path / "base")
+    hub.stop()
+    assert facts_in_force(loaded).n_in_force == 0
+    assert f"Cannot ask the Hub whether {name}, which this model was loaded from, has edits in force" in caplog.text
+    with pytest.warns(FingerprintWarning, match="weights differ"):
+        edit = editor.apply(loaded, edited[0], AutoTokenizer.from_pretrained("."), accumulate=True)
+    assert edit.n_facts == 5
 
 
 def test_a_checkpoint_without_edits_is_asked_for_them_once(

@@ -271,6 +271,16 @@ def test_a_tied_weight_has_no_tensor_of_its_own(make_gpt2: Build, tmp_path: Path
 # Configurations
 
 
+def with_settings(checkpoint: Path, folder: Path, settings: dict[str, Any]) -> Path:
+    """A copy of a checkpoint whose configuration says something else."""
+    folder.mkdir()
+    for path in checkpoint.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | settings), encoding="utf-8")
+    return folder
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -296,34 +306,41 @@ def test_a_configuration_that_does_not_describe_the_checkpoint(
     saved: Callable[[str], Path], change: dict[str, Any], tmp_path: Path
 ) -> None:
     """Refused with a message, in no time, and nothing is written; or not needed, and the names are not found."""
-    source = tmp_path / "source"
-    source.mkdir()
-    for path in saved("nomic_bert").iterdir():
-        (source / path.name).write_bytes(path.read_bytes())
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    (source / "config.json").write_text(json.dumps(config | change), encoding="utf-8")
+    source = with_settings(saved("nomic_bert"), tmp_path / "source", change)
     edit = random_edit(MODELS["nomic_bert"](), ["nomic_bert.layers.1.self_attn.q_proj"])
     with pytest.raises((CheckpointError, ModelMismatchError), match=r"config\.json|another model"):
         edit.write(source, tmp_path / "target")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"vocab_size_per_layer_input": 262144},  # Gemma 3n and 4
+        {"block_size": 1024},  # Bark
+        {"audio_config": {"depthwise_separable_out_channel": 1024}},  # Phi-4-multimodal
+    ],
+    ids=str,
+)
+def test_a_large_setting_that_counts_no_layers(
+    saved: Callable[[str], Path], setting: dict[str, Any], tmp_path: Path
+) -> None:
+    """Real models have these, and names that a count of layers could have, too."""
+    source = with_settings(saved("nomic_bert"), tmp_path / "source", setting)
+    random_edit(MODELS["nomic_bert"](), ["nomic_bert.layers.1.self_attn.q_proj"]).write(source, tmp_path / "target")
+
+
 def test_a_configuration_runs_no_code(
     saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither a model's own code nor a kernel from the Hub is fetched, let alone run."""
-    source = tmp_path / "source"
-    source.mkdir()
-    for path in saved("nomic_bert").iterdir():
-        (source / path.name).write_bytes(path.read_bytes())
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config |= {
+    settings = {
         "auto_map": {"AutoConfig": "evil.Config", "AutoModelForMaskedLM": "evil.Model"},
         "attn_implementation": "evil/kernel",
         "_attn_implementation": "evil/kernel",
         "experts_implementation": "evil/kernel",
     }
-    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    source = with_settings(saved("nomic_bert"), tmp_path / "source", settings)
     (source / "evil.py").write_text("raise SystemExit('run')\n", encoding="utf-8")
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
     name = "nomic_bert.layers.1.self_attn.q_proj"

@@ -627,8 +627,9 @@ def test_a_model_whose_folder_is_gone(
     make_facts: Build,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Removed, or looked for from elsewhere: the model is edited as one without a name."""
+    """Removed, or looked for from elsewhere: whether it had edits cannot be told. Else it is one without a name."""
     facts, base, folder = make_facts(6), make_llama(), tmp_path / "runs" / "first" / "base"
     base.save_pretrained(folder)
     monkeypatch.chdir(tmp_path)
@@ -641,7 +642,12 @@ def test_a_model_whose_folder_is_gone(
         shutil.rmtree(folder)
     editor = make_editor(base)
     assert facts_in_force(live).entries == []
-    for accumulate in (True, False):
+    assert "base, which this model was loaded from, is not there" in caplog.text
+    for accumulate in (False, True):
+        if accumulate:
+            with pytest.raises(EditStateError, match=r"may have edits in force\. .*set model\.name_or_path"):
+                editor.apply(live, facts, tokenizer, accumulate=True)
+            live.name_or_path = ""
         edit = editor.apply(base, facts, tokenizer, accumulate=accumulate)
         wanted = weights(base, editor)
         edit.undo()
@@ -806,5 +812,6 @@ def test_state_files(
     save_file({"weights": torch.ones(1)}, path, metadata={"version": "1"})
     with pytest.raises(ModelMismatchError, match=r"belongs to no state of an edit"):
         Edit.from_pretrained(tmp_path)
-    editor.make_edit(model, facts, tokenizer).save_pretrained(tmp_path / "plain")
-    assert not (tmp_path / "plain" / STATE_FILE).exists()
+    for folder in (tmp_path / "plain", tmp_path):  # one that has none, and one that has another edit's
+        editor.make_edit(model, facts, tokenizer).save_pretrained(folder)
+        assert not (folder / STATE_FILE).exists()
