@@ -239,6 +239,11 @@ KINDS: dict[str, Kind] = {
     "qwen2_moe": causal(
         "qwen2_moe", "model.layers.{}.mlp.shared_expert.down_proj", **MOE, shared_expert_intermediate_size=24
     ),
+    "deepseek_v3": causal(
+        "deepseek_v3", "model.layers.{}.mlp.shared_experts.down_proj", **MOE, n_routed_experts=4, n_group=1,
+        topk_group=1, first_k_dense_replace=1, num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=16,
+        qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8,
+    ),
     # Encoders
     "bert": classifier("bert", "bert.encoder.layer.{}.output.dense", **NO_DROPOUT),
     "bert, square": classifier("bert", "bert.encoder.layer.{}.output.dense", **NO_DROPOUT, intermediate_size=32),
