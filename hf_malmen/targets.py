@@ -253,25 +253,21 @@ def _matching(model: nn.Module, wanted: Sequence[str] | str) -> list[str]:
 def _default_targets(model: nn.Module, n_blocks: int | None) -> list[str]:
     """The second feed-forward linear of the last `n_blocks` blocks that have one, or of all; see `_second_linear`.
 
-    The blocks are the entries of the longest `nn.ModuleList` that is in no other one; an encoder-decoder has those of
-    either side, half of `n_blocks` each.
+    The blocks are the entries of the `nn.ModuleList`, in no other one, where most have it; an encoder-decoder has those
+    of either side, half of `n_blocks` each.
     """
     modules = dict(named_modules(model))
-    sides = [""]
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        either: Any = model
-        parts = (either.get_encoder(), either.get_decoder())
-        sides = [name for part in parts for name, module in modules.items() if module is part]
+    sides = _sides(model, modules)
     targets = []
     for side in sides:
         inside = {name: module for name, module in modules.items() if f"{name}.".startswith(f"{side}.".lstrip("."))}
         lists = [name for name, module in inside.items() if isinstance(module, nn.ModuleList)]
         outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-        names = []
-        if outer:
-            prefix = max(outer, key=lambda name: len(inside[name]._modules))
+        found = []
+        for prefix in outer:
             blocks = [f"{prefix}.{index}" for index in inside[prefix]._modules]
-            names = [f"{block}.{name}" for block in blocks if (name := _second_linear(inside[block]))]
+            found.append([f"{block}.{name}" for block in blocks if (name := _second_linear(inside[block]))])
+        names = max(found, key=len, default=[])
         targets += names if n_blocks is None else names[-(n_blocks // len(sides)) :]
     if not targets:
         # Packed weights have other shapes, so that no layer seems to narrow anything: say what they are.
@@ -284,6 +280,21 @@ def _default_targets(model: nn.Module, n_blocks: int | None) -> list[str]:
             f"Linear layers it has: {_some_linear_names(modules)}."
         )
     return targets
+
+
+def _sides(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+    """Names of the parts whose blocks are edited: an encoder and a decoder, or what reads the text beside images.
+
+    "", the whole model, where transformers knows no such part, or the part holds no blocks.
+    """
+    known: Any = model
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        parts = [known.get_encoder(), known.get_decoder()]
+    else:
+        parts = [known.get_decoder()] if hasattr(model, "get_decoder") else []
+    parts = [_unwrapped(part) for part in parts]
+    holding = [part for part in parts if any(isinstance(module, nn.ModuleList) for module in part.modules())]
+    return [next(name for name, module in modules.items() if module is part) for part in holding] or [""]
 
 
 def _second_linear(block: nn.Module) -> str | None:

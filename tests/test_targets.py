@@ -13,6 +13,8 @@ from transformers import (
     BertLMHeadModel,
     BertModel,
     EncoderDecoderModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedModel,
 )
 
@@ -92,6 +94,30 @@ def test_experts_in_a_list_are_left_out() -> None:
     for block in blocks:
         block.experts = nn.ModuleList(Block(up=(8, 20), down=(20, 8)) for _ in range(5))
     assert find_targets(Model(*blocks), EditorConfig()) == [f"blocks.{i}.shared.down" for i in range(3)]
+
+
+def test_a_longer_list_of_something_else() -> None:
+    """MarkupLM's fifty embeddings are no blocks."""
+    model = Model(*[Block(up=(8, 12), down=(12, 8)) for _ in range(3)])
+    model.embeddings = nn.ModuleList(nn.Embedding(4, 8) for _ in range(50))
+    assert find_targets(model, EditorConfig()) == [f"blocks.{i}.down" for i in range(3)]
+
+
+def test_the_language_model_beside_a_deeper_vision_tower() -> None:
+    """As in Qwen2-VL, of 28 and 32 blocks."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    config = LlavaConfig(
+        text_config={"model_type": "llama", **sizes, "num_hidden_layers": 2, "vocab_size": 90},
+        vision_config={
+            "model_type": "clip_vision_model",
+            **sizes,
+            "num_hidden_layers": 4,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+    )
+    model = LlavaForConditionalGeneration(config)
+    assert find_targets(model, EditorConfig()) == [f"model.language_model.layers.{i}.mlp.down_proj" for i in range(2)]
 
 
 def test_the_last_blocks_that_have_a_feed_forward_layer() -> None:
