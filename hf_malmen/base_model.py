@@ -10,7 +10,7 @@ from .configuration import EditorConfig
 from .edit import base_fingerprint
 from .errors import ModelMismatchError
 from .targets import check_targets, find_targets, is_fan_in_fan_out, module_shape, plain_model, target_module
-from .tasks import AUTO_CLASSES, Classes, infer_task_type
+from .tasks import AUTO_CLASSES, Classes, infer_task_type, pools_tokens
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:
@@ -43,6 +43,8 @@ def config_for(model: nn.Module, config: EditorConfig) -> EditorConfig:
             f"{task_type}. Choose another method, such as 'malmen', or another model."
         )
     config.task_type = task_type
+    if task_type == "SEQ_CLS" and config.traced_tokens == "answer" and pools_tokens(model):
+        config.token_selection = "all"
     names = find_targets(model, config)
     config.target_modules = names
     config.layers_to_transform = None

@@ -33,6 +33,12 @@ def infer_task_type(model: nn.Module) -> str | None:
     return "CAUSAL_LM" if classes & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) else None
 
 
+def pools_tokens(model: Any) -> bool:
+    """Whether the head of `model`, a sequence classifier of transformers, reads a mean over all tokens of a text."""
+    settings = {getattr(model.config, name, None) for name in ("classifier_pooling", "pooling")}
+    return bool(settings & {"mean", "late"})
+
+
 @dataclass(frozen=True)
 class Classes:
     """The classes of a sequence classifier.

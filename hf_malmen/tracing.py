@@ -20,6 +20,7 @@ from .batches import IGNORED, TokenBatch
 from .errors import ModelMismatchError, NumericalError
 from .losses import cross_entropy
 from .targets import target_module
+from .tasks import infer_task_type
 
 logger = logging.get_logger(__name__)
 
@@ -150,7 +151,9 @@ def own_answer_logits(
     """
     inputs = model_inputs(model, batch)
     labels = batch.labels
-    if "logits_to_keep" in inspect.signature(model.forward).parameters and not whole:
+    # A classifier that takes the argument looks for the last token among the logits that it keeps.
+    can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters and infer_task_type(model) != "SEQ_CLS"
+    if can_keep and not whole:
         positions = (labels != IGNORED).any(dim=0).nonzero().squeeze(-1)
         inputs["logits_to_keep"] = kept_logits(model, positions)
         labels = labels[:, positions]
