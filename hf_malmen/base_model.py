@@ -10,7 +10,7 @@ from .configuration import EditorConfig
 from .edit import base_fingerprint
 from .errors import ModelMismatchError
 from .targets import check_targets, find_targets, is_fan_in_fan_out, module_shape, plain_model, target_module
-from .tasks import AUTO_CLASSES, Classes, infer_task_type, pools_tokens
+from .tasks import AUTO_CLASSES, Classes, check_direction, infer_task_type, pools_tokens
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:
@@ -31,6 +31,7 @@ def config_for(model: nn.Module, config: EditorConfig) -> EditorConfig:
     """
     config = EditorConfig.from_dict(config.to_dict())
     model = plain_model(model)
+    check_direction(model)
     task_type = infer_task_type(model) or config.task_type
     if config.task_type not in ("CAUSAL_LM", task_type):  # the default says nothing
         raise ModelMismatchError(
@@ -65,10 +66,11 @@ def check_layers(model: nn.Module, config: EditorConfig) -> None:
         config: the editor's.
 
     Raises:
-        ModelMismatchError: the model has another task; or a target is missing, cannot be edited, or has another shape
-            or orientation.
+        ModelMismatchError: the model has another task, or is an encoder that was loaded as a causal model; or a target
+            is missing, cannot be edited, or has another shape or orientation.
     """
     model = plain_model(model)
+    check_direction(model)
     wanted, found = config.task_type, infer_task_type(model)
     if found not in (None, wanted):
         raise ModelMismatchError(

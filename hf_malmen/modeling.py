@@ -76,7 +76,7 @@ class EditorModel(EditorNetworks):
 
         Raises:
             ModelMismatchError: no target module found, or one that cannot be edited; or a model for another task than
-                `config` names.
+                `config` names, or an encoder that was loaded as a causal model.
         """
         return cls(config_for(model, config or EditorConfig()))
 

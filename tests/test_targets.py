@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     BertConfig,
     BertLMHeadModel,
@@ -23,7 +25,7 @@ from hf_malmen.targets import DEFAULT_N_BLOCKS, check_targets, find_targets, nam
 from hf_malmen.tasks import infer_task_type
 from hf_malmen.tracing import frozen, trace
 
-from .zoo import KINDS, N_LAYERS
+from .zoo import KINDS, N_LAYERS, SIZES
 
 Build = Callable[..., Any]
 
@@ -259,6 +261,22 @@ def test_task_of_a_model() -> None:
         == "SEQ_2_SEQ_LM"
     )
     assert EditorModel.from_base(Model(*[Block(up=(8, 9), down=(9, 8))])).config.task_type == "CAUSAL_LM"
+
+
+@pytest.mark.parametrize("model_type", ["bert", "electra"])
+def test_an_encoder_loaded_as_a_causal_model(model_type: str, make_editor: Build) -> None:
+    """Unless it was made a decoder. GPT-NeoX has the same setting, unused."""
+    encoder, decoder = (
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, is_decoder=is_decoder, **SIZES))
+        for is_decoder in (False, True)
+    )
+    editor = make_editor(decoder)
+    for check in (EditorModel.from_base, editor.check_base):
+        with pytest.raises(ModelMismatchError, match=r"has is_decoder=False: .* is_decoder=True"):
+            check(encoder)
+    gpt_neox = KINDS["gpt_neox"].build()
+    assert gpt_neox.config.is_decoder is False
+    EditorModel.from_base(gpt_neox)
 
 
 def test_names_are_those_of_the_model_itself() -> None:
