@@ -18,6 +18,8 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
+    RwkvConfig,
+    RwkvForCausalLM,
 )
 
 from hf_malmen import EditorConfig, EditorModel, ModelMismatchError
@@ -90,11 +92,14 @@ def test_second_feed_forward_linear_of_a_block(case: str) -> None:
     assert find_targets(model, EditorConfig()) == [f"blocks.{i}.{wanted}" for i in range(8 - DEFAULT_N_BLOCKS, 8)]
 
 
-def test_experts_in_a_list_are_left_out() -> None:
-    """Each sees only some tokens. A longer list than that of the blocks does not pass for blocks."""
+@pytest.mark.parametrize("named", [False, True])
+def test_experts_in_a_list_are_left_out(named: bool) -> None:
+    """Each sees only some tokens. A longer list than that of the blocks does not pass for blocks. NLLB names them."""
     blocks = [Block(shared__up=(8, 6), shared__down=(6, 8)) for _ in range(3)]
     for block in blocks:
-        block.experts = nn.ModuleList(Block(up=(8, 20), down=(20, 8)) for _ in range(5))
+        experts = [Block(up=(8, 20), down=(20, 8)) for _ in range(5)]
+        named_experts = {f"expert_{i}": expert for i, expert in enumerate(experts)} | {"dropout": nn.Dropout()}
+        block.experts = nn.ModuleDict(named_experts) if named else nn.ModuleList(experts)
     assert find_targets(Model(*blocks), EditorConfig()) == [f"blocks.{i}.shared.down" for i in range(3)]
 
 
@@ -127,6 +132,29 @@ def test_the_last_blocks_that_have_a_feed_forward_layer() -> None:
     dense, empty = {"up": (8, 12), "down": (12, 8)}, {"attn__o": (8, 8)}
     model = Model(*[Block(**(empty if i % 2 else dense)) for i in range(16)])
     assert find_targets(model, EditorConfig()) == [f"blocks.{i}.down" for i in range(4, 16, 2)]
+
+
+def test_few_blocks_that_have_a_feed_forward_layer(caplog: pytest.LogCaptureFixture) -> None:
+    """Those of mixtures are often the first one or three. Who names the layers, or the blocks, is told nothing."""
+    dense, empty = {"up": (8, 12), "down": (12, 8)}, {"attn__q_proj": (8, 8), "attn__o_proj": (8, 8)}
+    model = Model(Block(**dense), *[Block(**empty) for _ in range(7)])
+    for config in (EditorConfig(), EditorConfig(method="memit")):
+        caplog.clear()
+        assert find_targets(model, config) == ["blocks.0.down"]
+        assert "Only 1 of 8 blocks of Model" in caplog.text and "such as ['attn.o_proj']" in caplog.text
+    caplog.clear()
+    for config in (EditorConfig(layers_to_transform=0), EditorConfig(target_modules=["down"])):
+        assert find_targets(model, config) == ["blocks.0.down"]
+    assert caplog.text == ""
+
+
+def test_convolutions_are_no_experts() -> None:
+    """Their weights have three dimensions too. Nothing is proposed that the model does not have."""
+    block = Block(attn__out=(8, 8))
+    block.convolution = nn.Conv1d(8, 8, 1)
+    message = r"no feed-forward linear layer in the blocks of Model\. .* such as \['attn\.out'\]\. Linear"
+    with pytest.raises(ModelMismatchError, match=message):
+        find_targets(Model(block), EditorConfig())
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
@@ -197,6 +225,14 @@ def test_a_tied_head() -> None:
     message = r"lm_head shares its weight with model\.embed_tokens\.weight"
     with pytest.raises(ModelMismatchError, match=message):
         find_targets(KINDS["llama"].build(tie_word_embeddings=True), EditorConfig(target_modules=["lm_head"]))
+
+
+def test_weights_that_are_divided_while_the_model_runs() -> None:
+    """As RWKV's are, unless that is switched off."""
+    sizes = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32}
+    with pytest.raises(ModelMismatchError, match=r"divides weights in place.* rescale_every=0"):
+        find_targets(RwkvForCausalLM(RwkvConfig(**sizes)), EditorConfig())
+    assert find_targets(RwkvForCausalLM(RwkvConfig(**sizes, rescale_every=0)), EditorConfig())
 
 
 def test_no_values() -> None:
