@@ -287,6 +287,7 @@ def _second_linears(model: nn.Module) -> list[list[str | None]]:
         inside = {name: module for name, module in modules.items() if f"{name}.".startswith(f"{side}.".lstrip("."))}
         lists = [name for name, module in inside.items() if isinstance(module, nn.ModuleList)]
         outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+        outer = [name for name in outer if not _ATTENTION.search(name.rpartition(".")[2])]  # XLM has a list of them
         found: list[list[str | None]] = []
         for prefix in outer:
             blocks = [f"{prefix}.{index}" for index in inside[prefix]._modules]

@@ -448,17 +448,17 @@ def steered(
     """Within the context, `moves` are added to what a block puts out at some tokens. Gradients flow to the moves.
 
     Args:
-        block: puts out a hidden state (n_sequences, length, hidden_size), alone or as the first of a tuple.
+        block: puts out a hidden state (n_sequences, length, hidden_size), alone or as the first of a tuple or list.
         rows, positions: the sequences of the batch and the tokens in them, one each for every move.
         moves: what is added.
     """
 
     def add(_: nn.Module, __: Any, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = output[0] if isinstance(output, tuple | list) else output
         device = hidden.device
         where = (rows.to(device), positions.to(device))
         hidden = hidden.index_put(where, moves.to(device, hidden.dtype), accumulate=True)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return (hidden, *output[1:]) if isinstance(output, tuple | list) else hidden
 
     handle = block.register_forward_hook(add)
     try:
@@ -519,7 +519,7 @@ def read_keys(
             stack.enter_context(_hooked(target_module(model, name), name, record))
         output = run_until(model, batch, until)
     hidden = "the hidden state"
-    seen[hidden] = output[0] if isinstance(output, tuple) else output
+    seen[hidden] = output[0] if isinstance(output, tuple | list) else output  # the first GPT's is a list
     for name, values in seen.items():
         rows = values.flatten(0, -2)
         selected = batch.traced_rows(token_selection, len(rows))

@@ -229,6 +229,7 @@ KINDS: dict[str, Kind] = {
     ),
     # Decoders with Conv1D
     "gpt2": causal("gpt2", "transformer.h.{}.mlp.c_proj", n_inner=48),
+    "openai-gpt": causal("openai-gpt", "transformer.h.{}.mlp.c_proj", n_positions=64),
     "gpt2, square": causal("gpt2", "transformer.h.{}.mlp.c_proj", n_inner=32),
     # Mixtures of experts: what every token passes
     "mixtral": Kind(
