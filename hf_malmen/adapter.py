@@ -1,10 +1,13 @@
 """Weight shifts -> a PEFT LoRA adapter."""
 
+import copy
 import json
 import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -31,6 +34,7 @@ def save_lora(
     fan_in_fan_out: Iterable[str] = (),
     base_model_name_or_path: str | None = None,
     revision: str | None = None,
+    base_model_type: str | None = None,
     task_type: str = "CAUSAL_LM",
     rank: int | None = None,
 ) -> Path:
@@ -41,14 +45,17 @@ def save_lora(
     relative error is warned about. `lora_errors.json` in the folder has the error of every layer.
 
     Each layer takes the smallest of `SERVED_RANKS` that holds its directions, or the smaller side of the layer where
-    that is less. The adapter's `r` is the largest; `rank_pattern` and `alpha_pattern` name the layers of another rank.
-    Rows beyond a layer's directions are zeros.
+    that is less; in an adapter that names weights, all take the largest of these. The adapter's `r` is the largest;
+    `rank_pattern` and `alpha_pattern` name the layers of another rank. Rows beyond a layer's directions are zeros.
 
     Args:
         save_directory: folder to write.
         shifts: {module name: its shift}.
         fan_in_fan_out: modules stored as (key_size, value_size).
         base_model_name_or_path, revision: the base model, for the adapter's configuration.
+        base_model_type: transformers' `model_type` of the base, or None. Some mixtures of experts need it: PEFT takes
+            the names of their shared experts for those of the fused ones, so that their adapter names weights instead
+            of modules (`target_parameters`).
         task_type: PEFT's. An adapter for `"SEQ_CLS"` names none: PEFT would want a trained head in it, and an edit
             leaves the head as it is.
         rank: at most this rank; None takes 512.
@@ -66,14 +73,13 @@ def save_lora(
 
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, Tensor] = {}
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
     errors: dict[str, float] = {}
     ranks: dict[str, int] = {}
     for name, shift in shifts.items():
         left, right, errors[name] = factorise(shift, min(rank or SERVED_RANKS[-1], *shift.shape))
+        factors[name] = left, right
         ranks[name] = _served(len(left), rank, min(shift.shape))
-        tensors[f"base_model.model.{name}.lora_A.weight"] = _padded(left, ranks[name])
-        tensors[f"base_model.model.{name}.lora_B.weight"] = _padded(right, ranks[name]).T.contiguous()
     inexact = [f"{name} {error:.2g}" for name, error in errors.items() if error > _EXACT]
     if inexact:
         warnings.warn(
@@ -82,24 +88,51 @@ def save_lora(
             TruncationWarning,
             stacklevel=3,
         )
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     largest = max(ranks.values())
-    # PEFT takes these keys for regular expressions that match the end of a name: each must match its layer alone.
-    own_ranks = {f"^{re.escape(name)}": own for name, own in ranks.items() if own != largest}
-    LoraConfig(
+    config = LoraConfig(
         r=largest,
         lora_alpha=largest,
-        rank_pattern=own_ranks,
-        alpha_pattern=dict(own_ranks),
         target_modules=sorted(shifts),
         base_model_name_or_path=base_model_name_or_path,
         revision=revision,
         fan_in_fan_out=bool(set(fan_in_fan_out)),
         task_type=None if task_type == "SEQ_CLS" else task_type,
         inference_mode=True,
-    ).save_pretrained(str(folder))
+    )
+    if _is_taken_for_experts(config, base_model_type):
+        config.target_modules, config.target_parameters = [], [f"{name}.weight" for name in sorted(shifts)]
+        ranks = dict.fromkeys(ranks, largest)  # PEFT warns of a weight's own rank that it is ignored
+    # PEFT takes these keys for regular expressions that match the end of a name: each must match its layer alone.
+    own_ranks = {f"^{re.escape(name)}": own for name, own in ranks.items() if own != largest}
+    config.rank_pattern, config.alpha_pattern = own_ranks, dict(own_ranks)
+    config.save_pretrained(str(folder))
+    tensors = {}
+    for name, (left, right) in factors.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = _padded(left, ranks[name])
+        tensors[f"base_model.model.{name}.lora_B.weight"] = _padded(right, ranks[name]).T.contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "lora_errors.json").write_text(json.dumps(errors, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return folder
+
+
+def _is_taken_for_experts(config: Any, model_type: str | None) -> bool:
+    """Whether PEFT would look for the target modules of an adapter among the fused experts of the base.
+
+    That is how it goes on with adapters of transformers 4, where each expert was a module of its own. It tells them by
+    the last part of their names, which the modules that we edit have too.
+    """
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:  # a PEFT that does no such thing
+        return False
+    converted = copy.deepcopy(config)
+    # All that it asks a model for where modules are named one by one.
+    model: Any = SimpleNamespace(config=SimpleNamespace(model_type=model_type))
+    try:
+        convert_peft_config_for_transformers(converted, model, conversions=None)
+    except ValueError:  # of weights that were fused together, not all are named
+        return True
+    return bool(converted.target_modules != config.target_modules)
 
 
 def factorise(

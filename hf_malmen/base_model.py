@@ -11,7 +11,7 @@ from .configuration import EditorConfig, repo_named
 from .edit import base_fingerprint
 from .errors import ModelMismatchError
 from .targets import check_targets, find_targets, is_fan_in_fan_out, module_shape, plain_model, target_module
-from .tasks import AUTO_CLASSES, Classes, infer_task_type
+from .tasks import AUTO_CLASSES, Classes, check_direction, infer_task_type, pools_tokens
 
 
 def check_base_model(source: str, revision: str | None = None) -> None:
@@ -54,6 +54,7 @@ def config_for(model: nn.Module, config: EditorConfig) -> EditorConfig:
     """
     config = EditorConfig.from_dict(config.to_dict())
     model = plain_model(model)
+    check_direction(model)
     task_type = infer_task_type(model) or config.task_type
     if config.task_type not in ("CAUSAL_LM", task_type):  # the default says nothing
         raise ModelMismatchError(
@@ -66,6 +67,8 @@ def config_for(model: nn.Module, config: EditorConfig) -> EditorConfig:
             f"{task_type}. Choose another method, such as 'malmen', or another model."
         )
     config.task_type = task_type
+    if task_type == "SEQ_CLS" and config.traced_tokens == "answer" and pools_tokens(model):
+        config.token_selection = "all"
     names = find_targets(model, config)
     config.target_modules = names
     config.layers_to_transform = None
@@ -86,10 +89,11 @@ def check_layers(model: nn.Module, config: EditorConfig) -> None:
         config: the editor's.
 
     Raises:
-        ModelMismatchError: the model has another task; or a target is missing, cannot be edited, or has another shape
-            or orientation.
+        ModelMismatchError: the model has another task, or is an encoder that was loaded as a causal model; or a target
+            is missing, cannot be edited, or has another shape or orientation.
     """
     model = plain_model(model)
+    check_direction(model)
     wanted, found = config.task_type, infer_task_type(model)
     if found not in (None, wanted):
         raise ModelMismatchError(

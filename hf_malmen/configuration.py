@@ -208,9 +208,10 @@ class EditorConfig(PreTrainedConfig):
             K₀. None takes the method's own: 100; with `"memit"` 2500, with `"ft"` 1.
         token_selection: traced tokens, `"answer"`, `"all"` or `"subject"`; `None` takes the method's own. `"answer"`
             is, for a causal language model, the tokens that predict a target token; for an encoder-decoder, all tokens
-            of the side that a layer sits in; for a classifier, the token that its head reads. `"subject"` is the last
-            token of each fact's `subject` (causal language models only): what the model knows of a subject gathers
-            there, in early and middle layers, whatever wording follows.
+            of the side that a layer sits in; for a classifier, the token that its head reads, and where that reads a
+            mean over all tokens, `"all"`. `"subject"` is the last token of each fact's `subject` (causal language
+            models only): what the model knows of a subject gathers there, in early and middle layers, whatever wording
+            follows.
         statistics: `None` takes the method's own. `"frozen"`: an edit is standardised by the statistics that training
             or `EditorModel.warm_up` left. `"following"`: an edit's own rows are merged into a copy of them first, and
             the copy goes on to the next turn of `facts_per_turn`. Either way an edit never changes the editor. With

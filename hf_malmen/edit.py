@@ -76,6 +76,7 @@ class Edit:
         n_facts: how many were written.
         task_type: PEFT's task type of the model.
         base_model_name_or_path, base_model_revision, base_model_fingerprint: the model they are for.
+        base_model_type: transformers' `model_type` of it, where it is known.
         editor: what made the shifts: method, name, revision, version, and the learned λ and η of each layer.
         created_at: ISO 8601, UTC.
         measured: {metric: score after the edit}, where it was measured.
@@ -93,6 +94,7 @@ class Edit:
         base_model_name_or_path: str | None = None,
         base_model_revision: str | None = None,
         base_model_fingerprint: str | None = None,
+        base_model_type: str | None = None,
         editor: Mapping[str, Any] | None = None,
         created_at: str | None = None,
         measured: Mapping[str, float] | None = None,
@@ -109,6 +111,7 @@ class Edit:
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
         self.base_model_fingerprint = base_model_fingerprint
+        self.base_model_type = base_model_type
         self.editor = dict(editor or {})
         self.created_at = created_at or datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.measured = dict(measured or {})
@@ -378,6 +381,7 @@ class Edit:
             fan_in_fan_out=self.fan_in_fan_out,
             base_model_name_or_path=self.base_model_name_or_path,
             revision=self.base_model_revision,
+            base_model_type=self.base_model_type,
             task_type=self.task_type,
             rank=rank,
         )
@@ -408,6 +412,7 @@ class Edit:
             facts=[*self.facts, *other.facts],
             n_facts=self.n_facts + other.n_facts,
             task_type=self.task_type,
+            base_model_type=other.base_model_type or self.base_model_type,
             editor=makers[0] if len(makers) == 1 else {"merged": makers},
             state=self.state.then(other.state, len(self.facts)),
             **base,
@@ -433,6 +438,7 @@ class Edit:
             "base_model_fingerprint": self.base_model_fingerprint,
             "base_model_name_or_path": self.base_model_name_or_path,
             "base_model_revision": self.base_model_revision,
+            "base_model_type": self.base_model_type,
             "created_at": self.created_at,
             "edit_format_version": EDIT_FORMAT_VERSION,
             "editor": self.editor,
@@ -590,7 +596,8 @@ def _check_provenance(edit: Edit) -> None:
     texts = [edit.created_at, edit.task_type, *edit.fan_in_fan_out]
     if isinstance(edit.n_facts, bool) or not isinstance(edit.n_facts, int) or edit.n_facts < len(edit.facts):
         raise ValueError(f"its n_facts is {edit.n_facts!r}")
-    optional = [edit.base_model_name_or_path, edit.base_model_revision, edit.base_model_fingerprint]
+    optional = [edit.base_model_name_or_path, edit.base_model_revision]
+    optional += [edit.base_model_fingerprint, edit.base_model_type]
     for fact in edit.facts:
         texts += [fact.prompt, fact.target, *fact.rephrases]
         optional += [fact.unrelated_prompt, fact.unrelated_answer, fact.subject, fact.ground_truth]

@@ -144,7 +144,7 @@ def _converted_model(folder: Path) -> Any:
     path = folder / "config.json"
     if not path.is_file():
         return None  # a lone file: its keys are all there is to go by
-    content = _trusted(parse_json(path.read_bytes(), path), path)
+    content = _with_floats(_trusted(parse_json(path.read_bytes(), path), path))
     import transformers  # seconds, and a lone file needs none of it
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -173,6 +173,15 @@ def _trusted(value: Any, path: Path, key: str = "") -> Any:
     if isinstance(value, int) and value > _MAX_LAYERS and _LAYER_COUNT.match(key):
         raise CheckpointError(f"{path} says that {key} is {value}; expected at most {_MAX_LAYERS}. It is damaged.")
     return value
+
+
+def _with_floats(value: Any) -> Any:
+    """A configuration with the numbers that JSON lacks, which transformers writes as {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {name: _with_floats(item) for name, item in value.items()}
+    return [_with_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def _saved_as(model: Any, name: str, shift: Shift, fan_in_fan_out: bool) -> dict[str, Tensor | None]:

@@ -77,7 +77,7 @@ class EditorModel(EditorNetworks):
 
         Raises:
             ModelMismatchError: no target module found, or one that cannot be edited; or a model for another task than
-                `config` names.
+                `config` names, or an encoder that was loaded as a causal model.
         """
         return cls(config_for(model, config or EditorConfig()))
 
@@ -236,6 +236,7 @@ class EditorModel(EditorNetworks):
             base_model_name_or_path=self.config.base_model_name_or_path,
             base_model_revision=self.config.base_model_revision,
             base_model_fingerprint=fingerprint or base_fingerprint(model, self.module_names),
+            base_model_type=getattr(getattr(model, "config", None), "model_type", None),
             task_type=self.config.task_type,
             editor={
                 "method": self.config.method,

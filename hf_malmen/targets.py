@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from .configuration import EditorConfig
 from .errors import ModelMismatchError
 from .sharding import settle, shape_of, whole
+
+logger = logging.get_logger(__name__)
 
 # How many of the last blocks are edited when the user names none (paper, appendix), both sides of an encoder-decoder
 # together.
@@ -82,11 +85,12 @@ def find_targets(model: nn.Module, config: EditorConfig) -> list[str]:
     """
     wanted_names, layers = config.target_modules, config.layers_to_transform
     if wanted_names is None:
-        is_early = config.default_blocks == "early"
-        names = _default_targets(model, None if is_early or layers is not None else DEFAULT_N_BLOCKS)
-        if is_early and layers is None:
-            first = max(0, round(len(names) / 5) - N_EARLY_BLOCKS // 2)
-            names = names[first : first + N_EARLY_BLOCKS]
+        sides = _second_linears(model)
+        if layers is None:
+            is_early = config.default_blocks == "early"
+            names = [name for side in sides for name in _default_blocks(model, side, is_early, len(sides))]
+        else:
+            names = [name for side in sides for name in side if name]
     else:
         names = _matching(model, wanted_names)
     if layers is not None:
@@ -103,8 +107,13 @@ def check_targets(model: nn.Module, names: Iterable[str]) -> None:
 
     Raises:
         ModelMismatchError: missing, not a linear layer, quantised, merged with an adapter, without values, or tied to
-            another module.
+            another module; or of a model that scales its weights while it runs.
     """
+    if getattr(getattr(model, "config", None), "rescale_every", 0) > 0:  # RWKV's
+        raise ModelMismatchError(
+            f"{type(model).__name__} divides weights in place when it first runs, so that what is added to them would "
+            f"not be what a checkpoint takes. Load it with rescale_every=0, in from_pretrained or config.json."
+        )
     modules = dict(named_modules(model))
     holders: dict[int, list[str]] = {}
     for holder, holding in modules.items():
@@ -250,47 +259,75 @@ def _matching(model: nn.Module, wanted: Sequence[str] | str) -> list[str]:
     return [name for name in names if name in chosen]
 
 
-def _default_targets(model: nn.Module, n_blocks: int | None) -> list[str]:
-    """The second feed-forward linear of the last `n_blocks` blocks that have one, or of all; see `_second_linear`.
+def _default_blocks(model: nn.Module, linears: Sequence[str | None], is_early: bool, n_sides: int) -> list[str]:
+    """Those that are edited by default, of one side's `_second_linears`: in early blocks or in the last ones."""
+    names = [name for name in linears if name]
+    n_blocks = N_EARLY_BLOCKS if is_early else DEFAULT_N_BLOCKS // n_sides
+    if len(names) < min(n_blocks, len(linears)):
+        logger.warning(
+            f"Only {len(names)} of {len(linears)} blocks of {type(model).__name__} have a feed-forward linear layer "
+            f"that every token passes ({', '.join(names) or 'none'}), and by default no others are edited."
+            + _suggestion(dict(named_modules(model)))
+        )
+    first = max(0, round(len(names) / 5) - n_blocks // 2) if is_early else max(0, len(names) - n_blocks)
+    return names[first : first + n_blocks]
 
-    The blocks are the entries of the longest `nn.ModuleList` that is in no other one; an encoder-decoder has those of
-    either side, half of `n_blocks` each.
+
+def _second_linears(model: nn.Module) -> list[list[str | None]]:
+    """The second feed-forward linear of every block, or None where it has none; of each side of an encoder-decoder.
+
+    The blocks are the entries of the `nn.ModuleList`, in no other one, where most have it; see `_second_linear`.
+
+    Raises:
+        ModelMismatchError: no block has one.
     """
     modules = dict(named_modules(model))
-    sides = [""]
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        either: Any = model
-        parts = (either.get_encoder(), either.get_decoder())
-        sides = [name for part in parts for name, module in modules.items() if module is part]
-    targets = []
-    for side in sides:
+    sides = []
+    for side in _sides(model, modules):
         inside = {name: module for name, module in modules.items() if f"{name}.".startswith(f"{side}.".lstrip("."))}
         lists = [name for name, module in inside.items() if isinstance(module, nn.ModuleList)]
         outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-        found = {name: _second_linears(name, inside[name]) for name in outer}
-        # Of equally long ones, as where a model has a list of each kind of layer, the one that has any.
-        longest = max(outer, key=lambda name: (len(inside[name]._modules), len(found[name])), default=None)
-        names = [] if longest is None else found[longest]
-        targets += names if n_blocks is None else names[-(n_blocks // len(sides)) :]
-    if not targets:
+        outer = [name for name in outer if not _ATTENTION.search(name.rpartition(".")[2])]  # XLM has a list of them
+        found: list[list[str | None]] = []
+        for prefix in outer:
+            blocks = [f"{prefix}.{index}" for index in inside[prefix]._modules]
+            names = [_second_linear(inside[block]) for block in blocks]
+            found.append([name and f"{block}.{name}" for block, name in zip(blocks, names, strict=True)])
+        sides.append(max(found, key=lambda names: sum(map(bool, names)), default=[]))
+    if not any(name for side in sides for name in side):
         # Packed weights have other shapes, so that no layer seems to narrow anything: say what they are.
         check_targets(model, [name for name, module in modules.items() if _quantised_form(model, module)][-1:])
-        experts = [name for name, module in modules.items() if _is_fused(module)]
+        experts = [name for name, module in modules.items() if _is_fused(module) and not _ATTENTION.search(name)]
         raise ModelMismatchError(
             f"Found no feed-forward linear layer in the blocks of {type(model).__name__}"
             + (f": its feed-forward layers are experts, fused in {experts[-1]} and its like" if experts else "")
-            + ". Name the layers to edit with target_modules, such as ['self_attn.o_proj']. "
-            f"Linear layers it has: {_some_linear_names(modules)}."
+            + f".{_suggestion(modules)} Linear layers it has: {_some_linear_names(modules)}."
         )
-    return targets
+    return sides
 
 
-def _second_linears(prefix: str, blocks: nn.Module) -> list[str]:
-    """Full names of the second feed-forward linears in a list of blocks; none in a list of attentions, as XLM has."""
-    if _ATTENTION.search(prefix.rpartition(".")[2]):
-        return []
-    entries = {f"{prefix}.{index}": block for index, block in blocks._modules.items() if block is not None}
-    return [f"{name}.{linear}" for name, block in entries.items() if (linear := _second_linear(_unwrapped(block)))]
+def _suggestion(modules: dict[str, nn.Module]) -> str:
+    """What to do where feed-forward layers cannot be edited. The example is attention's last layer."""
+    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)]
+    found = [name for name in reversed(linears) if _ATTENTION.search(name)]
+    example = max(found, key=lambda name: name.endswith("o_proj"), default=None)
+    named = f", such as {['.'.join(example.split('.')[-2:])]}" if example else ""
+    return f" Name the layers to edit with target_modules{named}."
+
+
+def _sides(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+    """Names of the parts whose blocks are edited: an encoder and a decoder, or what reads the text beside images.
+
+    "", the whole model, where transformers knows no such part, or the part holds no blocks.
+    """
+    known: Any = model
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        parts = [known.get_encoder(), known.get_decoder()]
+    else:
+        parts = [known.get_decoder()] if hasattr(model, "get_decoder") else []
+    parts = [_unwrapped(part) for part in parts]
+    holding = [part for part in parts if any(isinstance(module, nn.ModuleList) for module in part.modules())]
+    return [next(name for name, module in modules.items() if module is part) for part in holding] or [""]
 
 
 def _second_linear(block: nn.Module) -> str | None:
@@ -311,9 +348,10 @@ def _feed_forward_linears(module: nn.Module, prefix: str = "") -> Iterator[tuple
         if wrapped is None:
             continue
         child = _unwrapped(wrapped)
-        kinds = {type(entry) for entry in child} if isinstance(child, nn.ModuleList) else set()
-        is_list_of_experts = len(kinds) == 1  # T5 keeps attention and feed-forward layer in a list
-        if is_list_of_experts or _ATTENTION.search(f"{child_name} {type(child).__name__}"):
+        is_container = isinstance(child, nn.ModuleList | nn.ModuleDict)
+        # Not the dropout that some keep beside their experts. T5 keeps attention and feed-forward layer in a list.
+        kinds = {type(entry) for entry in child.children() if next(entry.parameters(), None) is not None}
+        if (is_container and len(kinds) == 1) or _ATTENTION.search(f"{child_name} {type(child).__name__}"):
             continue
         name = f"{prefix}.{child_name}".lstrip(".")
         if isinstance(child, nn.Linear | Conv1D):
@@ -348,7 +386,8 @@ def _offloaded(module: nn.Module) -> Any:
 
 def _is_fused(module: nn.Module) -> bool:
     """Whether the module holds the weights of several experts as one."""
-    return any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+    is_convolution = isinstance(module, nn.modules.conv._ConvNd)
+    return not is_convolution and any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
 
 
 def _block_index(name: str) -> int | None:

@@ -33,6 +33,30 @@ def infer_task_type(model: nn.Module) -> str | None:
     return "CAUSAL_LM" if classes & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) else None
 
 
+def check_direction(model: nn.Module) -> None:
+    """Check that a causal model's tokens see none that follow, among which is the answer.
+
+    Raises:
+        ModelMismatchError: it is an encoder that was loaded as a causal model, and not made one.
+    """
+    config = getattr(model, "config", None)
+    # Some that are never anything but decoders have the setting too, unused.
+    is_encoder = getattr(config, "model_type", None) in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if is_encoder and getattr(config, "is_decoder", None) is False and infer_task_type(model) == "CAUSAL_LM":
+        raise ModelMismatchError(
+            f"{type(model).__name__} has is_decoder=False: its tokens attend to those that follow, so that it reads an "
+            "answer where it should give it. If it was trained as a decoder, load it with "
+            "AutoModelForCausalLM.from_pretrained(..., is_decoder=True); else edit a classifier "
+            "(AutoModelForSequenceClassification), or another model."
+        )
+
+
+def pools_tokens(model: Any) -> bool:
+    """Whether the head of `model`, a sequence classifier of transformers, reads a mean over all tokens of a text."""
+    settings = {getattr(model.config, name, None) for name in ("classifier_pooling", "pooling")}
+    return bool(settings & {"mean", "late"})
+
+
 @dataclass(frozen=True)
 class Classes:
     """The classes of a sequence classifier.

@@ -21,6 +21,7 @@ from .batches import IGNORED, TokenBatch
 from .errors import ModelMismatchError, NumericalError
 from .losses import cross_entropy
 from .targets import target_module
+from .tasks import infer_task_type
 
 logger = logging.get_logger(__name__)
 
@@ -168,7 +169,9 @@ def own_answer_logits(
     """
     inputs = model_inputs(model, batch)
     labels = batch.labels
-    if "logits_to_keep" in inspect.signature(model.forward).parameters and not whole:
+    # A classifier that takes the argument looks for the last token among the logits that it keeps.
+    can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters and infer_task_type(model) != "SEQ_CLS"
+    if can_keep and not whole:
         positions = (labels != IGNORED).any(dim=0).nonzero().squeeze(-1)
         inputs["logits_to_keep"] = kept_logits(model, positions)
         labels = labels[:, positions]
@@ -461,17 +464,17 @@ def steered(
     """Within the context, `moves` are added to what a block puts out at some tokens. Gradients flow to the moves.
 
     Args:
-        block: puts out a hidden state (n_sequences, length, hidden_size), alone or as the first of a tuple.
+        block: puts out a hidden state (n_sequences, length, hidden_size), alone or as the first of a tuple or list.
         rows, positions: the sequences of the batch and the tokens in them, one each for every move.
         moves: what is added.
     """
 
     def add(_: nn.Module, __: Any, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = output[0] if isinstance(output, tuple | list) else output
         device = hidden.device
         where = (rows.to(device), positions.to(device))
         hidden = hidden.index_put(where, moves.to(device, hidden.dtype), accumulate=True)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return (hidden, *output[1:]) if isinstance(output, tuple | list) else hidden
 
     handle = block.register_forward_hook(add)
     try:
@@ -533,7 +536,7 @@ def read_keys(
             stack.enter_context(_hooked(target_module(model, name), name, record))
         output = run_until(model, batch, until)
     hidden = "the hidden state"
-    seen[hidden] = output[0] if isinstance(output, tuple) else output
+    seen[hidden] = output[0] if isinstance(output, tuple | list) else output  # the first GPT's is a list
     for name, values in seen.items():
         rows = values.flatten(0, -2)
         selected = batch.traced_rows(token_selection, len(rows))

@@ -30,6 +30,8 @@ from hf_malmen.adapter import SERVED_RANKS, factorise
 from hf_malmen.shifts import DenseShift, FactoredShift, Shift, materialise
 from hf_malmen.targets import check_targets
 
+from .zoo import KINDS
+
 Build = Callable[..., Any]
 
 INPUT_IDS = torch.tensor([[5, 40, 7, 300, 22, 22, 9], [9, 8, 7, 6, 5, 4, 3]])
@@ -320,6 +322,23 @@ def test_a_name_that_ends_another(tmp_path: Path) -> None:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     assert {name: layer.r["default"] for name, layer in layers.items()} == {"fc": 8, "outer.fc": 16, "outer.other": 32}
     assert {layer.scaling["default"] for layer in layers.values()} == {1.0}
+
+
+def test_what_every_token_passes_beside_fused_experts(tmp_path: Path) -> None:
+    """PEFT takes a `down_proj` of a model of DeepSeek-V3's kind for the experts', unless its weight is named."""
+    model = KINDS["deepseek_v3"].build()
+    names = ["model.layers.0.mlp.down_proj", "model.layers.3.mlp.shared_experts.down_proj"]
+    sizes = [model.get_submodule(name).in_features for name in names]
+    shifts = {name: random_shift(n, size) for name, n, size in zip(names, (5, 12), sizes, strict=True)}
+    edit = Edit(shifts, base_model_type=model.config.model_type)
+    expected = edited_logits(model, edit)
+    edit.save_pretrained(tmp_path / "edit")
+    folder = Edit.from_pretrained(tmp_path / "edit").to_lora(tmp_path / "lora")
+    adapted = PeftModel.from_pretrained(copy.deepcopy(model), folder)
+    torch.testing.assert_close(logits(adapted), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(adapted.merge_and_unload()), expected, atol=1e-4, rtol=1e-4)
+    model.load_adapter(str(folder))
+    torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_layers_of_both_orientations(tmp_path: Path) -> None:

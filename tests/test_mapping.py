@@ -58,6 +58,9 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "gpt_neox": lambda: build("GPTNeoXForCausalLM", "GPTNeoXConfig", **SIZES),
     "hrm_text": lambda: build("HrmTextForCausalLM", "HrmTextConfig", **SIZES),
     "llava": build_llava,
+    "mamba2": lambda: build(
+        "Mamba2ForCausalLM", "Mamba2Config", **SIZES, num_heads=4, head_dim=16, state_size=8, n_groups=1
+    ),
     "mixtral": lambda: build("MixtralForCausalLM", "MixtralConfig", **SIZES, num_local_experts=2),
     "molmo2": lambda: build("Molmo2TextModel", "Molmo2TextConfig", **SIZES),
     "nomic_bert": lambda: build("NomicBertForMaskedLM", "NomicBertConfig", **SIZES),
@@ -71,6 +74,8 @@ WEIGHTS: list[tuple[str, str, str, int]] = [
     ("hrm_text", "model.H_module.layers.1.mlp.up_proj", "model.H_module.layers.1.mlp.gate_up_proj.weight", 2),
     ("hrm_text", "model.H_module.layers.0.self_attn.v_proj", "model.H_module.layers.0.attn.gqkv_proj.weight", 4),
     ("llava", "model.language_model.layers.1.mlp.down_proj", "language_model.model.layers.1.mlp.down_proj.weight", 1),
+    # Whose settings are infinite.
+    ("mamba2", "backbone.layers.1.mixer.out_proj", "backbone.layers.1.mixer.out_proj.weight", 1),
     ("mixtral", "model.layers.1.self_attn.o_proj", "model.layers.1.self_attn.o_proj.weight", 1),
     ("molmo2", "layers.1.mlp.down_proj", "layers.1.mlp.ff_out.weight", 1),
     ("molmo2", "layers.1.mlp.gate_proj", "layers.1.mlp.ff_proj.weight", 2),

@@ -515,9 +515,9 @@ def test_edits_take_in_every_precision(
         assert scores["edit_success"] > 0.9 > 0.5 > scores["edit_success_before"]
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "olmo2", "gptj", "falcon", "opt", "mpt", "phi3", "mixtral"])
+@pytest.mark.parametrize("kind", ["gemma2", "olmo2", "openai-gpt", "gptj", "falcon", "opt", "mpt", "phi3", "mixtral"])
 def test_edits_take_in_every_kind_of_block(kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Norms behind the layers, attention beside them, outputs in tuples, a mixture of experts."""
+    """Norms behind the layers, attention beside them, outputs in tuples and lists, a mixture of experts."""
     row = KINDS[kind]
     model = row.build()
     config = EditorConfig(method="memit", preservation=1e-3, crowding=0, **FAR, **row.config)

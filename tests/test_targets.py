@@ -9,13 +9,18 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BertConfig,
     BertLMHeadModel,
     BertModel,
     EncoderDecoderModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedModel,
+    RwkvConfig,
+    RwkvForCausalLM,
 )
 
 from hf_malmen import EditorConfig, EditorModel, ModelMismatchError
@@ -23,7 +28,7 @@ from hf_malmen.targets import DEFAULT_N_BLOCKS, check_targets, find_targets, nam
 from hf_malmen.tasks import infer_task_type
 from hf_malmen.tracing import frozen, trace
 
-from .zoo import KINDS, N_LAYERS
+from .zoo import KINDS, N_LAYERS, SIZES
 
 Build = Callable[..., Any]
 
@@ -88,12 +93,39 @@ def test_second_feed_forward_linear_of_a_block(case: str) -> None:
     assert find_targets(model, EditorConfig()) == [f"blocks.{i}.{wanted}" for i in range(8 - DEFAULT_N_BLOCKS, 8)]
 
 
-def test_experts_in_a_list_are_left_out() -> None:
-    """Each sees only some tokens. A longer list than that of the blocks does not pass for blocks."""
+@pytest.mark.parametrize("named", [False, True])
+def test_experts_in_a_list_are_left_out(named: bool) -> None:
+    """Each sees only some tokens. A longer list than that of the blocks does not pass for blocks. NLLB names them."""
     blocks = [Block(shared__up=(8, 6), shared__down=(6, 8)) for _ in range(3)]
     for block in blocks:
-        block.experts = nn.ModuleList(Block(up=(8, 20), down=(20, 8)) for _ in range(5))
+        experts = [Block(up=(8, 20), down=(20, 8)) for _ in range(5)]
+        named_experts = {f"expert_{i}": expert for i, expert in enumerate(experts)} | {"dropout": nn.Dropout()}
+        block.experts = nn.ModuleDict(named_experts) if named else nn.ModuleList(experts)
     assert find_targets(Model(*blocks), EditorConfig()) == [f"blocks.{i}.shared.down" for i in range(3)]
+
+
+def test_a_longer_list_of_something_else() -> None:
+    """MarkupLM's fifty embeddings are no blocks."""
+    model = Model(*[Block(up=(8, 12), down=(12, 8)) for _ in range(3)])
+    model.embeddings = nn.ModuleList(nn.Embedding(4, 8) for _ in range(50))
+    assert find_targets(model, EditorConfig()) == [f"blocks.{i}.down" for i in range(3)]
+
+
+def test_the_language_model_beside_a_deeper_vision_tower() -> None:
+    """As in Qwen2-VL, of 28 and 32 blocks."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    config = LlavaConfig(
+        text_config={"model_type": "llama", **sizes, "num_hidden_layers": 2, "vocab_size": 90},
+        vision_config={
+            "model_type": "clip_vision_model",
+            **sizes,
+            "num_hidden_layers": 4,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+    )
+    model = LlavaForConditionalGeneration(config)
+    assert find_targets(model, EditorConfig()) == [f"model.language_model.layers.{i}.mlp.down_proj" for i in range(2)]
 
 
 def test_the_last_blocks_that_have_a_feed_forward_layer() -> None:
@@ -109,6 +141,29 @@ def test_model_with_a_list_of_each_kind_of_layer(kind: str) -> None:
     config = AutoConfig.for_model(kind, n_words=50, emb_dim=8, n_layers=7, n_heads=2)
     names = find_targets(AutoModelForSequenceClassification.from_config(config), EditorConfig())
     assert names == [f"transformer.ffns.{i}.lin2" for i in range(1, 7)]
+
+
+def test_few_blocks_that_have_a_feed_forward_layer(caplog: pytest.LogCaptureFixture) -> None:
+    """Those of mixtures are often the first one or three. Who names the layers, or the blocks, is told nothing."""
+    dense, empty = {"up": (8, 12), "down": (12, 8)}, {"attn__q_proj": (8, 8), "attn__o_proj": (8, 8)}
+    model = Model(Block(**dense), *[Block(**empty) for _ in range(7)])
+    for config in (EditorConfig(), EditorConfig(method="memit")):
+        caplog.clear()
+        assert find_targets(model, config) == ["blocks.0.down"]
+        assert "Only 1 of 8 blocks of Model" in caplog.text and "such as ['attn.o_proj']" in caplog.text
+    caplog.clear()
+    for config in (EditorConfig(layers_to_transform=0), EditorConfig(target_modules=["down"])):
+        assert find_targets(model, config) == ["blocks.0.down"]
+    assert caplog.text == ""
+
+
+def test_convolutions_are_no_experts() -> None:
+    """Their weights have three dimensions too. Nothing is proposed that the model does not have."""
+    block = Block(attn__out=(8, 8))
+    block.convolution = nn.Conv1d(8, 8, 1)
+    message = r"no feed-forward linear layer in the blocks of Model\. .* such as \['attn\.out'\]\. Linear"
+    with pytest.raises(ModelMismatchError, match=message):
+        find_targets(Model(block), EditorConfig())
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
@@ -179,6 +234,14 @@ def test_a_tied_head() -> None:
     message = r"lm_head shares its weight with model\.embed_tokens\.weight"
     with pytest.raises(ModelMismatchError, match=message):
         find_targets(KINDS["llama"].build(tie_word_embeddings=True), EditorConfig(target_modules=["lm_head"]))
+
+
+def test_weights_that_are_divided_while_the_model_runs() -> None:
+    """As RWKV's are, unless that is switched off."""
+    sizes = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32}
+    with pytest.raises(ModelMismatchError, match=r"divides weights in place.* rescale_every=0"):
+        find_targets(RwkvForCausalLM(RwkvConfig(**sizes)), EditorConfig())
+    assert find_targets(RwkvForCausalLM(RwkvConfig(**sizes, rescale_every=0)), EditorConfig())
 
 
 def test_no_values() -> None:
@@ -263,6 +326,22 @@ def test_task_of_a_model() -> None:
         == "SEQ_2_SEQ_LM"
     )
     assert EditorModel.from_base(Model(*[Block(up=(8, 9), down=(9, 8))])).config.task_type == "CAUSAL_LM"
+
+
+@pytest.mark.parametrize("model_type", ["bert", "electra"])
+def test_an_encoder_loaded_as_a_causal_model(model_type: str, make_editor: Build) -> None:
+    """Unless it was made a decoder. GPT-NeoX has the same setting, unused."""
+    encoder, decoder = (
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, is_decoder=is_decoder, **SIZES))
+        for is_decoder in (False, True)
+    )
+    editor = make_editor(decoder)
+    for check in (EditorModel.from_base, editor.check_base):
+        with pytest.raises(ModelMismatchError, match=r"has is_decoder=False: .* is_decoder=True"):
+            check(encoder)
+    gpt_neox = KINDS["gpt_neox"].build()
+    assert gpt_neox.config.is_decoder is False
+    EditorModel.from_base(gpt_neox)
 
 
 def test_names_are_those_of_the_model_itself() -> None:

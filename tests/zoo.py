@@ -92,6 +92,7 @@ class Kind:
         settings: fields of the configuration, over `SIZES`.
         config: fields of the `EditorConfig`, where the defaults find nothing.
         at_end: of a classifier, whether its head reads the last token.
+        pooled: of a classifier, whether its head reads all tokens.
     """
 
     model_type: str
@@ -101,6 +102,7 @@ class Kind:
     config: dict[str, Any] = field(default_factory=dict)
     blocks: tuple[int, ...] = tuple(range(1, N_LAYERS))
     at_end: bool = False
+    pooled: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -139,7 +141,8 @@ class Kind:
         if self.task == "SEQ_CLS":
             names = {name.casefold(): i for i, name in enumerate(LABELS)}
             answer = int(target) if target.isdecimal() else names[target.casefold()]
-            return Given({"input_ids": torch.tensor([ids])}, [], [answer], [len(ids) - 1 if self.at_end else 0])
+            traced = None if self.pooled else [len(ids) - 1 if self.at_end else 0]
+            return Given({"input_ids": torch.tensor([ids])}, [], [answer], traced)
         if self.task == "SEQ_2_SEQ_LM":
             answers = tokenizer(target)["input_ids"]
             read = [self.settings["decoder_start_token_id"], *answers[:-1]]
@@ -184,9 +187,9 @@ def causal(model_type: str, target: str, **settings: Any) -> Kind:
     return Kind(model_type, "CAUSAL_LM", (target,), settings)
 
 
-def classifier(model_type: str, target: str, *, at_end: bool = False, **settings: Any) -> Kind:
+def classifier(model_type: str, target: str, *, at_end: bool = False, pooled: bool = False, **settings: Any) -> Kind:
     """A sequence classifier."""
-    return Kind(model_type, "SEQ_CLS", (target,), settings, at_end=at_end)
+    return Kind(model_type, "SEQ_CLS", (target,), settings, at_end=at_end, pooled=pooled)
 
 
 def two_sided(model_type: str, *targets: str, **settings: Any) -> Kind:
@@ -226,6 +229,7 @@ KINDS: dict[str, Kind] = {
     ),
     # Decoders with Conv1D
     "gpt2": causal("gpt2", "transformer.h.{}.mlp.c_proj", n_inner=48),
+    "openai-gpt": causal("openai-gpt", "transformer.h.{}.mlp.c_proj", n_positions=64),
     "gpt2, square": causal("gpt2", "transformer.h.{}.mlp.c_proj", n_inner=32),
     # Mixtures of experts: what every token passes
     "mixtral": Kind(
@@ -239,6 +243,11 @@ KINDS: dict[str, Kind] = {
     "qwen2_moe": causal(
         "qwen2_moe", "model.layers.{}.mlp.shared_expert.down_proj", **MOE, shared_expert_intermediate_size=24
     ),
+    "deepseek_v3": causal(
+        "deepseek_v3", "model.layers.{}.mlp.shared_experts.down_proj", **MOE, n_routed_experts=4, n_group=1,
+        topk_group=1, first_k_dense_replace=1, num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=16,
+        qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8,
+    ),
     # Encoders
     "bert": classifier("bert", "bert.encoder.layer.{}.output.dense", **NO_DROPOUT),
     "bert, square": classifier("bert", "bert.encoder.layer.{}.output.dense", **NO_DROPOUT, intermediate_size=32),
@@ -251,8 +260,12 @@ KINDS: dict[str, Kind] = {
     "modernbert": classifier(
         "modernbert", "model.layers.{}.mlp.Wo", classifier_pooling="cls", global_attn_every_n_layers=3
     ),
+    "modernbert, mean": classifier(
+        "modernbert", "model.layers.{}.mlp.Wo", pooled=True, classifier_pooling="mean", global_attn_every_n_layers=3
+    ),
     # Decoders that classify
     "llama, classes": classifier("llama", LLAMA, at_end=True),
+    "biogpt, classes": classifier("biogpt", "biogpt.layers.{}.fc2", at_end=True, hidden_act="gelu"),
     "gpt2, classes": classifier("gpt2", "transformer.h.{}.mlp.c_proj", at_end=True, n_inner=48),
     # Encoder-decoders
     "t5": two_sided(
