@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import TruncationWarning
+from .errors import HfMalmenWarning, TruncationWarning
 from .shifts import DenseShift, FactoredShift, Shift, blocks
 
 # Ranks that vLLM serves. An adapter's rank is the smallest of them that holds what it must.
@@ -55,7 +55,7 @@ def save_lora(
         base_model_name_or_path, revision: the base model, for the adapter's configuration.
         base_model_type: transformers' `model_type` of the base, or None. Some mixtures of experts need it: PEFT takes
             the names of their shared experts for those of the fused ones, so that their adapter names weights instead
-            of modules (`target_parameters`).
+            of modules (`target_parameters`). And PEFT refuses some modules of Mamba's kind, which is warned about.
         task_type: PEFT's. An adapter for `"SEQ_CLS"` names none: PEFT would want a trained head in it, and an edit
             leaves the head as it is.
         rank: at most this rank; None takes 512.
@@ -102,6 +102,14 @@ def save_lora(
     if _is_taken_for_experts(config, base_model_type):
         config.target_modules, config.target_parameters = [], [f"{name}.weight" for name in sorted(shifts)]
         ranks = dict.fromkeys(ranks, largest)  # PEFT warns of a weight's own rank that it is ignored
+    refusal = _refusal(config, base_model_type, shifts)
+    if refusal is not None:
+        warnings.warn(
+            f"PEFT will not load this adapter: {refusal} Serve it with something else, or write the edit into a "
+            "checkpoint: edit.write(...).",
+            HfMalmenWarning,
+            stacklevel=3,
+        )
     # PEFT takes these keys for regular expressions that match the end of a name: each must match its layer alone.
     own_ranks = {f"^{re.escape(name)}": own for name, own in ranks.items() if own != largest}
     config.rank_pattern, config.alpha_pattern = own_ranks, dict(own_ranks)
@@ -126,13 +134,30 @@ def _is_taken_for_experts(config: Any, model_type: str | None) -> bool:
     except ImportError:  # a PEFT that does no such thing
         return False
     converted = copy.deepcopy(config)
-    # All that it asks a model for where modules are named one by one.
-    model: Any = SimpleNamespace(config=SimpleNamespace(model_type=model_type))
     try:
-        convert_peft_config_for_transformers(converted, model, conversions=None)
+        convert_peft_config_for_transformers(converted, _stand_in(model_type), conversions=None)
     except ValueError:  # of weights that were fused together, not all are named
         return True
     return bool(converted.target_modules != config.target_modules)
+
+
+def _refusal(config: Any, model_type: str | None, names: Iterable[str]) -> str | None:
+    """What PEFT says of adapters of these modules that it refuses to load, as of Mamba's; None if it loads them."""
+    try:
+        from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+    except ImportError:  # a PEFT that refuses none
+        return None
+    for name in names:
+        try:
+            _check_lora_target_modules_mamba(config, _stand_in(model_type), name.rpartition(".")[2])
+        except ValueError as error:
+            return str(error)
+    return None
+
+
+def _stand_in(model_type: str | None) -> Any:
+    """All that PEFT asks a model for to tell its kind, where modules are named one by one."""
+    return SimpleNamespace(config=SimpleNamespace(model_type=model_type))
 
 
 def factorise(

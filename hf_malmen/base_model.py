@@ -55,6 +55,7 @@ def config_for(model: nn.Module, config: EditorConfig) -> EditorConfig:
     config = EditorConfig.from_dict(config.to_dict())
     model = plain_model(model)
     check_direction(model)
+    _check_reads_tokens(model)
     task_type = infer_task_type(model) or config.task_type
     if config.task_type not in ("CAUSAL_LM", task_type):  # the default says nothing
         raise ModelMismatchError(
@@ -79,6 +80,21 @@ def config_for(model: nn.Module, config: EditorConfig) -> EditorConfig:
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     return config
+
+
+def _check_reads_tokens(model: nn.Module) -> None:
+    """Check that a model of transformers reads tokens of a vocabulary.
+
+    Raises:
+        ModelMismatchError: it does not, as those do that read characters.
+    """
+    try:
+        if isinstance(model, PreTrainedModel):
+            model.get_input_embeddings()
+    except NotImplementedError:
+        raise ModelMismatchError(
+            f"{type(model).__name__} has no embedding of tokens, and cannot be edited. Choose a model that has one."
+        ) from None
 
 
 def check_layers(model: nn.Module, config: EditorConfig) -> None:

@@ -332,7 +332,7 @@ def evaluate(
     from .sharding import place
     from .side_effects import known_tasks, load_texts, measure_side_effects
     from .tables import scores_table, table
-    from .tasks import AUTO_CLASSES
+    from .tasks import load_base
 
     benchmarks = _listed(tasks)
     if benchmarks:
@@ -340,9 +340,8 @@ def evaluate(
     distributed.join()
     trained = EditorModel.from_pretrained(editor)
     other_texts = load_texts(texts) if texts else None
-    auto_class = AUTO_CLASSES[trained.config.task_type]
     check_base_model(model)
-    base = auto_class.from_pretrained(model, dtype=dtype.value)
+    base = load_base(model, trained.config.task_type, dtype=dtype.value)
     place(base)
     found = trained.measure(base, checked, batch_size=batch_size, generate=generate, probabilities=probabilities)
     edit = trained.make_edit(base, checked, batch_size=batch_size) if other_texts or benchmarks else None

@@ -34,7 +34,7 @@ from .facts import Fact, load_facts
 from .modeling import EditorModel
 from .scoring import bootstrap_intervals
 from .side_effects import load_texts, text_losses
-from .tasks import AUTO_CLASSES
+from .tasks import load_base
 
 TUNED_ON = ("edit_success", "generalization", "locality")
 
@@ -78,8 +78,7 @@ class Base:
         settings = comparison.prompt_format
         hub = {"revision": settings.base_model_revision or "main"}
         self.device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-        auto_class = AUTO_CLASSES[settings.task_type]
-        loaded: Any = auto_class.from_pretrained(comparison.base_model, dtype=comparison.dtype, **hub)
+        loaded: Any = load_base(comparison.base_model, settings.task_type, dtype=comparison.dtype, **hub)
         self.model: PreTrainedModel = loaded.to(self.device)
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(comparison.base_model, **hub)
 

@@ -361,7 +361,8 @@ class Edit:
         load side by side and switch with `set_adapter`, and swap with PEFT's `hotswap_adapter`, whatever their ranks.
         There, two adapters must agree on the layers that have a rank of their own (`alpha_pattern`), and for a compiled
         model `prepare_model_for_compiled_hotswap` comes first. transformers' `load_adapter(..., hotswap=True)` takes
-        adapters of the same layers and ranks.
+        adapters of the same layers and ranks. PEFT refuses adapters of the `out_proj` of Mamba models, their default
+        target; a warning says so.
 
         Args:
             save_directory: where to.

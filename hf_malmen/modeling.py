@@ -45,7 +45,7 @@ from .side_effects import load_texts
 from .state import EditState
 from .streaming import FactReader
 from .targets import plain_model
-from .tasks import AUTO_CLASSES
+from .tasks import load_base
 from .tracing import Trace, frozen, input_device
 
 DEFAULT_BATCH_SIZE = 32
@@ -430,7 +430,7 @@ class EditorModel(EditorNetworks):
                 )
             check_checkpoint(model, output_dir, in_place)
             loading = {"revision": revision or "main", "token": token}
-            base = AUTO_CLASSES[self.config.task_type].from_pretrained(model, **loading)
+            base = load_base(model, self.config.task_type, **loading)
             if commit := cached_commit(str(model), revision):
                 base.config._commit_hash = commit  # by which its edits are found
                 with suppress(*HUB_ERRORS):  # asked here, with the token; what is wrong is said later

@@ -23,7 +23,7 @@ from .settings import DTYPES, field_names, read_settings, require_known, require
 from .sharding import place
 from .side_effects import load_texts
 from .tables import METRIC_TITLES
-from .tasks import AUTO_CLASSES
+from .tasks import load_base
 from .training import EditorTrainer, EditorTrainingArguments
 
 
@@ -138,9 +138,8 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> Path:
         )
     config = EditorConfig(**recipe.editor)
     hub = {"revision": config.base_model_revision or "main"}
-    auto_class = AUTO_CLASSES[config.task_type or "CAUSAL_LM"]
     check_base_model(recipe.base_model, **hub)
-    model = auto_class.from_pretrained(recipe.base_model, dtype=recipe.dtype, **hub)
+    model = load_base(recipe.base_model, config.task_type or "CAUSAL_LM", dtype=recipe.dtype, **hub)
     tokenizer = AutoTokenizer.from_pretrained(recipe.base_model, **hub)
     config.base_model_revision = cached_commit(recipe.base_model, **hub) or config.base_model_revision
     set_seed(args.seed)

@@ -2,13 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
@@ -21,6 +29,33 @@ AUTO_CLASSES: dict[str, Any] = {
     "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
     "SEQ_CLS": AutoModelForSequenceClassification,
 }
+
+
+def load_base(name_or_path: str | Path, task_type: str, **options: Any) -> Any:
+    """Load a checkpoint for a task; one of text and images, which transformers lists as no causal model, with both.
+
+    Args:
+        name_or_path: its folder or Hub id.
+        task_type: PEFT's.
+        options: as for `from_pretrained`.
+
+    Raises:
+        ModelMismatchError: transformers has no model of that type for this task.
+    """
+    auto_class = AUTO_CLASSES[task_type]
+    try:
+        return auto_class.from_pretrained(name_or_path, **options)
+    except ValueError:
+        hub = {name: options[name] for name in ("revision", "token") if name in options}
+        config = AutoConfig.from_pretrained(name_or_path, **hub)
+        if type(config) in auto_class._model_mapping:
+            raise
+    if task_type == "CAUSAL_LM" and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText.from_pretrained(name_or_path, **options)
+    raise ModelMismatchError(
+        f"{name_or_path} holds a model of type {config.model_type} ({', '.join(config.architectures or [])}), which "
+        f"{auto_class.__name__} does not load. Load it yourself, and give the model itself."
+    )
 
 
 def infer_task_type(model: nn.Module) -> str | None:

@@ -27,6 +27,7 @@ from transformers import (
 
 from hf_malmen import Edit, EditorConfig, EditorModel, Fact, ModelMismatchError, TruncationWarning
 from hf_malmen.adapter import SERVED_RANKS, factorise
+from hf_malmen.errors import HfMalmenWarning
 from hf_malmen.shifts import DenseShift, FactoredShift, Shift, materialise
 from hf_malmen.targets import check_targets
 
@@ -339,6 +340,14 @@ def test_what_every_token_passes_beside_fused_experts(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(adapted.merge_and_unload()), expected, atol=1e-4, rtol=1e-4)
     model.load_adapter(str(folder))
     torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_that_peft_refuses(tmp_path: Path) -> None:
+    """It is written, for other servers, and said at once."""
+    edit = Edit({"backbone.layers.0.mixer.out_proj": random_shift(5)}, base_model_type="mamba2")
+    with pytest.warns(HfMalmenWarning, match=r"PEFT will not load this adapter: .*'out_proj' is incompatible"):
+        edit.to_lora(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
 def test_layers_of_both_orientations(tmp_path: Path) -> None:

@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import hf_malmen.history
 from hf_malmen import (
@@ -281,6 +290,28 @@ def test_what_is_not_a_whole_model(folder: Path, editor: EditorModel, facts: lis
             "folder",
         )
     refused(tmp_path, lambda: editor.apply(tmp_path / "none", facts, in_place=True), CheckpointError, "is no folder")
+
+
+def test_a_model_of_text_and_images(
+    make_editor: Build, tokenizer: PreTrainedTokenizerFast, facts: list[Fact], tmp_path: Path
+) -> None:
+    """Transformers lists it as no causal model. What is no language model at all is refused."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = {"model_type": "clip_vision_model", **sizes, "image_size": 8, "patch_size": 4}
+    text = {"model_type": "llama", **sizes, "vocab_size": 360}
+    LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision)).save_pretrained(
+        tmp_path / "llava"
+    )
+    tokenizer.save_pretrained(tmp_path / "llava")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "llava")
+    editor = make_editor(model)
+    editor.apply(model, facts, tokenizer)
+    editor.apply(tmp_path / "llava", facts, output_dir=tmp_path / "edited")
+    edited = AutoModelForImageTextToText.from_pretrained(tmp_path / "edited").state_dict()
+    assert all(torch.equal(edited[name], value) for name, value in model.state_dict().items())
+    ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(tmp_path / "vit")
+    with pytest.raises(ModelMismatchError, match=r"type vit \(ViTForImageClassification\), which AutoModelForCausalLM"):
+        editor.apply(tmp_path / "vit", facts, tokenizer, output_dir=tmp_path / "new")
 
 
 @pytest.mark.parametrize("n_good", [0, 4])

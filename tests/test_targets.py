@@ -15,6 +15,8 @@ from transformers import (
     BertConfig,
     BertLMHeadModel,
     BertModel,
+    CanineConfig,
+    CanineForSequenceClassification,
     EncoderDecoderModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -242,6 +244,13 @@ def test_weights_that_are_divided_while_the_model_runs() -> None:
     with pytest.raises(ModelMismatchError, match=r"divides weights in place.* rescale_every=0"):
         find_targets(RwkvForCausalLM(RwkvConfig(**sizes)), EditorConfig())
     assert find_targets(RwkvForCausalLM(RwkvConfig(**sizes, rescale_every=0)), EditorConfig())
+
+
+def test_a_model_that_reads_characters() -> None:
+    """CANINE has no vocabulary."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    with pytest.raises(ModelMismatchError, match="CanineForSequenceClassification has no embedding of tokens"):
+        EditorModel.from_base(CanineForSequenceClassification(CanineConfig(**sizes, num_hash_buckets=64)))
 
 
 def test_no_values() -> None:
