@@ -412,6 +412,5 @@ def _check_range(values: Any, where: str) -> None:
     pair = isinstance(values, list) and len(values) == 2 and all(type(value) in (int, float) for value in values)
     if not (isinstance(choices, list) and choices) and not (pair and 0 < values[0] < values[1]):
         raise ValueError(
-            f"{where} is {values!r}; expected [low, high] with 0 < low < high, or {{choices: [...]}}. Write 1.0e-6 in "
-            "YAML, for which 1e-6 is a text."
+            f"{where} is {values!r}; expected [low, high], numbers with 0 < low < high, or {{choices: [...]}}."
         )

@@ -483,7 +483,7 @@ def test_settings_are_checked(home: Path, tmp_path: Path, change: dict[str, Any]
         ("malmen", {"warm_up_facts": 3}, "search and warm_up_facts are for methods without training"),
         ("malmen", {"search": {"edit_lr": [1e-3, 1e-2]}}, "search and warm_up_facts are for methods without training"),
         ("ultraedit", {"training": {"max_steps": 3}}, "'ultraedit' is not trained. Tune it with search"),
-        ("ultraedit", {"search": {"edit_lr": ["1e-6", 1]}}, r"search.edit_lr is \['1e-6', 1\]; expected \[low, high\]"),
+        ("ultraedit", {"search": {"edit_lr": ["low", 1]}}, r"search.edit_lr is \['low', 1\]; expected \[low, high\]"),
         ("ultraedit", {"search": {"edit_lr": {"choices": []}}}, "expected"),
         ("ultraedit", {"search": {"edit_rl": [1, 2]}}, "search: unknown 'edit_rl'"),
         ("ultraedit", {"serach": {}}, "methods.ultraedit: unknown 'serach'"),
