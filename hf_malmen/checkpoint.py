@@ -512,7 +512,6 @@ def _staged_copy(source: Source, target: Path, edited: set[Path], state: object)
         state: `_settled_state` of the source when it was looked at, which must be that of what was copied.
     """
     target = target.resolve()
-    stage = None
     try:
         with _new_stage(target) as stage:
             if source.file is not None:
