@@ -138,6 +138,8 @@ def _is_taken_for_experts(config: Any, model_type: str | None) -> bool:
         convert_peft_config_for_transformers(converted, _stand_in(model_type), conversions=None)
     except ValueError:  # of weights that were fused together, not all are named
         return True
+    except (AttributeError, TypeError):  # a PEFT that asks for more
+        return False
     return bool(converted.target_modules != config.target_modules)
 
 

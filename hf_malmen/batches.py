@@ -7,11 +7,12 @@ tokens, merged spaces and chat templates need no special case.
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from .configuration import EditorConfig
 from .errors import FactError
@@ -204,6 +205,9 @@ class Tokenizer:
         self.max_length = max_length
         self.decoder_start_token_id = decoder_start_token_id
         self.classes = classes
+        self._encode = lru_cache(maxsize=4)(
+            self._encode_anew
+        )  # as a fact's subject is looked for in the text just read
         if config.use_chat_template and not getattr(tokenizer, "chat_template", None):
             raise ValueError(
                 "EditorConfig.use_chat_template is set, but the tokenizer has no chat template. "
@@ -429,21 +433,22 @@ class Tokenizer:
         assert isinstance(text, str)  # for the type checker: tokenize=False returns text
         return text
 
+    def _encode_anew(self, text: str) -> BatchEncoding:
+        special = not self.config.use_chat_template  # a chat template writes its special tokens itself
+        wanted = ("return_offsets_mapping", "return_special_tokens_mask") if self.tokenizer.is_fast else ()
+        return self.tokenizer(text, add_special_tokens=special, **dict.fromkeys(wanted, True))
+
     def _tokenize(self, text: str, start: int) -> tuple[list[int], list[bool]]:
         """Token ids of `text`, and for each whether it reaches past character `start` (-1: all but special ones)."""
-        special = not self.config.use_chat_template  # a chat template writes its special tokens itself
+        encoded = self._encode(text)
+        ids = list(encoded["input_ids"])
         if self.tokenizer.is_fast:
-            encoded = self.tokenizer(
-                text, add_special_tokens=special, return_offsets_mapping=True, return_special_tokens_mask=True
-            )
-            ids, spans = list(encoded["input_ids"]), encoded["offset_mapping"]
             # What the tokenizer adds is never part of the target, wherever it stands. An empty span does not tell: a
             # token that is a space has one too, behind the space, where offsets leave spaces out, as Llama 3's do.
-            added = encoded["special_tokens_mask"]
+            spans, added = encoded["offset_mapping"], encoded["special_tokens_mask"]
             is_target = [end > start and not flag for (_, end), flag in zip(spans, added, strict=True)]
         else:
-            ids = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
-            prompt = list(self.tokenizer(text[: max(start, 0)], add_special_tokens=special)["input_ids"])
+            prompt = list(self._encode(text[: max(start, 0)])["input_ids"])
             shared = next((i for i, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b), len(prompt))
             is_target = [i >= shared and token not in self.tokenizer.all_special_ids for i, token in enumerate(ids)]
         last = max((i for i, flag in enumerate(is_target) if flag), default=len(ids) - 1)

@@ -263,7 +263,7 @@ def run_comparison(
         say(f"{left_out} facts left out, of which a text stands in a fact before.")
     folder = Path(comparison.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    with locked(folder, is_optional=True):  # jobs look at the facts themselves
         for name, facts in splits.items():
             lines = "".join(json.dumps(fact.to_dict(), ensure_ascii=False) + "\n" for fact in facts)
             write_text(folder / FACTS_FOLDER / f"{name}.jsonl", lines)

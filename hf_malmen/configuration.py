@@ -415,6 +415,11 @@ class EditorConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"EditorConfig.{name} is {value!r}; allowed: {', '.join(map(repr, choices))}.")
+        if not isinstance(self.base_model_revision, str | None):
+            raise ValueError(
+                f"EditorConfig.base_model_revision is {self.base_model_revision!r}; allowed: a text or nothing. In "
+                "YAML, put a commit into quotes."
+            )
         if self.task_type not in self.task_types:
             raise ValueError(
                 f"EditorConfig.task_type is {self.task_type!r}; allowed with method {self.method!r}: "
@@ -521,7 +526,7 @@ def repo_named(source: str) -> Iterator[None]:
     except (ConnectionError, TimeoutError):
         raise
     except OSError as error:
-        if path.exists():
+        if path.exists() or error.errno is not None:  # the disk's fault
             raise
         raise OSError(f"There is no folder {source}, and no repo on the Hub that can be read: {error}") from error
 

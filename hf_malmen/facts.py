@@ -7,6 +7,7 @@ import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, fields
+from decimal import Decimal
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TextIO
@@ -100,9 +101,10 @@ def _text(name: str, value: Any) -> str:
             return value.decode()
         except UnicodeDecodeError:
             raise FactError(f"{name} is {value!r}, which is not text in UTF-8. Give it decoded.") from None
-    if isinstance(value, float) and value.is_integer():  # a column of years is read as such where one is missing
+    # A column of years is read as such where one is missing.
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         value = int(value)
-    if isinstance(value, str | Integral) or (isinstance(value, Real) and math.isfinite(value)):  # NumPy's too
+    if isinstance(value, str | Integral) or (isinstance(value, Real | Decimal) and math.isfinite(value)):  # NumPy's too
         return str(value)
     raise FactError(
         f"{name} is {value!r}, a {type(value).__name__}. Expected one text or finite number; give the text itself, or "

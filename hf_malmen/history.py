@@ -175,14 +175,23 @@ def require_settled(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, is_optional: bool = False) -> Iterator[None]:
     """Keep other writers out. The lock is on the folder itself, leaves no file behind, and ends with its process.
 
+    Args:
+        folder: the folder.
+        is_optional: go on without a lock where the system or the disk has none.
+
     Raises:
-        CheckpointWriteError: another process holds it, or the file system has none.
+        CheckpointWriteError: another process holds it, or there is none to have.
     """
     if fcntl is None:
-        raise CheckpointWriteError("Editing in place needs file locks that this system does not have. Use output_dir.")
+        if not is_optional:
+            raise CheckpointWriteError(
+                "Editing in place needs file locks that this system does not have. Use output_dir."
+            )
+        yield
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -192,9 +201,10 @@ def locked(folder: Path) -> Iterator[None]:
                 f"Another process is writing to {folder}. Wait until it is done, or stop it."
             ) from None
         except OSError as error:  # as of some network file systems
-            raise CheckpointWriteError(
-                f"{folder} cannot be locked: {error}. Use output_dir on another disk."
-            ) from error
+            if not is_optional:
+                raise CheckpointWriteError(
+                    f"{folder} cannot be locked: {error}. Use output_dir on another disk."
+                ) from error
         yield
     finally:
         os.close(handle)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
 from .errors import CheckpointError
 from .model_card import HUB_RESULTS_FILE, PLOT_FILE, RESULTS_FILE
@@ -21,8 +21,9 @@ from .version import __version__
 HUB_ERRORS: tuple[type[Exception], ...] = (OSError, HfHubHTTPError.__bases__[0])
 _TIMEOUT = 10  # seconds that the Hub has to answer a question that is no download
 _PATIENCE = 60  # seconds after which it is asked again
-# Configurations in the cache: whose repo was asked for its edits, and whose could not be (or `repo@commit`).
-_asked: set[str] = set()
+# Configurations in the cache, or `endpoint/repo@commit` without one: whose repo was asked for its edits, with the copy
+# in the cache, and whose could not be.
+_answers: dict[str, Path | None] = {}
 _failed: dict[str, tuple[float, Exception]] = {}
 # Training checkpoints, pickles, and what stands between two states of a checkpoint.
 _NOT_PUSHED = ["checkpoint-*/**", "*.bin", "*.pt", "*.pth", "*.pkl", "edits/.*/**", "logs/**", "runs/**"]
@@ -130,35 +131,36 @@ def cached_checkpoint(repo_id: str, commit: str | None, token: str | bool | None
         token: access token; None takes the one that is logged in.
 
     Returns:
-        Its folder; None if it is not in the cache and has no edits.
+        Its folder; None if there is no such repo, or its checkpoint is not in the cache and has no edits.
 
     Raises:
         OSError, HTTPError (`HUB_ERRORS`): the Hub cannot be asked.
     """
-    found = _cached_config(repo_id, commit)
-    if found in _asked:
-        return Path(found).parent
-    checkpoint = found or f"{repo_id}@{commit}"
-    failed_at, error = _failed.get(checkpoint, (-math.inf, None))
+    api = HfApi(token=token, library_name="hf_malmen", library_version=__version__)
+    cached = _cached_config(repo_id, commit)
+    asked = cached or f"{api.endpoint}/{repo_id}@{commit}"
+    if asked in _answers:
+        return _answers[asked]
+    failed_at, error = _failed.get(asked, (-math.inf, None))
     if error is not None and time.monotonic() < failed_at + _PATIENCE:
         raise error
     try:
-        api = HfApi(token=token, library_name="hf_malmen", library_version=__version__)
-        info = api.model_info(repo_id, revision=Path(found).parent.name if found else commit, timeout=_TIMEOUT)
+        info = api.model_info(repo_id, revision=Path(cached).parent.name if cached else commit, timeout=_TIMEOUT)
         found = _cached_config(repo_id, info.sha)
-        if found not in _asked and any(file.rfilename.startswith(f"{EDITS_FOLDER}/") for file in info.siblings or []):
+        if any(file.rfilename.startswith(f"{EDITS_FOLDER}/") for file in info.siblings or []):
             patterns = [f"{EDITS_FOLDER}/*"]
             if found is None or not _has_weights(Path(found).parent):
                 patterns += ["config.json", "model*.safetensors*"]
             snapshot_download(repo_id, revision=info.sha, allow_patterns=patterns, token=token)
             found = _cached_config(repo_id, info.sha)
     except HUB_ERRORS as error:
-        _failed[checkpoint] = time.monotonic(), error
-        raise
-    if found is None:
-        return None
-    _asked.add(found)
-    return Path(found).parent
+        if cached is None and isinstance(error, RepositoryNotFoundError):  # the name of a model that was made here
+            found = None
+        else:
+            _failed[asked] = time.monotonic(), error
+            raise
+    _answers[asked] = Path(found).parent if found else None
+    return _answers[asked]
 
 
 def cached_commit(repo_id: str, revision: str | None = None) -> str | None:

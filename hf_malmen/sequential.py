@@ -77,7 +77,8 @@ def edits_in_force(model: nn.Module, *, strict: bool = False) -> list[EditInForc
 
     Args:
         model: the live model.
-        strict: whether it is an error if the checkpoint's cannot be told; else a warning, and they do not count.
+        strict: whether it is an error if the checkpoint's cannot be told; else, and where the model may have been made
+            here and named at will, a warning, and they do not count.
 
     Raises:
         CheckpointError: the checkpoint has a damaged record.

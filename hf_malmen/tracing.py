@@ -8,7 +8,6 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -83,8 +82,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
     Raises:
         ModelMismatchError: the model was made in inference mode.
     """
-    tensors = chain(model.named_parameters(), model.named_buffers())
-    unusable = next((name for name, tensor in tensors if tensor.is_inference()), None)
+    # Not buffers: that of a rotary embedding is made anew in whatever mode a longer text comes in.
+    unusable = next((name for name, parameter in model.named_parameters() if parameter.is_inference()), None)
     if unusable is not None:
         raise ModelMismatchError(
             f"{unusable} of {type(model).__name__} was made inside torch.inference_mode(), so that nothing it takes "

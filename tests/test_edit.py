@@ -343,6 +343,19 @@ def test_works_on_a_frozen_model_without_gradients(
     model(input_ids=torch.arange(3)[None]).logits.sum().backward()
 
 
+def test_a_buffer_made_in_inference_mode_does_no_harm(
+    make_llama: Build, make_editor: Build, tokenizer: PreTrainedTokenizerFast, facts: list[Fact]
+) -> None:
+    """A rotary embedding makes one when a longer text comes in, in whatever mode that is read."""
+    model = make_llama()
+    editor = make_editor(model)
+    expected = editor.make_edit(model, facts, tokenizer).shifts
+    rotary = model.get_submodule("model.rotary_emb")
+    with torch.inference_mode():
+        rotary.inv_freq = rotary.inv_freq.clone()
+    assert same(editor.make_edit(model, facts, tokenizer).shifts, expected)
+
+
 def test_model_made_in_inference_mode_is_refused(
     make_llama: Build, make_editor: Build, tokenizer: PreTrainedTokenizerFast, facts: list[Fact]
 ) -> None:

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -168,11 +169,8 @@ def test_columns_of_a_data_frame(tmp_path: Path) -> None:
     facts = [Fact("São", "1999"), Fact("b", "0.5")]
     assert load_facts(rows) == facts
     assert load_facts([row | {"subject": pandas.NA} for row in rows]) == facts
-    column = pandas.Series([7, 8])  # whose numbers are NumPy's
-    assert [fact.target for fact in load_facts([{"prompt": str(i), "target": column[i]} for i in range(2)])] == [
-        "7",
-        "8",
-    ]
+    for number, text in ((pandas.Series([7])[0], "7"), (Decimal("3.50"), "3.50"), (1e300, "1e+300")):
+        assert load_facts([{"prompt": "P", "target": number}]) == [Fact("P", text)]
     write_parquet(tmp_path / "f.parquet", [{"prompt": "P", "target": 1999.0, "rephrases": [b"R"]}])
     assert load_facts(tmp_path / "f.parquet") == [Fact("P", "1999", ("R",))]
 

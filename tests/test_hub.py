@@ -41,6 +41,7 @@ from hf_malmen import (
 from hf_malmen.configuration import FORMAT_VERSION, METHODS
 from hf_malmen.hub import push_folder
 from hf_malmen.model_card import EditorRun, write_editor_card
+from hf_malmen.sequential import edits_in_force
 
 from .hub_server import HubServer
 
@@ -174,6 +175,17 @@ def test_the_hub_is_one(hub: HubServer, api: HfApi) -> None:
         api.hf_hub_download(ID, "a.txt")
     with pytest.raises(HfHubHTTPError, match="412"):
         api.upload_file(path_or_fileobj=b"", path_in_repo="g", repo_id=ID, parent_commit=commit.oid)
+
+
+def test_the_name_of_a_model_that_was_made_here_is_asked_for_once(
+    hub: HubServer, model: PreTrainedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may be a repo's, of a model that was loaded into another cache. Where there is none, there are no edits."""
+    model.name_or_path = "me/my-model"
+    for _ in range(3):
+        assert edits_in_force(model, strict=True) == []
+    assert len(hub.seen("GET", "/api/models/me/my-model")) == 1
+    assert caplog.text == ""
 
 
 # Push and pull
