@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import DryRunError, LocalEntryNotFoundError
 from torch import Tensor
 from transformers.utils import logging
 
@@ -51,11 +52,17 @@ except ImportError:  # Windows
 
 logger = logging.get_logger(__name__)
 
-# Weights in other formats, which are not edited, and which an edited copy would contradict.
-_OTHER_WEIGHTS = [
+# Of a repo: weights in other formats, which are not edited, and which an edited copy would contradict.
+_NOT_DOWNLOADED = [
     *("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.ot", "*.onnx*", "*.gguf", "*.tflite"),
     *("original/*", "consolidated*.safetensors"),
 ]
+# Of a folder: the same, by the names that a model's own weights have at its top. Any other file may be wanted.
+_OTHER_WEIGHTS = [
+    *("pytorch_model*.bin*", "tf_model*.h5*", "flax_model*.msgpack*", "rust_model.ot", "model*.onnx*", "*.gguf"),
+    *("consolidated*.safetensors", "consolidated*.pth", "original", "onnx"),
+]
+_SYSTEM_FOLDER = "lost+found"  # at the root of a file system, where only the administrator may read or remove it
 _STAGE = ".hf_malmen-"  # how the name of a folder begins, or goes on, in which a copy is made
 _FICLONE = 0x40049409  # Linux: share the extents of another file until one of the two is written
 
@@ -112,8 +119,8 @@ def write_shifts(
     """Add weight shifts to the tensors of a checkpoint, and record the edit in its `edits` folder.
 
     Untouched weight files of a copy share their bytes with the source where the file system allows (reflinks, else hard
-    links); the edited ones and all small files are copies. Weights in other formats, which would contradict the edited
-    ones, are left out.
+    links); the edited ones and all small files are copies. The model's weights in other formats, which would contradict
+    the edited ones, are left out.
 
     Args:
         checkpoint: a folder with `model.safetensors`, or with shards and `model.safetensors.index.json`; one
@@ -424,22 +431,45 @@ def _resolve(checkpoint: str | Path, in_place: bool, revision: str | None, token
 
 
 def _download(repo_id: str, revision: str | None, token: str | bool | None) -> Path:
-    """The cache's copy of a repo, all of it.
+    """The cache's copy of a repo, all of it; without the Hub, all of the model.
 
     Without the Hub the client gives whatever the cache holds, unless it has kept the list of the repo's files.
     """
-    options: dict[str, Any] = {"token": token, "ignore_patterns": _OTHER_WEIGHTS}
+    options: dict[str, Any] = {"token": token, "ignore_patterns": _NOT_DOWNLOADED}
     try:
-        folder = Path(snapshot_download(repo_id, revision=revision, **options))
-        files: Any = snapshot_download(repo_id, revision=folder.name, dry_run=True, **options)
-        missing = [file.filename for file in files if not file.is_cached]
+        try:
+            folder = Path(snapshot_download(repo_id, revision=revision, **options))
+            files: Any = snapshot_download(repo_id, revision=folder.name, dry_run=True, **options)
+        except (LocalEntryNotFoundError, DryRunError):  # the Hub does not answer
+            return _cached_model(repo_id, revision)
     except HUB_ERRORS as error:
         raise CheckpointError(
-            f"There is no folder {repo_id}, and no repo of that name of which the Hub's cache is known to have all. "
-            f"Asking the Hub: {type(error).__name__}: {error} Check the name, or try again later."
+            f"There is no folder {repo_id}, and no repo of that name that can be had as a whole, from the Hub or from "
+            f"its cache. Asking the Hub: {type(error).__name__}: {error} Check the name, or try again later."
         ) from error
+    missing = [file.filename for file in files if not file.is_cached]
     if missing:  # the Hub answers again
         raise CheckpointError(f"{folder} has no {', '.join(missing)}, which {repo_id} has. Try again.")
+    return folder
+
+
+def _cached_model(repo_id: str, revision: str | None) -> Path:
+    """What the cache has of a repo, if it is all of a model, with the edits that the repo is known to have."""
+    patterns = ["config.json", "model*.safetensors*", f"{EDITS_FOLDER}/*"]
+    folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns, local_files_only=True))
+    try:
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder} has no config.json.")
+        read_tensor_index(folder)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"The Hub cannot be asked for {repo_id}, and what its cache holds, {folder}, is no whole model: {error} "
+            "Try again when the Hub answers."
+        ) from error
+    logger.warning(
+        f"The Hub cannot be asked whether {repo_id} has more files than {folder}, which is taken as it is. Loading a "
+        "model may cache neither its edits nor files it does not need: if the repo has any, the copy lacks them."
+    )
     return folder
 
 
@@ -468,7 +498,7 @@ def _check_destination(checkpoint: str | Path, output_dir: str | Path | None, in
 
 
 def _require_unused(folder: Path, but: Iterable[Path]) -> None:
-    if not folder.is_dir() or {*folder.iterdir()} - {*but}:
+    if not folder.is_dir() or {*folder.iterdir()} - {folder / _SYSTEM_FOLDER, *but}:
         raise CheckpointError(f"{folder} exists and is not empty. Choose another output_dir, or remove it.")
 
 
@@ -620,13 +650,13 @@ def _copy_folder(source: Source, stage: Path, edited: set[Path]) -> None:
         return _copy(Path(file), Path(place), may_link=Path(file) not in edited)
 
     def is_left_out(path: Path) -> bool:
-        if path.name in (".git", ".cache") or path.name.startswith(_STAGE):
+        if path.name in (".git", ".cache", _SYSTEM_FOLDER) or path.name.startswith(_STAGE):
             return True
         if path.parent == source.folder / EDITS_FOLDER and path.name.startswith("."):
             return True  # what a writer that died has left among the records
-        place = path.relative_to(source.folder).as_posix()
-        if path not in weights and any(fnmatch(place, kind) or f"{place}/*" == kind for kind in _OTHER_WEIGHTS):
-            left_out.append(place)
+        own = path.parent == source.folder and any(fnmatch(path.name, kind) for kind in _OTHER_WEIGHTS)
+        if own and path not in weights:
+            left_out.append(path.name)
             return True
         if path.is_symlink() and path.is_dir():
             raise _linked(path)

@@ -304,7 +304,7 @@ def test_an_output_folder_in_use(make_llama: Build, tmp_path: Path) -> None:
     assert everything_below(tmp_path) == before
 
 
-@pytest.mark.parametrize("kind", ["plain", "the current one", "a link"])
+@pytest.mark.parametrize("kind", ["plain", "the current one", "a link", "a new file system"])
 def test_an_empty_output_folder_is_used(
     make_llama: Build, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,10 +320,14 @@ def test_an_empty_output_folder_is_used(
     elif kind == "a link":
         given = tmp_path / "link"
         given.symlink_to("target")
+    elif kind == "a new file system":
+        (target / "lost+found").mkdir()
     edit_for(model).write(source, given)
     assert (target.stat().st_ino, target.stat().st_mode) == (before.st_ino, before.st_mode)
     edit_for(model).write(source, tmp_path / "new")
-    assert everything_below(target).keys() == everything_below(tmp_path / "new").keys()
+    assert everything_below(target).keys() - {"lost+found"} == everything_below(tmp_path / "new").keys()
+    edit_for(model).write(target, tmp_path / "next")
+    assert not (tmp_path / "next" / "lost+found").exists()
 
 
 @pytest.mark.parametrize("exists", [False, True])
@@ -825,6 +829,18 @@ def test_weights_that_are_not_edited_are_not_copied(
     for folder in ("lone", "indexed"):
         found = (tmp_path / folder / "consolidated.00.safetensors").read_bytes()
         assert found == (tmp_path / "expected" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_model.bin", "sub/spiece.bin", "2_Dense/pytorch_model.bin", "notes/original/a.txt", "vad.onnx"]
+)
+def test_what_only_looks_like_other_weights_is_copied(make_llama: Build, name: str, tmp_path: Path) -> None:
+    model = make_llama()
+    source = save(model, tmp_path / "source")
+    (source / name).parent.mkdir(parents=True, exist_ok=True)
+    (source / name).write_text("x", encoding="utf-8")
+    edit_for(model).write(source, tmp_path / "target")
+    assert (tmp_path / "target" / name).read_text(encoding="utf-8") == "x"
 
 
 def test_the_tensor_index_of_a_folder(make_llama: Build, tmp_path: Path) -> None:

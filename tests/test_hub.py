@@ -553,18 +553,11 @@ def test_edits_of_a_checkpoint_from_a_hub_that_is_gone(
 
 
 def test_a_copy_of_a_repo_has_all_of_it(
-    hub: HubServer, edited: tuple[list[Fact], dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: HubServer, edited: tuple[list[Fact], dict[str, Tensor]], tmp_path: Path
 ) -> None:
-    """Without the Hub, what a model was loaded from may be a part: no tokenizer, and no history."""
+    """With the Hub, or with the list of a repo's files that the client has kept."""
     edit = Edit({"model.layers.1.mlp.down_proj": torch.ones(48, 32)})
     AutoModelForCausalLM.from_pretrained("me/model")
-    with monkeypatch.context() as patch:
-        patch.setattr(constants, "HF_HUB_OFFLINE", True)
-        with pytest.raises(
-            CheckpointError, match=r"no folder me/model, and no repo .*the Hub's cache is known to have"
-        ):
-            edit.write("me/model", tmp_path / "copy")
-    assert not (tmp_path / "copy").exists()
     edit.write("me/model", tmp_path / "copy")
     assert [record.id for record in read_history(tmp_path / "copy")] == ["0001", "0002"]
     hub.stop()
@@ -572,6 +565,58 @@ def test_a_copy_of_a_repo_has_all_of_it(
     assert {path.name for path in (tmp_path / "another").iterdir()} >= {
         path.name for path in (tmp_path / "copy").iterdir()
     }
+
+
+@pytest.mark.parametrize(
+    "missing", [None, "config.json", "model-00001-of", "model-00002-of", "model.safetensors.index"]
+)
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_copy_of_a_cached_model_without_the_hub(
+    listed: bool,
+    missing: str | None,
+    hub: HubServer,
+    model: PreTrainedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """All of the model is taken, of which the user is told; a part of it is refused. Of some repos the client keeps the
+    list of files: then those are named."""
+    name = f"me/{'listed' if listed else 'sharded'}"
+    model.save_pretrained(tmp_path / "base", max_shard_size="40KB")
+    push_folder(tmp_path / "base", name, token=TOKEN)
+    if listed:
+        AutoModelForCausalLM.from_pretrained(name)
+    else:
+        for path in (tmp_path / "base").iterdir():
+            HfApi().hf_hub_download(name, path.name)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    (snapshot,) = (tmp_path / "cache").glob("models--*/snapshots/*")
+    edit = Edit({"model.layers.1.mlp.down_proj": torch.ones(48, 32)})
+    if missing is None:
+        edit.write(name, tmp_path / "copy")
+        assert [record.id for record in read_history(tmp_path / "copy")] == ["0001"]
+        assert f"whether {name} has more files than {snapshot}" in caplog.text
+        assert "neither its edits" in caplog.text
+    else:
+        (file,) = snapshot.glob(f"{missing}*")
+        file.unlink()
+        where = snapshot.name if listed else f"holds, {snapshot}, is no whole model"
+        with pytest.raises(CheckpointError, match=rf"{where}.*{missing}"):
+            edit.write(name, tmp_path / "copy")
+        assert not (tmp_path / "copy").exists()
+
+
+def test_edits_that_are_known_to_be_missing_are_not_lost(
+    edited: tuple[list[Fact], dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a repo whose files the client has listed, for some of them."""
+    AutoModelForCausalLM.from_pretrained("me/model")
+    huggingface_hub.snapshot_download("me/model", allow_patterns="*.json", ignore_patterns="edits/*")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match=r"missing \(edits/0001/"):
+        Edit({"model.layers.1.mlp.down_proj": torch.ones(48, 32)}).write("me/model", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
 
 
 @pytest.mark.parametrize("name", ["edited", "me/another"])
