@@ -9,6 +9,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] # public, and not declared so
 from transformers import PreTrainedConfig
 
 from .errors import ModelMismatchError
@@ -519,10 +521,14 @@ def repo_named(source: str) -> Iterator[None]:
         FileNotFoundError: neither a folder nor the name of a repo.
     """
     path = Path(source)
-    if not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-        raise FileNotFoundError(f"There is no folder {source}. Check the path, or give a repo on the Hub: owner/name.")
     try:
+        if not path.exists():
+            validate_repo_id(source)
         yield
+    except HFValidationError:
+        raise FileNotFoundError(
+            f"There is no folder {source}. Check the path, or give a repo on the Hub: owner/name."
+        ) from None
     except (ConnectionError, TimeoutError):
         raise
     except OSError as error:
