@@ -160,6 +160,12 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
         assert float((found[name] - gradient).norm()) < tolerance * scale, name
 
 
+def distance(gradient: dict[str, Tensor], other: dict[str, Tensor] | None = None) -> float:
+    """The norm of the whole gradient, or of its difference from another."""
+    parts = [value - other[name] if other else value for name, value in gradient.items()]
+    return float(torch.stack([part.norm() for part in parts]).norm())
+
+
 BLOCKS = [2, 3]
 # Name: model, its arguments, configuration of the editor, number of facts, and how many tokens they must come to beside
 # the smallest and largest key size.
@@ -474,14 +480,8 @@ def test_trunk_of_other_architectures(
     "name",
     ["llama", "gpt2", "gptj", "gemma2", "opt, projected", "mpt", "qwen3_moe", "bert", "llama, classes", "t5", "bart"],
 )
-# In float32 up to 1e-6 on most CPUs, and 1.7e-6 on one without AVX512; float64 shows that it is rounding (some
-# models compute norms and attention in float32 even then).
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.float64, 1e-6)])
 def test_what_is_kept_does_not_change_the_gradient(
     name: str,
-    dtype: torch.dtype,
-    tolerance: float,
-    tokenizer: PreTrainedTokenizerFast,
     make_long_facts: Callable[..., list[Fact]],
     make_editor: Callable[..., EditorModel],
     make_trainer: Callable[..., EditorTrainer],
@@ -491,16 +491,20 @@ def test_what_is_kept_does_not_change_the_gradient(
     """The gradients of a first and of later epochs, from memory and from disk, are those of plain passes.
 
     Plain: no memory, no trunk, vocabulary projection and last block at every token, facts traced and unrelated prompts
-    answered anew at every step.
+    answered anew at every step. In float32 they agree to 1e-6 of the gradient, or, where plain passes are off by more
+    than that themselves, by less than these are: how far that is, plain passes in float64 tell.
     """
     kind = KINDS[name]
-    model, facts = kind.build(dtype), kind.facts(make_long_facts(7))
-    results: dict[str, list[dict[str, Tensor]]] = {}
-    for way in ("kept", "to disk", "from disk", "plain"):
-        editor = make_editor(model, n_preserved_keys=5, **kind.config)
+    facts = kind.facts(make_long_facts(7))
+
+    def gradients(way: str, dtype: torch.dtype) -> list[dict[str, Tensor]]:
+        """Those of four steps, of which the third has the facts of the first."""
+        model = kind.build()
+        editor = make_editor(model, n_preserved_keys=5, **kind.config).to(dtype)
+        model.to(dtype)
         arguments: dict[str, Any] = {"rephrases_per_fact": N_REPHRASES, "lm_batch_size": 4}
         if "disk" in way:
-            arguments |= {"trunk_cache_dir": str(tmp_path / "features"), "trunk_cache_gib": 0.0}
+            arguments |= {"trunk_cache_dir": str(tmp_path / str(dtype)), "trunk_cache_gib": 0.0}
         trainer = make_trainer(editor, model, facts, **arguments)
         per_step = []
         with monkeypatch.context() as patch:
@@ -513,12 +517,17 @@ def test_what_is_kept_does_not_change_the_gradient(
                     trainer.passes.features.clear()
                 editor.zero_grad()
                 step(trainer, chosen)
-                per_step.append(gradients_of(editor))
+                per_step.append({name: gradient.double() for name, gradient in gradients_of(editor).items()})
         trainer.passes.features.clear()
-        results[way] = per_step
+        return per_step
+
+    exact, plain = gradients("plain", torch.float64), gradients("plain", torch.float32)
     for way in ("kept", "to disk", "from disk"):
-        for found, expected in zip(results[way], results["plain"], strict=True):
-            assert_same(found, expected, tolerance)
+        for found, expected in zip(gradients(way, torch.float64), exact, strict=True):
+            assert_same(found, expected, 1e-6)  # not less: some models compute norms and attention in float32 even then
+        for found, expected, true in zip(gradients(way, torch.float32), plain, exact, strict=True):
+            assert found.keys() == expected.keys()
+            assert distance(found, expected) <= max(1e-6 * distance(expected), distance(expected, true)), way
 
 
 def test_later_epochs_run_the_base_model_for_the_shifted_passes_alone(
