@@ -75,11 +75,8 @@ class Beginnings:
             behind = {self.cache_name: DynamicCache(self.layers), "use_cache": True}
             return args, kwargs | behind | {"attention_mask": mask, "position_ids": positions}
 
-        handle = model.register_forward_pre_hook(go_on, with_kwargs=True)
-        try:
+        with model.register_forward_pre_hook(go_on, with_kwargs=True):
             yield
-        finally:
-            handle.remove()
 
 
 def _is_plain(cache: DynamicCache) -> bool:

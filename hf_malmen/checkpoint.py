@@ -277,8 +277,7 @@ def _states(folder: Path, tensors: Mapping[str, TensorEntry]) -> Iterator[dict[s
     found = dict(tensors)
     yield dict(found)
     for record in reversed(read_history(folder)):
-        # By file too: a lone file of weights in this folder has edits of its own, of tensors with the same keys.
-        own = [key for key in record.tensors if key in tensors and record.tensors[key].file == tensors[key].file]
+        own = record.tensors_in(tensors)
         originals = record.originals() if own else {}
         found |= {key: originals[key] for key in own}
         yield dict(found)

@@ -164,21 +164,6 @@ def answer(
     return dict(distributed.gather_items(list(found.items())))
 
 
-def evaluate_edit(
-    model: PreTrainedModel,
-    edit: Edit,
-    facts: Sequence[Fact],
-    tokenize: Tokenizer,
-    *,
-    batch_size: int,
-    generate: bool,
-    probabilities: bool = False,
-) -> dict[str, float]:
-    """The scores of `measure_edit` alone."""
-    settings: dict[str, Any] = {"batch_size": batch_size, "generate": generate, "probabilities": probabilities}
-    return measure_edit(model, edit, facts, tokenize, n_resamples=0, **settings).scores
-
-
 def measure_edit(
     model: PreTrainedModel,
     edit: Edit,

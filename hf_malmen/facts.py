@@ -369,18 +369,6 @@ class FactStream:
         return f"FactStream({_describe(self._source)})"
 
 
-def check_facts(facts: Iterable[Fact]) -> None:
-    """Refuse facts that cannot be written as they stand.
-
-    Raises:
-        FactError: none at all; an empty text, or something else in its place; a pair that is none; half of a surrogate
-            pair; the same prompt with two targets.
-    """
-    facts = list(facts)
-    for _ in _checked(facts, "given", facts):
-        pass
-
-
 def _checked(facts: Iterable[Fact], where: str, held: Sequence[Fact] = ()) -> Iterator[Fact]:
     """Yield `facts`, each checked by itself and against those before it.
 
@@ -390,7 +378,8 @@ def _checked(facts: Iterable[Fact], where: str, held: Sequence[Fact] = ()) -> It
         held: the facts by their numbers, if they are in memory anyway: an error can then quote an earlier one.
 
     Raises:
-        FactError: as `check_facts`, when it reaches the fact.
+        FactError: when it reaches the fact: an empty text, or something else in its place; a pair that is none; half of
+            a surrogate pair; a prompt that came before with another target. In the end: there was none.
     """
     first_with: dict[int, int] = {}  # {hash of a prompt: number of the first fact with it}
     targets = array("q")  # hash of each fact's target

@@ -137,7 +137,7 @@ def undo_edit(checkpoint: str | Path, edit_id: str | None = None) -> UndoReport:
             _replay(folder)
         except OSError as error:
             raise _unfinished(folder, f"undoing edit {record.id} of", error) from error
-        shared = any(_shared(record, other) for other in later)
+        shared = any(record.tensors_in(other.tensors) for other in later)
         remaining = [other.id for other in records if other is not record]
         return UndoReport(record.summary, remaining, not shared, solved_together, in_statistics)
 
@@ -213,24 +213,20 @@ def locked(folder: Path, *, is_optional: bool = False) -> Iterator[None]:
 def recover_locked(folder: Path) -> bool:
     """`recover_checkpoint` by who holds the lock."""
     try:
-        return _recover(folder)
+        found = _leftovers(folder)
+        if found and any(in_hub_cache(path) for path in (folder / EDITS_FOLDER).rglob("*")):
+            raise CheckpointError(
+                f"{folder} was uploaded in the middle of an edit, and the Hub's shared cache is never written. "
+                "Download it to a folder of its own (hf download --local-dir) and run hf-malmen recover on it."
+            )
+        if inside(folder, JOURNAL).is_dir():
+            _replay(folder)
+        _sweep(folder)
+        return found
+    except CheckpointError:
+        raise
     except OSError as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise _unfinished(folder, "recovering", error) from error
-
-
-def _recover(folder: Path) -> bool:
-    found = _leftovers(folder)
-    if found and any(in_hub_cache(path) for path in (folder / EDITS_FOLDER).rglob("*")):
-        raise CheckpointError(
-            f"{folder} was uploaded in the middle of an edit, and the Hub's shared cache is never written. Download it "
-            "to a folder of its own (hf download --local-dir) and run hf-malmen recover on it."
-        )
-    if inside(folder, JOURNAL).is_dir():
-        _replay(folder)
-    _sweep(folder)
-    return found
 
 
 @dataclass(frozen=True)
@@ -425,7 +421,7 @@ def _prepare_removal(folder: Path, record: Record, records: Sequence[Record]) ->
     for other in later:
         staged = preparing / _REPLACING / other.id
         staged.mkdir()
-        shared = _shared(record, other)
+        shared = record.tensors_in(other.tensors)
         if shared:
             sources = {**other.originals(), **{key: weights[key] for key in shared}}
             write_entries(staged / ORIGINALS_FILE, sources)
@@ -474,17 +470,10 @@ def _restore(sources: Mapping[str, TensorEntry], tensors: Mapping[str, TensorEnt
             os.fsync(target.fileno())
 
 
-def _shared(record: Record, other: Record) -> list[str]:
-    """The tensors that both have replaced: of one key in one file, as lone files of weights have keys in common."""
-    return [
-        key for key, entry in record.tensors.items() if key in other.tensors and other.tensors[key].file == entry.file
-    ]
-
-
 def _check_untouched(records: Sequence[Record], record: Record) -> None:
     """Refuse to restore over weights that something else wrote since."""
     for key, entry in record.tensors.items():
-        last = [other for other in records if key in _shared(record, other)][-1]
+        last = [other for other in records if key in record.tensors_in(other.tensors)][-1]
         if checksum(entry) != last.checksums.get(key):
             raise CheckpointError(
                 f"{key} in {entry.file} is not what edit {last.id} wrote: something else changed it since. Undoing "

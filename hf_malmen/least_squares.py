@@ -269,10 +269,7 @@ class RowSum:
         """Take in rows by what they come to: PᵀD. A sum needs no `gram`."""
         device = solve_device(moment.device)
         product = moment.to(device, SOLVE_DTYPE, copy=True)
-        if self._kept:
-            left, differences = _stacked(self._kept)
-            product += left.T @ differences
-            self._kept = []
+        self._fold()
         self._n_kept += n_rows
         self._product = product if self._product is None else self._product.add_(product)
 

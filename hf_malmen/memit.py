@@ -30,7 +30,7 @@ from .least_squares import SOLVE_DTYPE, solve_device
 from .losses import cross_entropy
 from .shifts import Shift, add, materialise
 from .targets import last_block, target_module
-from .tracing import input_device, own_answer_logits, read_keys, run_until, shifted, steered
+from .tracing import input_device, own_answer_logits, read_keys, run_until, shifted, steered, wide
 from .trunk import started_behind
 
 # What a model is asked about a subject beside the fact, and should go on answering alike: what kind of thing it is.
@@ -316,7 +316,7 @@ def _steered_answers(
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    return wide(logits).log_softmax(-1)
 
 
 def read_lookups(
@@ -345,10 +345,7 @@ def read_lookups(
     back = torch.tensor(order).argsort()
     rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     device = rows[block].device
-    rows = {
-        name: found[back.to(found.device)].to(device, torch.promote_types(found.dtype, torch.float32))
-        for name, found in rows.items()
-    }
+    rows = {name: wide(found[back.to(found.device)].to(device)) for name, found in rows.items()}
     return rows, rows.pop(block)
 
 

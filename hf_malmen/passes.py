@@ -1,7 +1,7 @@
 """The passes that no edit changes: what training needs of the unedited model, each once a sequence."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -216,12 +216,10 @@ def _tolerance(model: nn.Module) -> float:
 @contextmanager
 def _hooked(modules: Iterable[nn.Module], hook: Callable[..., Any], **settings: bool) -> Iterator[None]:
     """`hook` runs after each of the modules."""
-    handles = [module.register_forward_hook(hook, **settings) for module in modules]
-    try:
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(module.register_forward_hook(hook, **settings))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _trace_key(sequence: TokenSequence) -> Key:

@@ -65,6 +65,10 @@ class Record:
         """Its number, as `hf-malmen log` shows it."""
         return self.summary.id
 
+    def tensors_in(self, tensors: Mapping[str, TensorEntry]) -> list[str]:
+        """Keys of its tensors that are among `tensors`, in the same file: lone weight files have keys in common."""
+        return [key for key, entry in self.tensors.items() if key in tensors and tensors[key].file == entry.file]
+
     def originals(self) -> dict[str, TensorEntry]:
         """The tensors as they were before, by key.
 

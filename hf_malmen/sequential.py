@@ -16,11 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from . import checkpoint, distributed
+from .base_model import base_of
 from .batches import Tokenizer
 from .checkpoint import fingerprints_of, weights_before_edits
 from .edit import Edit, base_fingerprint, live_edits, weights_before_live_edits
 from .errors import CheckpointError, EditStateError, ModelMismatchError
-from .evaluation import evaluate_edit
+from .evaluation import measure_edit
 from .facts import Fact, FactStream
 from .history import require_settled
 from .hub import HUB_ERRORS, cached_checkpoint, cached_commit
@@ -31,7 +32,7 @@ from .memory import parse_memory, plan_groups
 from .model_card import N_FACTS_SHOWN, hub_id
 from .records import EDITS_FOLDER, Record, read_history, read_ledger
 from .sharding import copy_of, overwrite, whole
-from .shards import INDEX_FILE, SINGLE_FILE, TensorEntry, raw, read_tensor_index
+from .shards import INDEX_FILE, SINGLE_FILE, raw, read_tensor_index
 from .shifts import Shift, dense
 from .state import EditState, Products, RowCollector, Rows, all_written
 from .targets import is_fan_in_fan_out, module_shape, named_modules, plain_model, target_module, weight_of
@@ -342,7 +343,7 @@ def _loaded_records(model: nn.Module, strict: bool = False) -> list[Record]:
     tensors = read_tensor_index(folder)
     records = read_history(folder)
     # Not those of a lone file of weights that lies beside the checkpoint's.
-    own = {record.id for record in records if all(_is_in(entry, key, tensors) for key, entry in record.tensors.items())}
+    own = {record.id for record in records if len(record.tensors_in(tensors)) == len(record.tensors)}
     names = sorted({name for record in records if record.id in own for name in record.modules})
     if not names:
         return []
@@ -355,10 +356,6 @@ def _loaded_records(model: nn.Module, strict: bool = False) -> list[Record]:
         )
         return []
     return [record for record in records[:n_loaded] if record.id in own]
-
-
-def _is_in(entry: TensorEntry, key: str, tensors: Mapping[str, TensorEntry]) -> bool:
-    return key in tensors and tensors[key].file == entry.file
 
 
 def _layout(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, tuple[int, int]], list[str]]:
@@ -417,8 +414,8 @@ def make_next_edit(
         logger.info(f"Skipped {new.n_skipped} facts that are in force already, or come twice.")
     if measure and edit.layers:
         tokenize = editor.tokenizer_for(model, tokenizer)
-        scores = evaluate_edit(_plain(model), edit, edit.facts, tokenize, batch_size=batch_size, generate=False)
-        edit.measured = {name: score for name, score in scores.items() if not name.endswith("_before")}
+        found = measure_edit(base_of(model), edit, edit.facts, tokenize, batch_size=batch_size, n_resamples=0)
+        edit.measured = {name: score for name, score in found.scores.items() if not name.endswith("_before")}
     return edit
 
 
@@ -438,7 +435,7 @@ def _make_in_turns(
         check_readable(editor, facts, editor.tokenizer_for(model, tokenizer))
     edit: Edit | None = None
     at_once: Sequence[Fact] | FactStream = FactStream(facts) if stream else list(facts)
-    standing = standing_of(_plain(model), editor, edits)  # once, as it reads the weights, of an edited checkpoint twice
+    standing = standing_of(base_of(model), editor, edits)  # once: it reads all target weights
     try:
         for turn_facts in [at_once] if facts_per_turn is None else _turns(facts, facts_per_turn):
             options: dict[str, Any] = {"batch_size": batch_size, "max_memory": max_memory}
@@ -470,7 +467,7 @@ def _make_accumulated(
     limit = parse_memory(max_memory)
     maker = editor_fingerprint(editor)
     _require_accumulable(editor, maker, edits)
-    plain = _plain(model)
+    plain = base_of(model)
     fingerprint = editor.check_ready(plain)
     tokenize = editor.tokenizer_for(plain, tokenizer)
     with editor.beside(input_device(plain)), unedited(plain, editor.module_names) as found:
@@ -649,8 +646,3 @@ def _turns(facts: Iterable[Fact], size: int) -> Iterator[list[Fact]]:
     remaining = iter(facts)
     while turn := list(islice(remaining, size)):
         yield turn
-
-
-def _plain(model: nn.Module) -> PreTrainedModel:
-    plain: Any = plain_model(model)
-    return plain

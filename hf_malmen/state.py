@@ -213,9 +213,7 @@ class RowCollector:
     def collected(self) -> Rows | Products:
         """All of them. There must be some."""
         if self._products is None:
-            return Rows(
-                *(torch.cat(parts) for parts in zip(*(vars(rows).values() for rows in self._kept), strict=True))
-            )
+            return _stacked(self._kept)
         if self._kept:
             self._fold()
         return self._products

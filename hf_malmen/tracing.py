@@ -1,18 +1,18 @@
 """Model + token batch -> keys and value gradients of each target module, and passes through a shifted model.
 
-The only hooks of the package. All are removed, and the model's own settings restored, when their context ends, also by
-an error.
+All hooks are removed, and the model's own settings restored, when their context ends, also by an error.
 """
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -149,11 +149,11 @@ def model_inputs(model: nn.Module, batch: TokenBatch) -> dict[str, Any]:
 
 
 def answer_logits(
-    model: nn.Module, batch: TokenBatch, *, whole: bool = False
+    model: nn.Module, batch: TokenBatch
 ) -> tuple[Tensor, Tensor]:  # (n_answers, vocabulary or n_classes) in float32 or wider, (n_answers,)
     """`own_answer_logits`, in float32 or wider: a softmax over a vocabulary in half precision is too coarse."""
-    logits, targets = own_answer_logits(model, batch, whole=whole)
-    return _wide(logits), targets
+    logits, targets = own_answer_logits(model, batch)
+    return wide(logits), targets
 
 
 def own_answer_logits(
@@ -222,17 +222,15 @@ def logits_of_states(
     """
     head = _head(model)
     assert head is not None  # for the type checker: states came from there
-    handle = head.register_forward_pre_hook(lambda *_: (states[None],))
-    try:
+    with head.register_forward_pre_hook(lambda *_: (states[None],)):
         logits = model(**model_inputs(model, batch)).logits
-    finally:
-        handle.remove()
     if logits.shape[:2] != (1, len(states)):
         return None
     return logits[0]
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
+    """In float32, or in its own precision where that is wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -378,12 +376,8 @@ def _scattered(module: nn.Module, shape: Sequence[int], answered: tuple[Tensor, 
         where = tuple(index.to(output.device) for index in answered)
         return output.new_zeros((*shape, output.shape[-1])).index_put(where, output[0])
 
-    handles = [module.register_forward_pre_hook(gather), module.register_forward_hook(scatter)]
-    try:
+    with module.register_forward_pre_hook(gather), module.register_forward_hook(scatter):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _head(model: nn.Module) -> nn.Module | None:
@@ -425,11 +419,8 @@ def _head_at(
             raise _EndOfPass
         return (states[0], *args[1:])
 
-    handle = head.register_forward_pre_hook(gather)
-    try:
+    with head.register_forward_pre_hook(gather):
         yield states
-    finally:
-        handle.remove()
 
 
 def _attention(model: nn.Module, batch: TokenBatch) -> AbstractContextManager[None]:
@@ -475,11 +466,8 @@ def steered(
         hidden = hidden.index_put(where, moves.to(device, hidden.dtype), accumulate=True)
         return (hidden, *output[1:]) if isinstance(output, tuple | list) else hidden
 
-    handle = block.register_forward_hook(add)
-    try:
+    with block.register_forward_hook(add):
         yield
-    finally:
-        handle.remove()
 
 
 def run_until(model: nn.Module, batch: TokenBatch, module: nn.Module) -> Any:
@@ -490,13 +478,8 @@ def run_until(model: nn.Module, batch: TokenBatch, module: nn.Module) -> Any:
         reached.append(args[-1])
         raise _EndOfPass
 
-    handle = module.register_forward_hook(stop)
-    try:
+    with module.register_forward_hook(stop), suppress(_EndOfPass):
         model(**model_inputs(model, batch))
-    except _EndOfPass:
-        pass
-    finally:
-        handle.remove()
     return reached[0]
 
 
@@ -560,11 +543,6 @@ def _require_first_run(name: str, seen: Mapping[str, Tensor]) -> None:
         )
 
 
-@contextmanager
-def _hooked(module: nn.Module, name: str, function: Any) -> Iterator[None]:
-    """`function(name, input, output)` runs after the module, and what it returns replaces the output."""
-    handle = module.register_forward_hook(lambda _, args, output: function(name, args[0], output))
-    try:
-        yield
-    finally:
-        handle.remove()
+def _hooked(module: nn.Module, name: str, function: Any) -> RemovableHandle:
+    """A context: `function(name, input, output)` runs after the module, and what it returns replaces the output."""
+    return module.register_forward_hook(lambda _, args, output: function(name, args[0], output))

@@ -5,7 +5,6 @@ import os
 import random
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -600,18 +599,13 @@ class EditorTrainer(Trainer):
                 "EditorConfig.edit_lr, from which η starts, or the learning rates."
             )
 
-    @contextmanager
-    def _shifted(self, batch: TokenBatch, shifts: Mapping[str, Tensor]) -> Iterator[None]:
-        """For a pass over `batch` that starts above the trunk, with `shifts` added to the weights."""
-        with self.passes.trunk.replayed(batch), shifted(self.base_model, shifts):
-            yield
-
     def _trace(self, edits: Sequence[TokenSequence], before: Mapping[str, Tensor]) -> list[dict[str, Trace]]:
         """Keys and value gradients of facts, in the model with `before` added to its weights."""
         if not before:
             return [self.passes.traces(edits)] if edits else []  # as a process may have none
         batches = (batch for _, batch in self._batches(edits))
-        return list(self.editor.trace(self.base_model, batches, lambda batch: self._shifted(batch, before)))
+        with shifted(self.base_model, before):
+            return list(self.editor.trace(self.base_model, batches, self.passes.trunk.replayed))
 
     def _batches(self, sequences: Sequence[TokenSequence]) -> Iterator[tuple[list[int], TokenBatch]]:
         for chosen, batch in self.tokenize.batches(sequences, self.args.lm_batch_size, pass_cost(self.base_model)):

@@ -17,7 +17,7 @@ from .batches import IGNORED, TokenBatch, Tokenizer, TokenSequence
 from .features import FeatureCache, Key
 from .sharding import is_sharded
 from .targets import blocks_of, target_module
-from .tracing import input_device, model_inputs, pass_cost, run_until
+from .tracing import input_device, model_inputs, pass_cost, run_until, wide
 
 logger = logging.get_logger(__name__)
 
@@ -216,7 +216,7 @@ def _tokens_to_try(model: nn.Module) -> tuple[TokenBatch, TokenBatch]:
 def _logits(model: nn.Module, batch: TokenBatch) -> Tensor:
     # Not by a call, whose hooks may be the caller's, who has put beginnings before the batch.
     logits: Tensor = model.forward(**model_inputs(model, batch)).logits
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide(logits)
 
 
 def _copied(output: Any) -> Any:

@@ -23,7 +23,7 @@ from transformers import (
 
 from hf_malmen import Edit, EditorConfig, EditStateError, Fact
 from hf_malmen.batches import Tokenizer
-from hf_malmen.evaluation import answer_facts, evaluate_edit, measure_edit, n_measured
+from hf_malmen.evaluation import answer_facts, measure_edit, n_measured
 from hf_malmen.scoring import answers, bootstrap_intervals, contains
 from hf_malmen.tasks import Classes
 
@@ -238,9 +238,9 @@ def test_parquet(plain: Plain, edit: Edit, tokenize: Tokenizer, tmp_path: Path) 
 
 
 def test_scores_alone(plain: Plain, edit: Edit, tokenize: Tokenizer) -> None:
-    """`evaluate_edit` gives the same numbers; without `generate` and `probabilities`, only the teacher-forced ones."""
+    """Without resamples the same numbers; without `generate` and `probabilities`, only the teacher-forced ones."""
     weights = {name: tensor.clone() for name, tensor in plain.model.state_dict().items()}
-    scores = evaluate_edit(plain.model, edit, FACTS, tokenize, batch_size=4, generate=False)
+    scores = measure_edit(plain.model, edit, FACTS, tokenize, batch_size=4, n_resamples=0).scores
     names = ("edit_success", "generalization", "locality", "unrelated_accuracy", "portability")
     assert set(scores) == {f"{name}{suffix}" for name in names for suffix in ("", "_before")}
     everything = measure_edit(plain.model, edit, FACTS, tokenize, batch_size=4, generate=True, probabilities=True)

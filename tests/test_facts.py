@@ -21,7 +21,7 @@ import pytest
 
 from hf_malmen import Fact, FactError, load_facts
 from hf_malmen import facts as facts_module
-from hf_malmen.facts import FactStream, check_facts, require_fields
+from hf_malmen.facts import FactStream, require_fields
 
 Row = dict[str, Any]
 
@@ -741,12 +741,6 @@ def test_no_facts_in_a_file(name: str, text: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(FactError, match=f"No facts in .*{name}"):
         load_facts(tmp_path / name)
-
-
-def test_no_facts_to_check() -> None:
-    """The same holds one level below."""
-    with pytest.raises(FactError, match="No facts given"):
-        check_facts([])
 
 
 @pytest.mark.parametrize("field", ["prompt", "target"])
