@@ -19,7 +19,7 @@ _MODULE_OF = {
     "FactStream": "facts",
     "Ledger": "ledger",
     "LedgerEntry": "ledger",
-    "facts_in_force": "sequential",
+    "facts_in_force": "in_force",
     "load_facts": "facts",
     "measure_edit": "evaluation",
     "measure_side_effects": "side_effects",
@@ -64,11 +64,11 @@ if TYPE_CHECKING:
     from .facts import load_facts as load_facts
     from .history import recover_checkpoint as recover_checkpoint
     from .history import undo_edit as undo_edit
+    from .in_force import facts_in_force as facts_in_force
     from .ledger import Ledger as Ledger
     from .ledger import LedgerEntry as LedgerEntry
     from .modeling import EditorModel as EditorModel
     from .records import read_history as read_history
-    from .sequential import facts_in_force as facts_in_force
     from .side_effects import measure_side_effects as measure_side_effects
     from .training import EditorTrainer as EditorTrainer
     from .training import EditorTrainingArguments as EditorTrainingArguments

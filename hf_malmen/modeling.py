@@ -25,20 +25,13 @@ from .errors import CheckpointError, ModelMismatchError, UntrainedEditorWarning
 from .evaluation import Evaluation, measure_edit
 from .facts import Fact, FactStream, load_facts
 from .hub import HUB_ERRORS, cached_checkpoint, cached_commit, ensure_repo, push_folder
+from .in_force import fingerprint_as_stored, fingerprint_before_edits, unedited
 from .makers import MAKERS, EditRequest
 from .memory import parse_memory
 from .model_card import HUB_RESULTS_FILE, N_FACTS_SHOWN, PLOT_FILE, RESULTS_FILE, EditorRun, write_editor_card
 from .networks import DEFAULT_EDITOR_BATCH_SIZE, EditorNetworks
 from .records import CARD_FILE
-from .sequential import (
-    Standing,
-    fingerprint_as_stored,
-    fingerprint_before_edits,
-    make_next_edit,
-    standing_of,
-    statistics_kind,
-    unedited,
-)
+from .sequential import Standing, make_next_edit, standing_of, statistics_kind
 from .sharding import place
 from .shifts import Shift
 from .side_effects import load_texts

@@ -30,7 +30,7 @@ from hf_malmen import (
 )
 from hf_malmen.checkpoint import copy_checkpoint
 from hf_malmen.history import locked
-from hf_malmen.sequential import edits_in_force
+from hf_malmen.in_force import edits_in_force
 from hf_malmen.shifts import FactoredShift
 
 Build = Callable[..., Any]

@@ -40,8 +40,8 @@ from hf_malmen import (
 )
 from hf_malmen.configuration import FORMAT_VERSION, METHODS
 from hf_malmen.hub import push_folder
+from hf_malmen.in_force import edits_in_force
 from hf_malmen.model_card import EditorRun, write_editor_card
-from hf_malmen.sequential import edits_in_force
 
 from .hub_server import HubServer
 

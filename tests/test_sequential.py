@@ -29,7 +29,8 @@ from hf_malmen import (
     read_history,
     undo_edit,
 )
-from hf_malmen.sequential import edits_in_force, standing_of
+from hf_malmen.in_force import edits_in_force
+from hf_malmen.sequential import standing_of
 from hf_malmen.state import STATE_FILE, EditState, Products, Rows
 from hf_malmen.targets import weight_of
 from hf_malmen.tracing import frozen
