@@ -702,7 +702,7 @@ def test_another_writer_in_the_middle_of_a_copy(
     source, target = save(model, tmp_path / "source", sharded=True), tmp_path / "target"
     if other == "undo":
         edit_for(model, layers=(0, 3)).write(source, in_place=True)
-    real, calls, found = hf_malmen.checkpoint._copy, [], {}
+    real, calls, found = hf_malmen.copies._copy, [], {}
 
     def meanwhile(file: Path, place: Path, **options: Any) -> str:
         calls.append(file)
@@ -721,7 +721,7 @@ def test_another_writer_in_the_middle_of_a_copy(
             copy_checkpoint(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hf_malmen.checkpoint, "_copy", meanwhile)
+        patch.setattr(hf_malmen.copies, "_copy", meanwhile)
         with pytest.raises(CheckpointError, match=r"source changed while they were read\. Try again"):
             act()
     assert len(calls) >= moment

@@ -178,7 +178,7 @@ def test_a_writer_that_begins_before_a_copy_and_ends_after_it(
     """All its weights are written and its record is not: a copy would have an edit that nobody can take back."""
     model = make_llama()
     folder = save(model, tmp_path / "source")
-    real = hf_malmen.checkpoint.require_settled
+    real = hf_malmen.copies.require_settled
 
     def meanwhile(place: Path) -> None:
         real(place)
@@ -191,7 +191,7 @@ def test_a_writer_that_begins_before_a_copy_and_ends_after_it(
             copy_checkpoint(folder, tmp_path / "target")
 
     with monkeypatch.context() as patch:
-        patch.setattr(hf_malmen.checkpoint, "require_settled", meanwhile)
+        patch.setattr(hf_malmen.copies, "require_settled", meanwhile)
         with pytest.raises(CheckpointError, match=r"changed while they were read\. Try again"):
             act()
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
