@@ -28,8 +28,8 @@ from transformers import LlamaConfig
 
 import hf_malmen
 from hf_malmen import Edit, undo_edit
-from hf_malmen.checkpoint import fingerprints_of
 from hf_malmen.shifts import FactoredShift
+from hf_malmen.stored_weights import fingerprints_of
 from hf_malmen.tables import table
 
 KEY_SIZE, VALUE_SIZE, N_LAYERS, N_EDITED, N_SHARDS = 16384, 4096, 8, 6, 5

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from . import checkpoint
-from .checkpoint import fingerprints_of, weights_before_edits
+from . import stored_weights
 from .edit import Edit, base_fingerprint, live_edits, weights_before_live_edits
 from .errors import CheckpointError, EditStateError, ModelMismatchError
 from .facts import Fact
@@ -24,6 +23,7 @@ from .records import EDITS_FOLDER, Record, read_history, read_ledger
 from .sharding import copy_of, overwrite
 from .shards import INDEX_FILE, SINGLE_FILE, read_tensor_index
 from .state import EditState
+from .stored_weights import fingerprints_of, weights_before_edits
 from .targets import is_fan_in_fan_out, module_shape, named_modules, plain_model, target_module, weight_of
 
 logger = logging.get_logger(__name__)
@@ -101,7 +101,7 @@ def fingerprint_before_edits(model: nn.Module, names: Iterable[str]) -> str | No
         return fingerprint_as_stored(model, names)
     if _n_loaded(model, folder, names) is None:
         return None
-    return checkpoint.fingerprint_before_edits(folder, *_layout(model, names))
+    return stored_weights.fingerprint_before_edits(folder, *_layout(model, names))
 
 
 def fingerprint_as_stored(model: nn.Module, names: Iterable[str]) -> str | None:

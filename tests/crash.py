@@ -23,7 +23,7 @@ from hf_malmen import Edit, recover_checkpoint, undo_edit
 from hf_malmen.shards import TensorEntry
 
 State = dict[str, bytes | None]
-TRACED = ("history.py", "records.py", "checkpoint.py", "copies.py", "shards.py", "crash.py")
+TRACED = ("history.py", "records.py", "checkpoint.py", "copies.py", "stored_weights.py", "shards.py", "crash.py")
 
 hf_malmen.shifts._BLOCK_VALUES = 256
 real_copy = os.copy_file_range

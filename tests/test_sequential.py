@@ -23,10 +23,10 @@ from hf_malmen import (
     FactError,
     FactStream,
     ModelMismatchError,
-    checkpoint,
     edit,
     facts_in_force,
     read_history,
+    stored_weights,
     undo_edit,
 )
 from hf_malmen.in_force import edits_in_force
@@ -331,10 +331,10 @@ def test_more_turns_read_the_weights_no_more_often(
     counts = []
     for facts_per_turn in (8, 2):
         live = load(folder)
-        on_model, on_disk = Mock(wraps=edit.fingerprint), Mock(wraps=checkpoint.stored_fingerprint)
+        on_model, on_disk = Mock(wraps=edit.fingerprint), Mock(wraps=stored_weights.stored_fingerprint)
         with monkeypatch.context() as patch:
             patch.setattr(edit, "fingerprint", on_model)
-            patch.setattr(checkpoint, "stored_fingerprint", on_disk)
+            patch.setattr(stored_weights, "stored_fingerprint", on_disk)
             assert editor.apply(live, facts, tokenizer, facts_per_turn=facts_per_turn).n_facts == 8
         counts.append((on_model.call_count, on_disk.call_count))
     assert counts[0] == counts[1] and min(counts[0]) > 0
