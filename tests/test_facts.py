@@ -19,8 +19,7 @@ import datasets
 import pandas
 import pytest
 
-from hf_malmen import Fact, FactError, load_facts
-from hf_malmen import facts as facts_module
+from hf_malmen import Fact, FactError, fact_files, load_facts
 from hf_malmen.facts import FactStream, require_fields
 
 Row = dict[str, Any]
@@ -966,13 +965,13 @@ def test_a_json_list_is_read_in_pieces(
     chunk: int, indent: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wherever a piece ends, within a text, an escape or a number: the entries are those that `json` reads."""
-    monkeypatch.setattr(facts_module, "_CHUNK", chunk)
+    monkeypatch.setattr(fact_files, "_CHUNK", chunk)
     rows = [*ROWS, {"prompt": 'a "[,]\\" \u2028 {', "target": -12.5e3, "id": [1234, None, True, {}]}, WIKI_RECENT]
     text = json.dumps(rows, indent=indent)
     (tmp_path / "f.json").write_text(text, encoding="utf-8")
-    assert list(facts_module._read_json(tmp_path / "f.json")) == json.loads(text)
+    assert list(fact_files._read_json(tmp_path / "f.json")) == json.loads(text)
     (tmp_path / "f.json").write_text(" [12345, 67890 , \n 1e5] \n", encoding="utf-8")
-    assert list(facts_module._read_json(tmp_path / "f.json")) == [12345, 67890, 1e5]
+    assert list(fact_files._read_json(tmp_path / "f.json")) == [12345, 67890, 1e5]
 
 
 @pytest.mark.parametrize("chunk", [1, 10_000])
@@ -998,21 +997,21 @@ def test_a_json_list_is_read_in_pieces(
 )
 def test_a_broken_json_list(chunk: int, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused where `json` refuses it, with the number of the line."""
-    monkeypatch.setattr(facts_module, "_CHUNK", chunk)
+    monkeypatch.setattr(fact_files, "_CHUNK", chunk)
     (tmp_path / "f.json").write_text(f"\n{text}", encoding="utf-8")
     with pytest.raises(json.JSONDecodeError):
         json.loads(text)
     with pytest.raises(FactError, match=r"f\.json is not valid JSON: .*: line [23]\b"):
-        list(facts_module._read_json(tmp_path / "f.json"))
+        list(fact_files._read_json(tmp_path / "f.json"))
 
 
 @pytest.mark.parametrize("chunk", [1, 10_000])
 def test_a_broken_json_list_names_its_own_line(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted from the start of the file, though what was read before is gone."""
-    monkeypatch.setattr(facts_module, "_CHUNK", chunk)
+    monkeypatch.setattr(fact_files, "_CHUNK", chunk)
     (tmp_path / "f.json").write_text('[\n {"a": 1},\n\n {"b":\n oops},\n {}]\n', encoding="utf-8")
     with pytest.raises(FactError, match="line 5"):
-        list(facts_module._read_json(tmp_path / "f.json"))
+        list(fact_files._read_json(tmp_path / "f.json"))
 
 
 def test_a_split_of_what_has_none(tmp_path: Path) -> None:
