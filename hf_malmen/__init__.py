@@ -13,7 +13,7 @@ _MODULE_OF = {
     "EditorConfig": "configuration",
     "EditorModel": "modeling",
     "EditorTrainer": "training",
-    "EditorTrainingArguments": "training",
+    "EditorTrainingArguments": "training_arguments",
     "Evaluation": "evaluation",
     "Fact": "facts",
     "FactStream": "facts",
@@ -71,7 +71,7 @@ if TYPE_CHECKING:
     from .records import read_history as read_history
     from .side_effects import measure_side_effects as measure_side_effects
     from .training import EditorTrainer as EditorTrainer
-    from .training import EditorTrainingArguments as EditorTrainingArguments
+    from .training_arguments import EditorTrainingArguments as EditorTrainingArguments
 
 
 def __getattr__(name: str) -> Any:

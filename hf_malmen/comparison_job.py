@@ -216,7 +216,8 @@ def _measured(
 
 def _trained(base: Base, comparison: Comparison, job: Job, method: str) -> EditorModel:
     """A new editor after training; what a killed job's training has saved is gone on from."""
-    from .training import EditorTrainer, EditorTrainingArguments  # seconds to import, and only this job trains
+    from .training import EditorTrainer  # seconds to import, and only this job trains
+    from .training_arguments import EditorTrainingArguments
 
     folder = job.path.with_name(f"training-{method}-{job.fingerprint[:12]}")
     settings: dict[str, Any] = {

@@ -376,7 +376,7 @@ def _require_accumulable(config: EditorConfig, where: str) -> None:
 
 def _check_training_names(training: Mapping[str, Any], where: str) -> None:
     if training:
-        from .training import EditorTrainingArguments  # seconds to import
+        from .training_arguments import EditorTrainingArguments  # seconds to import
 
         require_known(training, set(inspect.signature(EditorTrainingArguments).parameters), where)
         if "output_dir" in training:
@@ -385,7 +385,7 @@ def _check_training_names(training: Mapping[str, Any], where: str) -> None:
 
 def _check_training(training: Mapping[str, Any], where: str) -> None:
     if training:
-        from .training import EditorTrainingArguments  # seconds to import
+        from .training_arguments import EditorTrainingArguments  # seconds to import
 
         try:  # without the accelerator, which this process leaves to its jobs
             EditorTrainingArguments(**{**training, "output_dir": "", "use_cpu": True})

@@ -24,7 +24,8 @@ from .sharding import place
 from .side_effects import load_texts
 from .tables import METRIC_TITLES
 from .tasks import load_base
-from .training import EditorTrainer, EditorTrainingArguments
+from .training import EditorTrainer
+from .training_arguments import EditorTrainingArguments
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """`EditorTrainer`: meta-training of the hyper-network with the decoupled gradient (paper section 4.3)."""
 
 import math
-import os
 import random
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence, Sized
@@ -37,12 +36,12 @@ from .features import FeatureCache, FeatureFolder, features_fingerprint
 from .least_squares import Solution
 from .losses import cross_entropy, kl_divergence
 from .model_card import EditorRun, write_editor_card
-from .modeling import DEFAULT_BATCH_SIZE, EditorModel
-from .networks import DEFAULT_EDITOR_BATCH_SIZE
+from .modeling import EditorModel
 from .passes import FrozenPasses
 from .sharding import forget_sharding, place
 from .targets import plain_model
 from .tracing import Factors, Trace, as_read, frozen, input_device, own_answer_logits, pass_cost, shifted
+from .training_arguments import TRAINING_DEFAULTS, EditorTrainingArguments
 
 _CARD_SETTINGS = (
     "gradient_accumulation_steps",
@@ -60,118 +59,8 @@ _CARD_SETTINGS = (
     "seed",
     "shift_penalty",
 )
-# Of a method that says nothing else.
-_DEFAULTS = {
-    "is_sequential": False,
-    "look_back": 1,
-    "look_back_decay": 1.0,
-    "shift_penalty": 0.0,
-    "locality_weight": 1.0,
-}
-# Stands for "what the method has" until a trainer is made.
-_OF_METHOD: Any = None
 # Arguments of `Trainer` for a model that answers by itself.
 _NOT_OF_EDITORS = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
-_HUB_STRATEGIES = (HubStrategy.END, HubStrategy.EVERY_SAVE)
-
-
-@dataclass
-class EditorTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments` with what training an editor needs besides.
-
-    `per_device_train_batch_size` counts the facts edited together in one step, and `per_device_eval_batch_size` those
-    edited together in evaluation. Of several processes, the training facts of all are edited together: N processes take
-    the steps of one with N times as many. Where defaults differ
-    from those of `TrainingArguments` they are ours; the paper's are in `recipes/paper-*.yaml`.
-
-    Args:
-        lm_batch_size: sequences a pass of the language model. Changes memory and speed, not the result.
-        editor_batch_size: tokens a pass of the hyper-network. Changes memory and speed, not the result.
-        trunk_cache_gib: memory for what the base model computes whatever the edit: outputs of the blocks below the
-            edited ones, keys and value gradients of facts, and the answers to unrelated prompts before the edit. Within
-            a step each is computed once a sequence; what fits is kept for the next epoch too. Changes memory and speed,
-            not the result.
-        trunk_cache_dir: folder that keeps them from run to run as safetensors files, None for none. Runs on the same
-            base model and layers share it; another model's files are left alone, damaged ones reported and not used.
-        trunk_cache_dir_gib: the most that the files of that folder may take.
-        locality_weight: weight of the locality loss, KL(before ‖ after) on unrelated prompts. `None` takes the method's
-            own, as for the next four: 1; of `"rledit"` 0.6.
-        is_sequential: whether the `gradient_accumulation_steps` sets of one optimizer step are edited one after
-            another, each on the model that those before it have edited, as RLEdit does; if not, each edits the base.
-        look_back: how many sets count in the loss of a turn of such a sequence: its own and those before it. 1; of
-            `"rledit"` 10.
-        look_back_decay: a set that was edited k turns ago counts this to the power of k. 1; of `"rledit"` 0.95.
-        shift_penalty: weight of ‖S‖², summed over layers, in the loss. 0; of `"rledit"` 1e-4.
-        rephrases_per_fact: rephrases of each fact drawn into the generalisation loss at every step.
-        scale_learning_rate: learning rate of log η, log λ and log κ. They are logarithms of scales that have orders of
-            magnitude to travel, so they get a rate of their own.
-        metric_for_best_model: as in `TrainingArguments`, a metric of `EditorModel.evaluate`. Where one is needed and
-            none is given, `"generalization"`.
-    """
-
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Facts edited together in a step."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Facts edited together in evaluation."})
-    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the hyper-network's matrices."})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of the learning rates."})
-    lm_batch_size: int = field(default=DEFAULT_BATCH_SIZE, metadata={"help": "Sequences a language-model pass."})
-    editor_batch_size: int = field(default=DEFAULT_EDITOR_BATCH_SIZE, metadata={"help": "Tokens a hyper-network pass."})
-    trunk_cache_gib: float = field(
-        default=2.0, metadata={"help": "Memory (GiB) for outputs of the unedited blocks, kept between steps."}
-    )
-    trunk_cache_dir: str | None = field(default=None, metadata={"help": "Folder that keeps them from run to run."})
-    trunk_cache_dir_gib: float = field(default=20.0, metadata={"help": "Limit (GiB) of that folder."})
-    locality_weight: float = field(default=_OF_METHOD, metadata={"help": "Weight of the locality loss."})
-    is_sequential: bool = field(default=_OF_METHOD, metadata={"help": "Edit the sets of a step one after another."})
-    look_back: int = field(default=_OF_METHOD, metadata={"help": "Sets of a sequence in the loss of a turn."})
-    look_back_decay: float = field(default=_OF_METHOD, metadata={"help": "How much less each earlier one counts."})
-    shift_penalty: float = field(default=_OF_METHOD, metadata={"help": "Weight of the squared norm of a shift."})
-    rephrases_per_fact: int = field(default=1, metadata={"help": "Rephrases a fact in the generalisation loss."})
-    scale_learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of log η, log λ and log κ."})
-
-    def __post_init__(self) -> None:
-        self._refuse_mixed_precision()
-        names_metric, names_direction = self.metric_for_best_model is not None, self.greater_is_better is not None
-        super().__post_init__()
-        if self.metric_for_best_model is not None and not names_metric:
-            self.metric_for_best_model = "generalization"  # `Trainer`'s own is a loss, which no evaluation has
-            self.greater_is_better = self.greater_is_better if names_direction else True
-        # It shards whatever transformers loads or makes while it is there: the editor too.
-        self.deepspeed_plugin = None
-        self.remove_unused_columns = False  # facts are not columns
-        for name in ("lm_batch_size", "editor_batch_size", "rephrases_per_fact"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"EditorTrainingArguments.{name} is {getattr(self, name)}; expected at least 1.")
-        for name in ("locality_weight", "shift_penalty", "trunk_cache_gib", "trunk_cache_dir_gib"):
-            if (value := getattr(self, name)) is not None and value < 0:
-                raise ValueError(f"EditorTrainingArguments.{name} is {value}; expected 0 or more.")
-        if self.look_back is not None and self.look_back < 1:
-            raise ValueError(f"EditorTrainingArguments.look_back is {self.look_back}; expected at least 1.")
-        if self.look_back_decay is not None and not 0 <= self.look_back_decay <= 1:
-            raise ValueError(f"EditorTrainingArguments.look_back_decay is {self.look_back_decay}; expected 0 to 1.")
-        if self.train_sampling_strategy not in ("random", "sequential"):
-            raise ValueError(
-                f"EditorTrainingArguments.train_sampling_strategy is {self.train_sampling_strategy!r}; allowed: "
-                "'random', 'sequential'. A step's texts are put into batches of like lengths anyway."
-            )
-        if (strategy := HubStrategy(self.hub_strategy)) not in _HUB_STRATEGIES:
-            raise ValueError(
-                f"EditorTrainingArguments.hub_strategy is {strategy.value!r}; allowed: "
-                f"{', '.join(repr(allowed.value) for allowed in _HUB_STRATEGIES)}. The others push the state of the "
-                "optimizer, which is a pickle; an editor's repo holds safetensors only."
-            )
-
-    def _refuse_mixed_precision(self) -> None:
-        """The step computes its own gradients: no scaler sees them, and autocast would round the value differences."""
-        asked = [f"EditorTrainingArguments.{name} is True" for name in ("fp16", "bf16") if getattr(self, name)]
-        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-        if precision != "no":
-            asked.append(f"ACCELERATE_MIXED_PRECISION, which accelerate's configuration sets, is {precision!r}")
-        if asked:
-            raise ValueError(
-                f"{' and '.join(asked)}; expected no mixed precision. The dtype that the base model is loaded in is "
-                "the precision, and the hyper-network stays in float32. Leave the setting out, and load the base model "
-                'with dtype="bfloat16", as a recipe says it with dtype: bfloat16.'
-            )
 
 
 class EditorTrainer(Trainer):
@@ -239,7 +128,7 @@ class EditorTrainer(Trainer):
                 "Leave it out; EditorModel.measure gives the answers to every fact."
             )
         args = copy(args)  # which may be meant for editors of other methods too
-        for name, value in (_DEFAULTS | dict(editor.config.training_defaults)).items():
+        for name, value in (TRAINING_DEFAULTS | dict(editor.config.training_defaults)).items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
         editor.check_base(base_model)
@@ -281,8 +170,7 @@ class EditorTrainer(Trainer):
             nn.Module.to(editor, args.device)
         place(base_model, args.device)
         self._passes: FrozenPasses | None = None
-        self.add_callback(_ForgetFeatures(self))
-        self.add_callback(_StartOver(self))
+        self.add_callback(_Forget(self))
         self._losses: list[tuple[float, float]] = []
         self._sequence = _Sequence()
         self.run: EditorRun | None = None
@@ -641,35 +529,28 @@ class _Sequence:
     sets: list[tuple[list[TokenSequence], list[TokenSequence]]] = field(default_factory=list)
 
 
-class _ForgetFeatures(TrainerCallback):
-    """Empties the memory of what the frozen model computed with every checkpoint; what is on disk stays.
-
-    In which batch a sequence first ran shows in the last bits of what is kept of it. A run that goes on after a
-    checkpoint and one that resumes from it end with the same bits only if both start with the same memory.
-    """
+class _Forget(TrainerCallback):
+    """Drops what must not outlast a checkpoint, a run or a step."""
 
     def __init__(self, trainer: EditorTrainer) -> None:
         self.trainer = trainer
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Empty it."""
+        """Empty the memory of what the frozen model computed; what is on disk stays.
+
+        In which batch a sequence first ran shows in the last bits of what is kept of it. A run that goes on after a
+        checkpoint and one that resumes from it end with the same bits only if both start with the same memory.
+        """
         self.trainer.passes.features.clear()
-
-
-class _StartOver(TrainerCallback):
-    """Drops what an interrupted run, or a try that `auto_find_batch_size` repeats, left of its last step.
-
-    The sets of that step are no part of the next one's sequence, and its losses no part of the next log. What was
-    computed of the base model goes too, as it may have changed between two runs: be edited, or no longer be.
-    """
-
-    def __init__(self, trainer: EditorTrainer) -> None:
-        self.trainer = trainer
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Of every run, and of every try."""
+        """Drop what an interrupted run, or a try that `auto_find_batch_size` repeats, left.
+
+        Its losses are no part of the next log. What was computed of the base model goes too, as it may have changed
+        between two runs: be edited, or no longer be.
+        """
         self.trainer.editor.check_base(self.trainer.base_model)
         self.trainer._passes = self.trainer._make_passes()
         self.trainer._losses.clear()
@@ -677,7 +558,7 @@ class _StartOver(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Before the first set of an optimizer step."""
+        """Drop the sets of a step that was interrupted: they are no part of the sequence of the one that begins."""
         self.trainer._sequence = _Sequence()
 
 
