@@ -17,6 +17,7 @@ from .edit import Edit
 from .facts import Fact
 from .scoring import answers, bootstrap_intervals, contains, token_accuracy
 from .tracing import answer_logits, in_eval_mode, input_device
+from .tasks import Classes
 
 if TYPE_CHECKING:
     import datasets
@@ -86,8 +87,16 @@ def questions(fact: Fact) -> dict[str, list[Pair]]:
     return {kind: pairs for kind, pairs in asked.items() if pairs}
 
 
-def contests(fact: Fact) -> dict[str, list[tuple[str, str, str]]]:
-    """{metric: (prompt, answer that is to win, answer that is to lose)}, those that `fact` has."""
+def contests(fact: Fact, classes: Classes | None = None) -> dict[str, list[tuple[str, str, str]]]:
+    """{metric: (prompt, answer that is to win, answer that is to lose)}, those that `fact` has.
+
+    Args:
+        fact: with a ground truth or a neighborhood.
+        classes: those of a sequence classifier, by which answers may be one that are spelled differently.
+
+    Raises:
+        FactError: an answer names none of `classes`.
+    """
     fought = {"neighborhood": [(prompt, answer, fact.target) for prompt, answer in fact.neighborhood]}
     if fact.ground_truth:
         prompts = {"efficacy": [fact.prompt], "paraphrase": list(fact.rephrases)}
@@ -95,19 +104,30 @@ def contests(fact: Fact) -> dict[str, list[tuple[str, str, str]]]:
             fought[metric] = [(text, fact.target, fact.ground_truth) for text in texts]
     # An answer cannot be more likely than itself.
     fought = {
-        metric: [contest for contest in entries if contest[1] != contest[2]] for metric, entries in fought.items()
+        metric: [(prompt, winner, loser) for prompt, winner, loser in entries if not _are_one(winner, loser, classes)]
+        for metric, entries in fought.items()
     }
     return {metric: entries for metric, entries in fought.items() if entries}
 
 
-def n_measured(facts: Sequence[Fact], metric: str) -> int:
-    """How many of `facts` have what `metric`, with any suffix, measures, such as rephrases or an unrelated prompt."""
+def _are_one(answer: str, other: str, classes: Classes | None) -> bool:
+    """Whether two answers are the same tokens, which leave out spaces around them; of a classifier, the same class."""
+    if classes is not None:
+        return classes.index(answer) == classes.index(other)
+    return answer.strip() == other.strip()
+
+
+def n_measured(facts: Sequence[Fact], metric: str, classes: Classes | None = None) -> int:
+    """How many of `facts` have what `metric`, with any suffix, measures, such as rephrases or an unrelated prompt.
+
+    `classes`: as for `contests`.
+    """
     for name, kind in _ANSWERED.items():
         if metric.startswith(name):
             return sum(kind in questions(fact) for fact in facts)
     for name in _CONTESTED:
         if metric.startswith(name):
-            return sum(name in contests(fact) for fact in facts)
+            return sum(name in contests(fact, classes) for fact in facts)
     return len(facts)
 
 
@@ -220,7 +240,7 @@ def measure_edit(
         "probabilities": probabilities,
         "n_extra_tokens": n_extra_tokens,
     }
-    probes = [_probes(fact, probabilities) for fact in facts]
+    probes = [_probes(fact, probabilities, tokenize.classes) for fact in facts]
     if before is None:
         before = answer_facts(model, facts, tokenize, **settings)
     spoken = _questions(facts) if generate else ()
@@ -239,8 +259,9 @@ def measure_edit(
         after = answer_facts(model, facts, tokenize, **settings)
     rows = []
     for fact in facts:
-        scores = _scores(fact, after, before, probabilities)
-        untouched = _scores(fact, before, before, probabilities)
+        fought = contests(fact, tokenize.classes) if probabilities else {}
+        scores = _scores(fact, fought, after, before)
+        untouched = _scores(fact, fought, before, before)
         rows.append(scores | {f"{name}_before": value for name, value in untouched.items()})
 
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -276,7 +297,7 @@ def answer_facts(
     if generate and not model.can_generate():
         raise ValueError(f"{type(model).__name__} does not generate text. Measure it with generate=False.")
     # Facts may share prompts, which are then asked once.
-    pairs = list(dict.fromkeys(pair for fact in facts for pair in _probes(fact, probabilities)))
+    pairs = list(dict.fromkeys(pair for fact in facts for pair in _probes(fact, probabilities, tokenize.classes)))
     asked = _questions(facts) if generate else ()
     return answer(model, tokenize, pairs, batch_size=batch_size, generate=asked, n_extra_tokens=n_extra_tokens)
 
@@ -286,11 +307,11 @@ def _questions(facts: Sequence[Fact]) -> set[Pair]:
     return {pair for fact in facts for pairs in questions(fact).values() for pair in pairs}
 
 
-def _probes(fact: Fact, probabilities: bool) -> dict[Pair, str]:
+def _probes(fact: Fact, probabilities: bool, classes: Classes | None) -> dict[Pair, str]:
     """{prompt with an answer: the kind of the prompt}, the edited prompt first."""
     probes = {pair: kind for kind, pairs in questions(fact).items() for pair in pairs}
     if probabilities:
-        for metric, contested in contests(fact).items():
+        for metric, contested in contests(fact, classes).items():
             for prompt, *rivals in contested:
                 for rival in rivals:
                     probes.setdefault((prompt, rival), _CONTESTED[metric])
@@ -298,9 +319,15 @@ def _probes(fact: Fact, probabilities: bool) -> dict[Pair, str]:
 
 
 def _scores(
-    fact: Fact, after: Mapping[Pair, Answer], before: Mapping[Pair, Answer], probabilities: bool
+    fact: Fact,
+    fought: Mapping[str, Sequence[tuple[str, str, str]]],
+    after: Mapping[Pair, Answer],
+    before: Mapping[Pair, Answer],
 ) -> dict[str, float]:
-    """The scores of one fact by the answers `after`, the `locality` of which is compared with those `before`."""
+    """The scores of one fact by the answers `after`, the `locality` of which is compared with those `before`.
+
+    `fought` are those of its `contests` that are scored.
+    """
     scores: dict[str, float] = {}
     asked = questions(fact)
     for metric, kind in _ANSWERED.items():
@@ -318,7 +345,7 @@ def _scores(
             rules = {"generated": answers} if metric == "locality" else {"generated": answers, "contained": contains}
             for suffix, rule in rules.items():
                 scores[f"{metric}_{suffix}"] = _mean([rule(g, t) for g, t in zip(generated, texts, strict=True)])
-    for metric, contested in contests(fact).items() if probabilities else ():
+    for metric, contested in fought.items():
         rivals = [(after[prompt, winner], after[prompt, loser]) for prompt, winner, loser in contested]
         pairs = [(winner.log_probability, loser.log_probability) for winner, loser in rivals]
         scores[metric] = _mean([float(won > lost) for won, lost in pairs])

@@ -27,6 +27,8 @@ from hf_malmen.evaluation import answer_facts, measure_edit, n_measured
 from hf_malmen.scoring import answers, bootstrap_intervals, contains
 from hf_malmen.tasks import Classes
 
+from .zoo import KINDS
+
 Build = Callable[..., Any]
 
 FACTS = [
@@ -380,6 +382,45 @@ def test_a_classifier(make_tokenizer: Build) -> None:
         magnitude = float((likely[:, 1] - likely[:, 0]).mean())
         assert found.scores[f"efficacy_magnitude{suffix}"] == pytest.approx(magnitude, abs=1e-5)
     assert found.per_fact["predicted"][:] != found.per_fact["predicted_before"][:]
+
+
+def test_an_answer_does_not_compete_with_itself(plain: Plain, edit: Edit, tokenize: Tokenizer) -> None:
+    """Spaces around it, which are not tokenised, make no other answer; those within it do."""
+    neighborhood = (("Osaka is a city in", " Italy"), ("Turin is in", "Ghana"))
+    facts = [
+        Fact(
+            "The country of Lyon is",
+            "Italy",
+            rephrases=("Lyon is in",),
+            ground_truth=" Italy",
+            neighborhood=neighborhood,
+        ),
+        Fact("The country of Turin is", "Ghana ", ground_truth="Ghana"),
+    ]
+    found = measure_edit(plain.model, edit, facts, tokenize, batch_size=4, probabilities=True)
+    assert "efficacy" not in found.scores and "paraphrase" not in found.scores
+    assert found.per_fact["neighborhood"][1] is None
+    with edit.applied_to(plain.model):
+        odds = [plain.probability("Turin is in", answer) for answer in ("Ghana", "Italy")]
+    assert found.per_fact["neighborhood_magnitude"][0] == pytest.approx(odds[0] - odds[1], abs=1e-6)
+    assert [n_measured(facts, name) for name in ("efficacy", "neighborhood")] == [0, 1]
+
+
+def test_a_class_does_not_compete_with_itself(tokenizer: PreTrainedTokenizerFast) -> None:
+    """By its label in any case, or by its index."""
+    kind = KINDS["bert"]
+    model: Any = kind.build()
+    classes = Classes.of(model)
+    tokenize = Tokenizer(tokenizer, EditorConfig(task_type="SEQ_CLS"), classes=classes)
+    edit = Edit({kind.names[0]: torch.randn(48, 32)})
+    facts = [
+        Fact("Lyon is a city.", "0", ground_truth="refutes", neighborhood=(("Fez is a city.", "REFUTES"),)),
+        Fact("Turin is a city.", "Refutes", ground_truth="SUPPORTS"),
+    ]
+    found = measure_edit(model, edit, facts, tokenize, batch_size=4, probabilities=True)
+    assert found.per_fact["efficacy"][0] is None and found.per_fact["efficacy"][1] is not None
+    assert "neighborhood" not in found.scores
+    assert [n_measured(facts, name, classes) for name in ("efficacy", "neighborhood")] == [1, 0]
 
 
 # The bootstrap, where its distribution is known
