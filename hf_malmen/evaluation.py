@@ -1,8 +1,9 @@
 """What a model answers before and after an edit, and the metrics over it."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -16,8 +17,8 @@ from .batches import TokenBatch, Tokenizer, TokenSequence
 from .edit import Edit
 from .facts import Fact
 from .scoring import answers, bootstrap_intervals, contains, token_accuracy
-from .tracing import answer_logits, in_eval_mode, input_device
 from .tasks import Classes
+from .tracing import answer_logits, in_eval_mode, input_device
 
 if TYPE_CHECKING:
     import datasets
@@ -38,6 +39,18 @@ _ANSWERED = {
 }
 # Metric: the kind of prompt at which the target competes with another answer.
 _CONTESTED = {"efficacy": "edit", "paraphrase": "rephrase", "neighborhood": "neighborhood"}
+
+# One greedy answer a prompt, whatever the model's generation config asks for.
+_GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    "stop_strings": None,  # needs the tokenizer, and an answer has its length already
+    "prompt_lookup_num_tokens": None,  # takes one prompt at a time, for the same text
+    # Makes the last token of the longest answer the end (BART), in place of the one that the model finds likeliest.
+    "forced_eos_token_id": None,
+}
 
 
 @dataclass(frozen=True)
@@ -158,6 +171,7 @@ def answer(
         n_extra_tokens: length of a free answer, in tokens beyond those of the expected one.
     """
     pairs = list(distributed.own(pairs))
+    spoken = [i for i, pair in enumerate(pairs) if pair in generate]
     found: dict[Pair, Answer] = {}
     # Not `frozen`: where no gradient of the weights is wanted, PyTorch multiplies the one position that `generate` asks
     # for by a copy of the vocabulary projection for each sequence, which is nine times slower.
@@ -165,21 +179,24 @@ def answer(
         distributed.together(),
         in_eval_mode(model),
         no_grad(),
-        logging.tqdm(total=len(pairs), unit=" prompts", leave=False) as bar,
+        logging.tqdm(total=len(pairs) + len(spoken), unit=" prompts", leave=False) as bar,
     ):
         sequences = [tokenize(prompt, expected) for prompt, expected in pairs]
         for chosen, batch in tokenize.batches(sequences, batch_size):
             logits, targets = answer_logits(model, batch.to(input_device(model)))
             predicted = iter(logits.argmax(-1).tolist())
             log_probabilities = iter(_log_probabilities(logits, targets).tolist())
-            freely = [i for i in chosen if pairs[i] in generate]
-            texts = _generate(model, tokenize, [sequences[i] for i in freely], n_extra_tokens) if freely else []
-            text_of = dict(zip(freely, texts, strict=True))
             for i in chosen:
                 expected = sequences[i].target_ids
                 tokens = [next(predicted) for _ in expected]
                 log_probability = math.fsum(next(log_probabilities) for _ in expected)
-                found[pairs[i]] = Answer(expected, tokens, log_probability, text_of.get(i))
+                found[pairs[i]] = Answer(expected, tokens, log_probability, None)
+            bar.update(len(chosen))
+        for numbers in _spoken_batches([sequences[i] for i in spoken], batch_size, _takes_padding(model)):
+            chosen = [spoken[number] for number in numbers]
+            texts = _generate(model, tokenize, [sequences[i] for i in chosen], n_extra_tokens)
+            for i, text in zip(chosen, texts, strict=True):
+                found[pairs[i]] = replace(found[pairs[i]], text=text)
             bar.update(len(chosen))
     return dict(distributed.gather_items(list(found.items())))
 
@@ -429,6 +446,32 @@ def _spelled(tokenize: Tokenizer, predicted: list[int]) -> str:
     return labels.get(predicted[0], str(predicted[0]))
 
 
+def _takes_padding(model: PreTrainedModel) -> bool:
+    """Whether padding before a prompt is nothing to `model`: attention masks it.
+
+    Models that carry a state from token to token, as transformers marks them, may take it for text (RWKV,
+    RecurrentGemma).
+    """
+    return not getattr(model, "_is_stateful", False)
+
+
+def _spoken_batches(sequences: Sequence[TokenSequence], batch_size: int, padded: bool) -> Iterator[list[int]]:
+    """Numbers of `sequences` in batches, the longest first; of one length of prompts each, unless they may be `padded`.
+
+    Then there is at most one more batch for each length.
+    """
+
+    def sizes(i: int) -> tuple[int, int]:
+        sequence = sequences[i]
+        return (0, len(sequence)) if padded else (len(sequence.prompt_ids), len(sequence.target_ids))
+
+    order = sorted(range(len(sequences)), key=sizes, reverse=True)
+    for _, group in groupby(order, key=lambda i: sizes(i)[0]):
+        together = list(group)
+        for start in range(0, len(together), batch_size):
+            yield together[start : start + batch_size]
+
+
 def _generate(
     model: PreTrainedModel, tokenize: Tokenizer, sequences: Sequence[TokenSequence], n_extra_tokens: int
 ) -> list[str]:
@@ -451,9 +494,8 @@ def _generate(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         max_new_tokens=n_new,
-        do_sample=False,
-        num_beams=1,
         pad_token_id=next(token for token in fill if token is not None),
+        **_GREEDY,
     )[:, n_read:].tolist()
     # Each answer by its own length, so that it does not depend on the sequences beside it.
     own = [tokens[:length] for tokens, length in zip(generated, lengths, strict=True)]
