@@ -369,13 +369,14 @@ def _losses(base: Base, comparison: Comparison) -> list[tuple[float, int]] | Non
 
 
 def _perplexity(losses: Sequence[tuple[float, int]] | None) -> list[float]:
-    """Perplexity, and its 95 % interval by bootstrap over texts."""
+    """Perplexity, and its 95 % interval by bootstrap over texts; NaN for its ends where fewer than two were read."""
     counts = np.array([[n_tokens] for _, n_tokens in losses or ()], dtype=np.float64)
     means = np.array([[loss / max(1, n_tokens)] for loss, n_tokens in losses or ()])
     mean = float((means * counts).sum() / counts.sum())
-    if not math.isfinite(mean):  # of a model that overflows, there is nothing to resample
-        return [mean, math.nan, math.nan]
-    (ends,) = bootstrap_intervals(means, counts)
+    # Of a model that overflows there is nothing to resample; one text does not say how far others lie.
+    ends = [math.nan, math.nan]
+    if math.isfinite(mean) and (counts > 0).sum() > 1:
+        ends = bootstrap_intervals(means, counts)[0].tolist()
     with np.errstate(over="ignore"):  # infinite, then
         return [float(np.exp(value)) for value in (mean, *ends)]
 

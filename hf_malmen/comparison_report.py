@@ -112,13 +112,15 @@ def best(results: Results, amount: Amount, metric: str) -> list[str]:
     """The methods that are best on a metric: the one with the best mean first, then those that it does not beat.
 
     A method is beaten when the 95 % bootstrap interval of the difference, over the same facts (of perplexity: texts),
-    leaves out 0. One whose mean is not finite, as of a model that overflows, is none of them.
+    leaves out 0. One whose mean is not finite, as of a model that overflows, is none of them. There are none where
+    fewer than two facts, or texts, were scored.
     """
     cells = results.measured(amount)
     found = {method: _sample(cell, metric) for method, cell in cells.items()}
-    samples = {method: sample for method, sample in found.items() if sample is not None}
+    # One fact does not tell a difference from chance: resampled, it gives an interval of no width.
+    samples = {m: sample for m, sample in found.items() if sample is not None and (sample[1] > 0).sum() > 1}
     with np.errstate(invalid="ignore"):  # infinities of both signs
-        means = {m: np.average(values, weights=weights) for m, (values, weights) in samples.items() if weights.any()}
+        means = {m: np.average(values, weights=weights) for m, (values, weights) in samples.items()}
     means = {method: mean for method, mean in means.items() if math.isfinite(mean)}
     if not means:
         return []
@@ -206,6 +208,8 @@ def _tables_of(results: Results, amount: Amount) -> list[str]:
 def _with_interval(score: float, ends: Sequence[float], digits: int = 3) -> str:
     if not math.isfinite(score):
         return _number(score)
+    if any(map(math.isnan, ends)):
+        return _number(score, digits)
     return f"{score:.{digits}f} [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
 
 
@@ -258,7 +262,8 @@ def _best(results: Results) -> str:
         left = ", ".join(unbeaten(results, amount)) or "none measured"
         lines.append(f"- not beaten on all of {_titles(scores)}, by means: {left}\n")
     note = (
-        "Methods stand together where the 95 % interval of the difference to the first, over the same facts, holds 0. "
+        "Methods stand together where the 95 % interval of the difference to the first, over the same facts, holds 0; "
+        "where fewer than two facts, or texts, were scored, none is named. "
         "A win on locality or perplexity alone may be that of a method that hardly edits: read it with edit success."
     )
     return f"{note}\n\n" + "\n".join(lines).rstrip()

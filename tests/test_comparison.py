@@ -723,6 +723,30 @@ def test_what_is_not_finite_never_wins(tmp_path: Path) -> None:
     assert best(results_of({"mend": {"locality": [nan]}}, tmp_path), amount, "locality") == []
 
 
+def test_one_text_tells_no_difference(tmp_path: Path) -> None:
+    """Resampled, it would give an interval of no width, and any difference a winner; a text without tokens is none."""
+    results = results_of(
+        {name: {"edit_success": [1.0, 1.0], "locality": [0.5]} for name in ("malmen", "mend")}, tmp_path
+    )
+    written: Any = results.cells
+    for texts in ([(0.0, 0)], [(6.0, 3)]):
+        for (method, _), cell in written.items():
+            cell["losses"] = [(6.0 if method == "malmen" else 6.3, 3), *texts]
+            cell["perplexity"] = {"before": _perplexity([(5.7, 3)]), "after": _perplexity(cell["losses"])}
+            cell["per_fact"]["locality"] = [0.5 if method == "malmen" else 0.25, None]
+        winners, tables = best(results, Amount(4), "perplexity"), score_tables(results)
+        if texts == [(0.0, 0)]:
+            assert winners == []
+            assert re.search(r"\| +7\.39 \|", tables) and "nan" not in tables and "[7.39" not in tables
+            write_report(results)
+            rows = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+            found = [row for row in rows if row["metric"] == "perplexity"]
+            assert [(row["low"], row["high"]) for row in found] == [(None, None)] * 2
+        else:
+            assert winners == ["malmen", "mend"] and "[7.39" in tables
+    assert best(results, Amount(4), "locality") == []
+
+
 def test_report_of_facts_without_rephrases(tmp_path: Path) -> None:
     """It names what was measured and has no plot without points; NaN is null for readers of JSON."""
     results = results_of(
