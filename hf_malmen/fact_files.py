@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from .class_labels import named
 from .errors import FactError
 
 _CHUNK = 1 << 16  # characters of a JSON list read at a time
@@ -36,8 +37,13 @@ def _read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            features = None
+            if b"huggingface" in (file.schema_arrow.metadata or {}):  # `datasets` says what is a class
+                import datasets
+
+                features = datasets.Features.from_arrow_schema(file.schema_arrow)
             for rows in file.iter_batches(_ROWS):
-                yield from rows.to_pylist()
+                yield from named(rows.to_pylist(), features)
     except (pyarrow.ArrowException, ValueError) as error:
         raise FactError(f"{path} is not a Parquet file that can be read: {error}.") from None
 

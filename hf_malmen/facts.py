@@ -10,6 +10,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+from .class_labels import named
 from .errors import FactError
 from .fact_files import FILE_READERS, read_file
 
@@ -283,7 +284,8 @@ def load_facts(
         source: a list of dicts or `Fact`s, a `datasets.Dataset` or `IterableDataset`, a `FactStream`, the path of a
             JSON, JSONL, CSV, TSV or Parquet file, or the id of a data set on the Hub. The columns of zsRE, CounterFact,
             KnowEdit, FEVER, UltraEditBench and WikiBigEdit are recognised, and the requests in ROME's and MEMIT's
-            notebooks. A "{}" in a prompt or rephrase that lacks the fact's subject stands for it.
+            notebooks. A "{}" in a prompt or rephrase that lacks the fact's subject stands for it. A class
+            (`datasets.ClassLabel`) counts by its name.
         column_mapping: `{fact field: column}` for any other layout, such as `{"prompt": "question"}`. If it names both
             the prompt and the target, the other columns count by the names of fields. If not, and the layout is a
             recognised one, it wins for the fields that it names. A column that is named counts for nothing else.
@@ -464,7 +466,7 @@ def _read(
             import datasets
 
             options = {**load_options, "split": split or "train", "streaming": streaming}
-            return datasets.load_dataset(str(source), **options)
+            return _read(datasets.load_dataset(str(source), **options), None, {})
     if split is not None:
         load_options = {**load_options, "split": split}
     if load_options:
@@ -483,7 +485,8 @@ def _read(
             f"Facts come as a list of dicts, a data set, or the path or Hub id of one; got {type(source).__name__}."
             + (" Put it in a list." if isinstance(source, Fact) else "")
         )
-    return source
+    features = getattr(source, "features", None)
+    return named(source, features) if isinstance(features, Mapping) else source
 
 
 def _parse_all(rows: Iterable[Any], column_mapping: Mapping[str, str] | None) -> Iterator[Fact]:

@@ -1201,3 +1201,43 @@ def test_a_stream_finds_contradictions() -> None:
     with pytest.raises(FactError, match=r"Facts 0 and 10000 give .* two targets, that of fact 0 and 'C'"):
         list(FactStream(rows))
     assert len(list(FactStream(rows[:-1]))) == 10_000
+
+
+CLASSES = datasets.ClassLabel(names=["SUPPORTS", "REFUTES"])
+
+
+def classified(**columns: list[Any]) -> datasets.Dataset:
+    """Claims with numbers of classes."""
+    claims = {"prompt": ["Rome is in Italy.", "Rome is in Peru."], "target": [0, 1]} | columns
+    features = {"prompt": datasets.Value("string"), "target": CLASSES, "ground_truth": CLASSES}
+    features["alt"] = datasets.List(CLASSES)
+    return datasets.Dataset.from_dict(claims, features=datasets.Features({name: features[name] for name in claims}))
+
+
+@pytest.mark.parametrize("form", ["dataset", "iterable", "numpy", "stream", "parquet"])
+def test_classes_count_by_name(form: str, tmp_path: Path) -> None:
+    """Not by number, which a model may give to another class; and none is given where `datasets` has -1."""
+    table = classified(ground_truth=[-1, 0])
+    table.to_parquet(tmp_path / "facts.parquet")
+    sources: dict[str, Any] = {
+        "dataset": table,
+        "iterable": table.to_iterable_dataset(),
+        "numpy": table.with_format("numpy"),
+        "stream": FactStream(table),
+        "parquet": tmp_path / "facts.parquet",
+    }
+    assert load_facts(sources[form]) == [
+        Fact("Rome is in Italy.", "SUPPORTS"),
+        Fact("Rome is in Peru.", "REFUTES", ground_truth="SUPPORTS"),
+    ]
+
+
+def test_classes_in_other_columns_and_in_lists() -> None:
+    """With `column_mapping`, and in FEVER's lists of one class."""
+    mapping = {"prompt": "claim", "target": "label"}
+    table = classified().rename_columns({"prompt": "claim", "target": "label"})
+    assert [fact.target for fact in load_facts(table, column_mapping=mapping)] == ["SUPPORTS", "REFUTES"]
+    fever = classified(alt=[[1], [0]]).remove_columns("target")
+    assert [fact.target for fact in load_facts(fever)] == ["REFUTES", "SUPPORTS"]
+    with pytest.raises(FactError, match=r"Fact 1 has an empty target"):
+        load_facts(classified(target=[0, -1]))
