@@ -4,14 +4,14 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] # public, and not declared so
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from .errors import ModelMismatchError
 from .version import __version__
@@ -23,8 +23,8 @@ TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")
 TOKEN_SELECTIONS = ("answer", "all", "subject")
 STATISTICS = ("frozen", "following")
 FINGERPRINT_POLICIES = ("warn", "error", "ignore")
-# How alike a keyword must be to a field to be taken for a slip: two letters swapped in a word of four ("rnak") are.
-_TYPO_CUTOFF = 0.75
+# Keywords that transformers takes and writes beside the attributes of `PreTrainedConfig` and of `GenerationConfig`.
+_OF_TRANSFORMERS = {"attn_implementation", "auto_map", "experts_implementation", "quantization_config"}
 
 
 # Stands for "what the method has" until `EditorConfig` is constructed; a number from then on.
@@ -250,6 +250,7 @@ class EditorConfig(PreTrainedConfig):
     Raises:
         ModelMismatchError: the editor was written in a newer format.
         ValueError: a field has a value that is not allowed; the message names the field, the value and what is allowed.
+            Or a keyword that is neither a field nor one of transformers' own; the message names the closest field.
     """
 
     model_type = "hf_malmen"
@@ -293,7 +294,7 @@ class EditorConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._check_format_version()  # first, as a newer format may have fields and values that are news to us
-        self._suggest_for_typos(kwargs)
+        self._refuse_unknown(kwargs)
         super().__post_init__(**kwargs)
         self._check_choices()
         for name, value in (_DEFAULTS | dict(self._method.defaults)).items():
@@ -396,13 +397,19 @@ class EditorConfig(PreTrainedConfig):
                 f"hf_malmen {__version__} reads up to format {FORMAT_VERSION}. Upgrade: pip install -U hf_malmen."
             )
 
-    def _suggest_for_typos(self, extra: dict[str, Any]) -> None:
+    def _refuse_unknown(self, extra: Mapping[str, Any]) -> None:
         # transformers keeps any keyword it does not know as an attribute, so `rnak=64` would change nothing, silently.
-        names = [field.name for field in fields(self)]
+        of_transformers = _OF_TRANSFORMERS | vars(GenerationConfig()).keys()
+        own = list(EditorConfig.__annotations__)
         for name in extra:
-            close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=_TYPO_CUTOFF)
-            if close:
-                raise ValueError(f"EditorConfig has no field {name!r}. Did you mean {close[0]!r}?")
+            # Of the class, as asking an instance may warn; and none of its methods, such as `to_dict`.
+            is_attribute = hasattr(PreTrainedConfig, name) and not callable(getattr(PreTrainedConfig, name))
+            if is_attribute or name in of_transformers or name.startswith("_"):
+                continue
+            lower = name.lower()
+            close = [field for field in own if f"_{lower}_" in f"_{field}_"] or difflib.get_close_matches(lower, own)
+            hint = f"Did you mean {close[0]!r}?" if close else f"Its fields: {', '.join(own)}."
+            raise ValueError(f"EditorConfig has no field {name!r}. {hint}")
 
     def _check_choices(self) -> None:
         allowed = {

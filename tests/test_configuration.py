@@ -149,6 +149,11 @@ def test_a_template_may_hold_other_braces(template: str) -> None:
         ("n_block", "n_blocks"),
         ("prompt_templates", "prompt_template"),
         ("base_model_name", "base_model_name_or_path"),
+        ("base_model", "base_model_name_or_path"),
+        ("lr", "edit_lr"),
+        ("layers", "layers_to_transform"),
+        ("modules", "target_modules"),
+        ("template", "prompt_template"),
     ],
 )
 def test_a_misspelt_field_is_not_swallowed(typo: str, meant: str) -> None:
@@ -157,9 +162,36 @@ def test_a_misspelt_field_is_not_swallowed(typo: str, meant: str) -> None:
         EditorConfig(**{typo: 64})
 
 
-def test_other_keywords_stay_attributes() -> None:
-    """What transformers stores besides, such as label names, is kept as in any other config."""
-    assert EditorConfig(note_of_mine="kept").note_of_mine == "kept"
+@pytest.mark.parametrize("name", ["learning_rate", "kappa", "batch_size", "note_of_mine", "to_dict"])
+def test_a_keyword_unlike_any_field_is_refused_with_all_fields(name: str) -> None:
+    """Nothing is dropped silently."""
+    with pytest.raises(ValueError, match=f"EditorConfig has no field {name!r}. Its fields: method, ") as caught:
+        EditorConfig(**{name: 64})
+    assert "edit_lr" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("architectures", ["EditorModel"]),
+        ("attn_implementation", "eager"),
+        ("dtype", "float32"),
+        ("model_type", "hf_malmen"),
+        ("name_or_path", "org/editor"),
+        ("num_labels", 3),
+        ("output_attentions", False),
+        ("return_dict", True),
+        ("torch_dtype", "float32"),
+        ("transformers_version", "5.17.0"),
+        ("use_cache", False),
+        ("pad_token_id", 0),
+        ("_commit_hash", "abc"),
+        ("_name_or_path", "org/editor"),
+    ],
+)
+def test_keywords_of_transformers_are_taken(name: str, value: Any) -> None:
+    """What any configuration of transformers may have, now or from an older release, is none of a user's slips."""
+    assert EditorConfig(**{name: value}).rank == 512
 
 
 FULL: dict[str, Any] = {
