@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from .adapter import save_lora
 from .checkpoint import WriteReport, write_shifts
-from .configuration import FINGERPRINT_POLICIES, EditorConfig
+from .configuration import FINGERPRINT_POLICIES, EditorConfig, repo_named
 from .errors import DAMAGED, EditStateError, FingerprintWarning, ModelMismatchError, NumericalError
 from .facts import Fact
 from .hub import push_folder
@@ -471,11 +471,12 @@ class Edit:
 
         Raises:
             ModelMismatchError: the folder holds no edit, or one of a newer format.
+            OSError: there is no such folder, repo or revision.
         """
         folder = Path(name_or_path)
         if not folder.is_dir():
-            folder = Path(
-                snapshot_download(
+            with repo_named(str(name_or_path)):
+                found = snapshot_download(
                     str(name_or_path),
                     allow_patterns=[SHIFTS_FILE, STATE_FILE, EDIT_CONFIG_FILE],
                     revision=revision,
@@ -483,7 +484,7 @@ class Edit:
                     cache_dir=cache_dir,
                     local_files_only=local_files_only,
                 )
-            )
+            folder = Path(found)
         config_file, shifts_file = folder / EDIT_CONFIG_FILE, folder / SHIFTS_FILE
         config = parse_json(config_file.read_bytes(), config_file) if config_file.is_file() else {}
         if "edit_format_version" not in config or not shifts_file.is_file():

@@ -16,9 +16,7 @@ import transformers
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import (
     HfHubHTTPError,
-    LocalEntryNotFoundError,
     RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from torch import Tensor
@@ -675,7 +673,7 @@ def test_what_was_pulled_loads_offline(hub: HubServer, make_artifact: Build, kin
     hub.stop()
     assert same(pull(kind, local_files_only=True), pushed)
     assert same(pull(kind), pushed)  # falls back on the cache
-    with pytest.raises(LocalEntryNotFoundError if kind == "edit" else OSError):
+    with pytest.raises(OSError, match="There is no folder me/other, and no repo on the Hub that can be read: "):
         pull(kind, "me/other", local_files_only=True)
 
 
@@ -686,9 +684,8 @@ def test_what_was_pulled_loads_offline(hub: HubServer, make_artifact: Build, kin
 def test_a_repo_that_does_not_exist(hub: HubServer, make_artifact: Build, kind: str) -> None:
     """The error names it, also for a revision."""
     for token in (None, TOKEN):
-        with pytest.raises(OSError, match="me/editor") as caught:
+        with pytest.raises(OSError, match="There is no folder me/editor, and no repo on the Hub that can be read: "):
             pull(kind, token=token)
-        assert isinstance(caught.value, RepositoryNotFoundError) or "not a valid model identifier" in str(caught.value)
     make_artifact(kind).push_to_hub(ID, token=TOKEN)
     with pytest.raises(OSError, match="v9"):
         pull(kind, revision="v9")
