@@ -14,12 +14,12 @@ from .targets import check_targets, find_targets, is_fan_in_fan_out, module_shap
 from .tasks import AUTO_CLASSES, Classes, check_direction, infer_task_type, pools_tokens
 
 
-def check_base_model(source: str, revision: str | None = None) -> None:
+def check_base_model(source: str, revision: str | None = None, token: str | bool | None = None) -> None:
     """Check, before anything large is loaded, that a folder or repo holds a model to edit.
 
     Args:
         source: folder or Hub id.
-        revision: on the Hub.
+        revision, token: on the Hub.
 
     Raises:
         ModelMismatchError: it holds an editor or an edit.
@@ -28,7 +28,7 @@ def check_base_model(source: str, revision: str | None = None) -> None:
     if Path(source).is_file():
         raise ModelMismatchError(f"{source} is a file; expected a language model's folder, or its repo on the Hub.")
     with repo_named(source):
-        content, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+        content, _ = PreTrainedConfig.get_config_dict(source, revision=revision, token=token)
     if content.get("model_type") == EditorConfig.model_type or "edit_format_version" in content:
         raise ModelMismatchError(
             f"{source} holds {'a saved edit' if 'edit_format_version' in content else 'an editor'}; expected "
@@ -50,8 +50,10 @@ def config_for(model: nn.Module, config: EditorConfig) -> EditorConfig:
         config: what is wanted of the editor.
 
     Raises:
-        ModelMismatchError: see `EditorModel.from_base`.
+        ModelMismatchError, TypeError: see `EditorModel.from_base`.
     """
+    if not isinstance(config, EditorConfig):
+        raise TypeError(f"Expected an EditorConfig, and got {config!r:.100}. Make one: EditorConfig(name=value, ...).")
     config = EditorConfig.from_dict(config.to_dict())
     model = plain_model(model)
     check_direction(model)
@@ -139,14 +141,20 @@ def tokenizer_for(model: nn.Module, config: EditorConfig, tokenizer: PreTrainedT
         tokenizer: the base model's; loaded from `model.name_or_path` if None.
 
     Raises:
-        ModelMismatchError: a classifier whose classes no target can name.
+        ModelMismatchError: a classifier whose classes no target can name; or no tokenizer beside the model.
+        TypeError: something else than a tokenizer.
         ValueError: no tokenizer, and a model that does not say where it came from.
     """
     base = base_of(model)
     if tokenizer is None:
         if not base.name_or_path:
             raise ValueError("This model does not say where it came from. Pass its tokenizer: tokenizer=...")
-        tokenizer = AutoTokenizer.from_pretrained(base.name_or_path)
+        tokenizer = load_tokenizer(base.name_or_path)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"Expected the base model's tokenizer, and got {tokenizer!r:.100}. Load it first: "
+            "AutoTokenizer.from_pretrained(folder). Of a processor pass processor.tokenizer."
+        )
     return Tokenizer(
         tokenizer,
         config,
@@ -154,6 +162,28 @@ def tokenizer_for(model: nn.Module, config: EditorConfig, tokenizer: PreTrainedT
         decoder_start_token_id=getattr(base.config, "decoder_start_token_id", None),
         classes=Classes.of(base) if config.task_type == "SEQ_CLS" else None,
     )
+
+
+def load_tokenizer(source: str | Path, **hub: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside a model.
+
+    Args:
+        source: folder or Hub id.
+        **hub: `revision` and `token`, on the Hub.
+
+    Raises:
+        ModelMismatchError: there is none, or none that can be loaded.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **hub)
+    except (ConnectionError, TimeoutError):
+        raise
+    except (OSError, ValueError) as error:
+        raise ModelMismatchError(
+            f"No tokenizer could be loaded from {source}. Pass the base model's, tokenizer=... (of EditorTrainer: "
+            f"processing_class=...), or save it there: tokenizer.save_pretrained(folder). transformers says: {error}"
+        ) from error
+    return tokenizer
 
 
 def max_length(model: PreTrainedModel) -> int | None:

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from .base_model import tokenizer_for
+from .base_model import load_tokenizer, tokenizer_for
 from .batches import Tokenizer
 from .comparison import FACTS_FOLDER, Job, asked, digest_of, evaluated, write_json
 from .comparison_settings import WHOLE_FIELDS, Amount, Comparison, comparison_from, require_shared_format
@@ -80,7 +80,7 @@ class Base:
         self.device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         loaded: Any = load_base(comparison.base_model, settings.task_type, dtype=comparison.dtype, **hub)
         self.model: PreTrainedModel = loaded.to(self.device)
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(comparison.base_model, **hub)
+        self.tokenizer = load_tokenizer(comparison.base_model, **hub)
 
     def peak_memory(self) -> dict[str, int]:
         """Most bytes that this process has held so far: in memory, and on the accelerator if there is one."""

@@ -4,6 +4,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from os import PathLike
 from pathlib import Path, PurePosixPath
 from shutil import copyfile
 from tempfile import TemporaryDirectory
@@ -12,10 +13,10 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, snapshot_download
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import distributed
-from .base_model import base_of, check_layers, config_for, tokenizer_for
+from .base_model import base_of, check_base_model, check_layers, config_for, load_tokenizer, tokenizer_for
 from .batches import Tokenizer
 from .checkpoint import check_checkpoint, copy_checkpoint
 from .configuration import METHODS, EditorConfig
@@ -71,6 +72,7 @@ class EditorModel(EditorNetworks):
         Raises:
             ModelMismatchError: no target module found, or one that cannot be edited; or a model for another task than
                 `config` names, or an encoder that was loaded as a causal model.
+            TypeError: something else than a live model and an `EditorConfig`.
         """
         return cls(config_for(model, config or EditorConfig()))
 
@@ -84,7 +86,13 @@ class EditorModel(EditorNetworks):
             ModelMismatchError: the folder or repo holds something else, or an editor of a newer format.
             OSError: there is no such repo or revision, the token may not read it, or `local_files_only` finds it in no
                 cache.
+            TypeError: something else than a path or name.
         """
+        if not isinstance(pretrained_model_name_or_path, str | PathLike):
+            raise TypeError(
+                f"Expected an editor's folder or Hub id, and got {type(pretrained_model_name_or_path).__name__}. "
+                "EditorModel.from_base(model) makes a new editor for a model that is loaded."
+            )
         name = folder = str(pretrained_model_name_or_path)
         hub = {argument: kwargs.pop(argument) for argument in _HUB_ARGUMENTS if argument in kwargs}
         subfolder = kwargs.get("subfolder") or ""
@@ -187,8 +195,11 @@ class EditorModel(EditorNetworks):
             FactError: a fact is bad, or too long for the model.
             ModelMismatchError: the editor does not fit the model.
             NumericalError: a key, a gradient or a solve is not finite; names the module.
-            ValueError: `max_memory` is none, or less than one layer takes, or the method cannot keep it.
+            TypeError: something else than a live model, or than a tokenizer.
+            ValueError: a size is no whole number of at least 1; `max_memory` is none, or less than one layer takes, or
+                the method cannot keep it.
         """
+        _check_sizes(batch_size=batch_size, editor_batch_size=editor_batch_size)
         limit = parse_memory(max_memory)
         source = _facts(facts)
         model = base_of(model)
@@ -272,7 +283,7 @@ class EditorModel(EditorNetworks):
 
         Raises:
             ModelMismatchError: a method that keeps no covariance, or an editor that does not fit the model.
-            ValueError, FileNotFoundError: no texts, or no positive number of tokens.
+            ValueError, FileNotFoundError: no texts, or a size that is no whole number of at least 1.
             NumericalError: a key is not finite; names the module.
         """
         if self.config.key_covariance is None:
@@ -280,8 +291,7 @@ class EditorModel(EditorNetworks):
             raise ModelMismatchError(
                 f"Method {self.config.method!r} keeps no covariance of keys. Those that do: {', '.join(keeping)}."
             )
-        if n_tokens < 1:
-            raise ValueError(f"n_tokens is {n_tokens}; expected a whole number of at least 1.")
+        _check_sizes(n_tokens=n_tokens, batch_size=batch_size)
         loaded = load_texts(texts, **load_options)
         model = base_of(model)
         self.check_base(model)
@@ -319,8 +329,9 @@ class EditorModel(EditorNetworks):
             batch_size: facts a pass of the language model. Does not change the statistics.
 
         Raises:
-            FactError, ModelMismatchError, NumericalError: as in `make_edit`.
+            FactError, ModelMismatchError, NumericalError, ValueError: as in `make_edit`.
         """
+        _check_sizes(batch_size=batch_size)
         source = _facts(facts)
         model = base_of(model)
         self.check_base(model)
@@ -399,15 +410,14 @@ class EditorModel(EditorNetworks):
             ValueError: `accumulate` with statistics that follow the edits, or with `"memit"` or `"ft"`.
             EditStateError: `accumulate` on top of an edit that was not accumulated by this editor; or to replace a
                 fact that an edit from a `FactStream` wrote, of which neither rows nor texts are left.
-            FactError, ModelMismatchError, CheckpointError, NumericalError: see `make_edit` and `Edit.write`. All of
-                them come before the first write.
+            FactError, ModelMismatchError, CheckpointError, NumericalError, TypeError: see `make_edit` and `Edit.write`.
+                All of them come before the first write.
+            OSError: there is no such folder, repo or revision.
         """
         if facts is None and not isinstance(model, nn.Module | str | Path):
             return super().apply(model)  # `nn.Module.apply(function)`, which libraries call on any module
         facts = _facts(facts)
-        for name, size in (("batch_size", batch_size), ("facts_per_turn", facts_per_turn)):
-            if size is not None and (not isinstance(size, int) or size < 1):
-                raise ValueError(f"{name} is {size!r}; expected a whole number of at least 1.")
+        _check_sizes(batch_size=batch_size, facts_per_turn=1 if facts_per_turn is None else facts_per_turn)
         if measure and isinstance(facts, FactStream):
             raise ValueError(
                 "Measuring keeps all facts and their answers, and a stream of facts (FactStream, --stream) is there to "
@@ -422,14 +432,15 @@ class EditorModel(EditorNetworks):
                     "that is made already: edit.write(file, output_dir)."
                 )
             check_checkpoint(model, output_dir, in_place)
+            check_base_model(str(model), revision, token)
             loading = {"revision": revision or "main", "token": token}
+            tokenizer = tokenizer or load_tokenizer(model, **loading)
             base = load_base(model, self.config.task_type, **loading)
             if commit := cached_commit(str(model), revision):
                 base.config._commit_hash = commit  # by which its edits are found
                 with suppress(*HUB_ERRORS):  # asked here, with the token; what is wrong is said later
                     cached_checkpoint(str(model), commit, token)
             place(base)
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, **loading)
             edit = make_next_edit(self, base, facts, tokenizer, **options)
             edit.base_model_revision = commit or edit.base_model_revision
             stored = fingerprint_as_stored(base, edit.layers)
@@ -523,6 +534,7 @@ class EditorModel(EditorNetworks):
         Returns:
             `scores`, as of `evaluate`; `intervals`, 95 %, by bootstrap; and `per_fact`, a `datasets.Dataset`.
         """
+        _check_sizes(batch_size=batch_size)
         facts = load_facts(facts)
         model = base_of(model)
         tokenize = self.tokenizer_for(model, tokenizer)
@@ -586,6 +598,12 @@ class EditorModel(EditorNetworks):
 def _n_rows(traces: Iterable[Mapping[str, Trace]]) -> int:
     """Traced tokens of the module that has the fewest."""
     return sum(min(len(entry.keys) for entry in traced.values()) for traced in traces)
+
+
+def _check_sizes(**sizes: Any) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{name} is {size!r}; expected a whole number of at least 1.")
 
 
 def _facts(facts: Any) -> Sequence[Fact] | FactStream:

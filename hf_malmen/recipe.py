@@ -8,10 +8,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from .base_model import check_base_model
+from .base_model import check_base_model, load_tokenizer
 from .configuration import METHODS, EditorConfig
 from .covariance import DEFAULT_N_TOKENS
 from .evaluation import n_measured
@@ -141,7 +141,7 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> Path:
     hub = {"revision": config.base_model_revision or "main"}
     check_base_model(recipe.base_model, **hub)
     model = load_base(recipe.base_model, config.task_type or "CAUSAL_LM", dtype=recipe.dtype, **hub)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.base_model, **hub)
+    tokenizer = load_tokenizer(recipe.base_model, **hub)
     config.base_model_revision = cached_commit(recipe.base_model, **hub) or config.base_model_revision
     set_seed(args.seed)
     editor = EditorModel.from_base(model, config)

@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from os import PathLike
 from typing import Any
 
 import torch
@@ -37,7 +38,14 @@ def plain_model(model: nn.Module) -> nn.Module:
 
     Raises:
         ModelMismatchError: PEFT's prompt learning, which is outside of the base model.
+        TypeError: what is given is no model.
     """
+    if not isinstance(model, nn.Module):
+        got = repr(model) if isinstance(model, str | PathLike) else type(model).__name__
+        raise TypeError(
+            f"Expected a live model, and got {got}. Load it first: AutoModelForCausalLM.from_pretrained(folder). Of a "
+            "pipeline pass pipeline.model."
+        )
     plain: Any = getattr(model, "_orig_mod", model)
     if hasattr(plain, "get_base_model"):  # PEFT's
         if getattr(getattr(plain, "active_peft_config", None), "is_prompt_learning", False):
