@@ -55,7 +55,14 @@ InPlace = Annotated[bool, typer.Option("--in-place", help="Edit the checkpoint f
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a checkpoint on the Hub.")]
 Checkpoint = Annotated[Path, typer.Argument(help="Folder of an edited checkpoint.")]
 Dtype = Annotated[Precision, typer.Option(help="Precision to load the base model in; auto: as saved.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Sequences a pass of the language model. Changes memory only.")]
+BatchSize = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Sequences a pass of the language model. Changes memory and speed, and results by the rounding of these "
+        "passes only: in bfloat16 a weight shift by some percent.",
+    ),
+]
 
 
 def main() -> None:
@@ -416,7 +423,7 @@ def compare(
     Killed or stopped, the same command goes on where it was. A method that fails is reported, the others are not held
     up, and the exit code is 1.
 
-    hf-malmen compare --config recipes/compare-geography.yaml --facts facts.jsonl --model MODEL --output-dir comparison
+    hf-malmen compare --config recipes/compare-geography.yaml --facts FACTS.jsonl --model MODEL --output-dir comparison
     """
     from .comparison import run_comparison
     from .comparison_report import Results, write_report

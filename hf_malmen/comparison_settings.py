@@ -28,7 +28,7 @@ class EvaluationSettings:
         max_facts: edited facts that are scored teacher-forced, at most.
         max_generated: of these, facts that are scored by free generation too, at most; 0: none.
         rephrases_per_fact: rephrases of each fact that are asked, at most.
-        batch_size: sequences a pass, of edits too. Does not change the result.
+        batch_size: sequences a pass, of edits too. Changes the result by rounding only: see `EditorModel.make_edit`.
     """
 
     max_facts: int = 1024
@@ -96,8 +96,8 @@ class Comparison:
         sizes: numbers of facts to edit at once.
         turns, facts_per_turn: one more cell for each method, that edits `facts_per_turn` facts `turns` times; 0: none.
         seed: of the splits, subsets, training and tuning.
-        editor, training: as of each method, for all of them; what a method says itself comes first. Settings that a
-            method cannot have are for `methods`.
+        editor, training: as in `MethodSettings`, for all methods; where a method has a value of its own, that one
+            counts. What not every method can have stands with the methods that can.
         evaluation, tuning: see there.
         methods: the methods with their own settings. Empty: all there are.
     """

@@ -235,7 +235,7 @@ def measure_edit(
         edit: not in force on it.
         facts: what to measure on; `portability`, `neighborhood` and the rest are measured where facts have them.
         tokenize: as the editor tokenises.
-        batch_size: sequences a pass of the language model. Does not change the result.
+        batch_size: sequences a pass of the language model. Changes the result by the rounding of these passes only.
         generate: measure by free generation too.
         probabilities: compare the probabilities of answers too, where facts have a ground truth or a neighborhood. One
             more prompt to put to the model for each edited prompt and rephrase, and two for each neighborhood prompt.

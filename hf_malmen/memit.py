@@ -191,7 +191,7 @@ def find_moves(
         states: h, without any context.
         block: name of the last edited block.
         config: `n_steps`, `edit_lr`, `clamp_factor`, `kl_weight`, `target_decay`, `texts_per_step`.
-        batch_size: facts a pass. Does not change the result.
+        batch_size: facts a pass. Changes the result by the rounding of these passes only.
         progress: is told how many facts are done, batch by batch.
         share: of `edit_lr` and `clamp_factor`: how long steps and moves are, where less is left to go.
         room: of `clamp_factor`, see `room_of`.
@@ -389,7 +389,7 @@ def write_targets(
         config: as in `find_moves` and `tokenize_facts`, `n_passes`, `n_solves`, `relaxation` and `statistics`.
         penalty: of a module: κ C, (key_size, key_size), see `JointLeastSquares`; None for 0.
         ridge: of a module: λ.
-        batch_size: facts a pass of the language model. Does not change the result.
+        batch_size: facts a pass of the language model. Changes the result by the rounding of these passes only.
         written: {module: (n, key_size)}, keys that the facts of earlier edits were written at.
 
     Returns:

@@ -179,7 +179,8 @@ class EditorModel(EditorNetworks):
             facts: anything `load_facts` takes, or a `FactStream`, which is never held; the edit then knows its first
                 facts only. A file is read through before the language model runs, which finds a bad fact early.
             tokenizer: the base model's; loaded from `model.name_or_path` if None.
-            batch_size: facts a forward and backward pass of the language model. Does not change the result.
+            batch_size: facts a forward and backward pass of the language model. Changes the result by the rounding of
+                these passes only: S by some percent in bfloat16, by some 1e-5 of it in float32.
             editor_batch_size: tokens a pass of the hyper-network. Does not change the result.
             statistics: where they follow the edits, those to go on from; None: what the edits in force on `model` have
                 left (`EditState.statistics`), or before any the editor's own. Before the first row of an edit is
@@ -275,7 +276,7 @@ class EditorModel(EditorNetworks):
                 the Hub. Ordinary text of many kinds; read until `n_tokens` are reached.
             tokenizer: as in `make_edit`.
             n_tokens: how many tokens to read at most.
-            batch_size: windows of text a pass. Does not change the result.
+            batch_size: windows of text a pass. Changes the result by rounding only.
             **load_options: `column`, and those of a data set on the Hub, as for `load_texts`.
 
         Returns:
@@ -326,7 +327,7 @@ class EditorModel(EditorNetworks):
             facts: anything `load_facts` takes, or a `FactStream`. Not those that are to be edited later: ordinary
                 questions and answers of their kind.
             tokenizer: as in `make_edit`.
-            batch_size: facts a pass of the language model. Does not change the statistics.
+            batch_size: facts a pass of the language model. Changes the statistics by rounding only, as in `make_edit`.
 
         Raises:
             FactError, ModelMismatchError, NumericalError, ValueError: as in `make_edit`.
@@ -378,7 +379,7 @@ class EditorModel(EditorNetworks):
             tokenizer: the base model's; loaded from beside the model if None.
             output_dir: for a checkpoint: folder for the edited copy.
             in_place: for a checkpoint: overwrite it instead.
-            batch_size: facts a pass of the language model. Does not change the result.
+            batch_size: facts a pass of the language model. Changes the result by rounding only, as in `make_edit`.
             facts_per_turn: edit sequentially, this many facts at a time, each turn on the model as edited so far;
                 None edits all at once.
             max_memory: as for `make_edit`. With `accumulate` layers are solved one at a time anyway, beside the rows of
@@ -504,7 +505,7 @@ class EditorModel(EditorNetworks):
             facts: anything `load_facts` takes; rephrases, unrelated prompts and the rest are measured where facts have
                 them.
             tokenizer: as in `apply`.
-            batch_size: sequences a pass of the language model.
+            batch_size: sequences a pass of the language model. Changes the scores by rounding only, as in `make_edit`.
             generate: measure by free generation too.
             probabilities: compare the probabilities of answers too.
 
