@@ -84,7 +84,10 @@ def together() -> Iterator[None]:
 
 
 def agreed(flag: bool) -> bool:
-    """Whether all processes say so that act as one, and so must choose alike; others each choose for themselves."""
+    """What to do, where processes that hold the base model together must all do the same: `flag` if all have it set.
+
+    Of other processes each may choose for itself: its own `flag`.
+    """
     return all(gather_object([flag])) if in_unison() else flag
 
 

@@ -156,14 +156,15 @@ class Edit:
 
         Args:
             model: a model with these modules. Of a compiled one, or one with PEFT adapters, the base weights change.
-            on_fingerprint_mismatch: `"warn"`, `"error"` or `"ignore"` when its target weights are not those the edit
-                was made for. Weights replaced by edits in force count as they were before those.
+            on_fingerprint_mismatch: `"warn"`, `"error"` or `"ignore"` when the model's target weights are not those the
+                edit was made for. Where edits are in force on it, its weights as they were before them are compared.
 
         Returns:
             This edit.
 
         Raises:
             ModelMismatchError: a module is missing, cannot be edited, or has another shape or orientation.
+            TypeError: something else than a live model.
             NumericalError: an edited weight would not be finite in its dtype.
             EditStateError: this edit is in force already.
         """

@@ -21,8 +21,9 @@ from .version import __version__
 HUB_ERRORS: tuple[type[Exception], ...] = (OSError, HfHubHTTPError.__bases__[0])
 _TIMEOUT = 10  # seconds that the Hub has to answer a question that is no download
 _PATIENCE = 60  # seconds after which it is asked again
-# Configurations in the cache, or `endpoint/repo@commit` without one: whose repo was asked for its edits, with the copy
-# in the cache, and whose could not be.
+# What came of asking the Hub for the edits of a loaded checkpoint, so that it is asked once. Keys: the path of the
+# checkpoint's configuration in the cache, or `endpoint/repo@commit` where the cache has none. Values: the folder of its
+# copy in the cache, None where there is none; or when asking failed, and how.
 _answers: dict[str, Path | None] = {}
 _failed: dict[str, tuple[float, Exception]] = {}
 # Training checkpoints, pickles, and what stands between two states of a checkpoint.

@@ -36,7 +36,8 @@ class EditRequest:
         editor_batch_size: tokens a pass of the hyper-network.
         statistics: that earlier edits of the model left, as `pack_statistics` makes them; None: there are none.
         written: keys that the facts of edits in force were written at, as in `EditState`.
-        max_memory: bytes that the solve of some layers may take; None: as many as that of all takes.
+        max_memory: the most bytes that the rows, or UᵀU and UᵀD, of layers solved together may take; None: no limit, so
+            that all are solved together.
     """
 
     model: PreTrainedModel

@@ -49,8 +49,10 @@ class FrozenPasses:
         self.batch_size = batch_size
         self.features = features
         self.trunk = Trunk(model, module_names, features)
-        # Rather than logits; None: not known yet. A projection that processes hold together runs within the model only.
+        # Whether what the vocabulary projection reads is kept, which is smaller, or the logits; None: not tried yet.
+        # Where processes hold the model together, the logits: the projection then runs inside of a whole pass only.
         self._keeps_states: bool | None = False if is_sharded(model) else None
+        # What `_find_shortened` finds; None: not looked for yet. Nothing where processes hold the model together.
         self._shortened: list[nn.Module] | None = [] if is_sharded(model) else None
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""What a person reads on the command line: score tables, and what an editor, an edit or a checkpoint holds."""
+"""What a person reads on the command line about an editor, an edit or a checkpoint, its history and its facts."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -51,7 +51,7 @@ class Trunk:
 
     @property
     def is_usable(self) -> bool:
-        """Whether there are blocks to save, and their output is a plain hidden state."""
+        """Whether there are blocks that need not run again, and nothing tried so far has shown that they must."""
         return bool(self.blocks)
 
     def keys(self, sequences: Sequence[TokenSequence]) -> list[Key]:
