@@ -281,11 +281,12 @@ def load_facts(
     """Read facts from wherever they are, and check them.
 
     Args:
-        source: a list of dicts or `Fact`s, a `datasets.Dataset` or `IterableDataset`, a `FactStream`, the path of a
-            JSON, JSONL, CSV, TSV or Parquet file, or the id of a data set on the Hub. The columns of zsRE, CounterFact,
-            KnowEdit, FEVER, UltraEditBench and WikiBigEdit are recognised, and the requests in ROME's and MEMIT's
-            notebooks. A "{}" in a prompt or rephrase that lacks the fact's subject stands for it. A class
-            (`datasets.ClassLabel`) counts by its name.
+        source: a list of dicts or `Fact`s, a `datasets.Dataset` or `IterableDataset`, a pandas `DataFrame`, a
+            `FactStream`, the path of a JSON, JSONL, CSV, TSV or Parquet file, or the id of a data set on the Hub. The
+            columns of zsRE, CounterFact, KnowEdit, FEVER, UltraEditBench and WikiBigEdit are recognised, and the
+            requests in ROME's and MEMIT's notebooks. A cell that is missing (None, NaN) is not there. A class
+            (`datasets.ClassLabel`) counts by its name. A "{}" in a prompt or rephrase that lacks the fact's subject
+            stands for it.
         column_mapping: `{fact field: column}` for any other layout, such as `{"prompt": "question"}`. If it names both
             the prompt and the target, the other columns count by the names of fields. If not, and the layout is a
             recognised one, it wins for the fields that it names. A column that is named counts for nothing else.
@@ -480,6 +481,11 @@ def _read(
             f"Facts come as a list of dicts; got a single {type(source).__name__}. Put it in a list; of a data set "
             "with splits, give one."
         )
+    if hasattr(source, "iterrows"):  # a data frame of pandas, which gives its columns when it is iterated over
+        if not source.columns.is_unique:
+            raise FactError(f"The data frame has several columns of one name: {', '.join(map(str, source.columns))}.")
+        rows: list[Mapping[str, Any]] = source.to_dict("records")
+        return rows
     if not isinstance(source, Iterable):
         raise FactError(
             f"Facts come as a list of dicts, a data set, or the path or Hub id of one; got {type(source).__name__}."

@@ -764,6 +764,22 @@ def test_records_of_a_data_frame() -> None:
     assert load_facts(frame.to_dict("records")) == [*FACTS, Fact("a", "b")]
 
 
+def test_a_data_frame() -> None:
+    """Its rows are the facts, whatever its index, and cells that are missing are not there; as a stream too."""
+    frame = pandas.DataFrame([*TABLE_ROWS, {"prompt": "a", "target": "b"}], index=list("dcba"))
+    assert frame["subject"].isna().any()
+    assert load_facts(frame) == [*TABLE_FACTS, Fact("a", "b")] == list(FactStream(frame))
+    assert FactStream(frame).count() == 4
+    renamed = frame.rename(columns={"prompt": "question"})
+    assert load_facts(renamed, column_mapping={"prompt": "question", "target": "target"})[-1] == Fact("a", "b")
+    with pytest.raises(FactError, match=r"Fact 0 has an empty target"):
+        load_facts(pandas.DataFrame({"prompt": ["a"], "target": [None]}))
+    with pytest.raises(FactError, match=r"No facts in the DataFrame given"):
+        load_facts(frame[:0])
+    with pytest.raises(FactError, match=r"several columns of one name: prompt, target, target\."):
+        load_facts(pandas.DataFrame([["a", "b", "c"]], columns=["prompt", "target", "target"]))
+
+
 @pytest.mark.parametrize(
     "text", ["prompt,target\na,b,c\n", "prompt,target\na,b\nHello, world is,Java\n", 'prompt,target\n"a,b\n']
 )
