@@ -82,6 +82,7 @@ def facts_in_force(model: nn.Module | str | Path) -> Ledger:
 
     Raises:
         CheckpointError: no such folder, or a damaged record.
+        TypeError: neither a live model nor a folder.
     """
     if isinstance(model, str | Path):
         return read_ledger(model)

@@ -99,6 +99,7 @@ class EditorTrainer(Trainer):
     Raises:
         FactError: a training fact lacks a field, or a fact is bad, such as one longer than the base model reads.
         ModelMismatchError: the editor does not fit the base model.
+        TypeError: editor, base model, arguments or tokenizer are something else, such as a path.
         ValueError: the editor's method has nothing to train; the held-out facts do not give `metric_for_best_model`;
             or an argument of `Trainer` that an editor has no use for.
     """
@@ -117,6 +118,13 @@ class EditorTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
+        expected: dict[type, object] = {EditorModel: editor, EditorTrainingArguments: args}
+        for kind, given in expected.items():
+            if not isinstance(given, kind):
+                raise TypeError(
+                    f"EditorTrainer expected an {kind.__name__}, and got {type(given).__name__}. Call "
+                    "EditorTrainer(editor, base_model, args, ...), each of the three loaded or made before."
+                )
         if not editor.config.needs_training:
             raise ValueError(
                 f"Method {editor.config.method!r} has nothing to train: its editor is ready as from_base makes it. "

@@ -33,7 +33,8 @@ class EditorTrainingArguments(TrainingArguments):
     from those of `TrainingArguments` they are ours; the paper's are in `recipes/paper-*.yaml`.
 
     Args:
-        lm_batch_size: sequences a pass of the language model. Changes memory and speed, not the result.
+        lm_batch_size: sequences a pass of the language model. Changes memory and speed, and the result by the rounding
+            of these passes only.
         editor_batch_size: tokens a pass of the hyper-network. Changes memory and speed, not the result.
         trunk_cache_gib: memory for what the base model computes whatever the edit: outputs of the blocks below the
             edited ones, keys and value gradients of facts, and the answers to unrelated prompts before the edit. Within

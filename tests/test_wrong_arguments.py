@@ -140,8 +140,8 @@ def test_no_arguments_of_ours(model: PreTrainedModel, editor: EditorModel, facts
     ours = EditorTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     given: Any
     for given in ("org/editor", model):
-        with pytest.raises(TypeError, match=r"^EditorTrainer expected editor to be an EditorModel, and got"):
+        with pytest.raises(TypeError, match=r"^EditorTrainer expected an EditorModel, and got"):
             EditorTrainer(given, model, ours, facts)
     for given in (plain, {"max_steps": 3}, None):
-        with pytest.raises(TypeError, match=r"^EditorTrainer expected args to be an EditorTrainingArguments, and got"):
+        with pytest.raises(TypeError, match=r"^EditorTrainer expected an EditorTrainingArguments, and got"):
             EditorTrainer(editor, model, given, facts)
