@@ -166,11 +166,11 @@ class EditorTrainer(Trainer):
             callbacks=callbacks,
             **kwargs,
         )
-        if args.deepspeed or (self.is_deepspeed_enabled and not distributed.in_unison()):
+        if self.is_deepspeed_enabled and not distributed.in_unison():
             raise ValueError(
                 "EditorTrainer keeps the whole editor on each device, and this DeepSpeed would shard it. For a base "
                 "model larger than a device, launch several processes with recipes/accelerate/fsdp.yaml or "
-                "recipes/accelerate/deepspeed_zero3.yaml, without args.deepspeed, or load it with device_map."
+                "recipes/accelerate/deepspeed_zero3.yaml, or load it with device_map."
             )
         if distributed.in_unison():  # about the base model, not about the editor
             self.is_fsdp_enabled = self.is_deepspeed_enabled = False

@@ -1,8 +1,11 @@
 """`EditorTrainingArguments`: every choice of a training run, checked."""
 
+import math
 import os
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
+from types import NoneType
+from typing import Any, get_args
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
@@ -21,6 +24,34 @@ TRAINING_DEFAULTS = {
 # Stands for "what the method has" until a trainer is made.
 _OF_METHOD: Any = None
 _HUB_STRATEGIES = (HubStrategy.END, HubStrategy.EVERY_SAVE)
+# Of numbers that training an editor calculates with; all of these are finite.
+_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "lm_batch_size": 1,
+    "editor_batch_size": 1,
+    "rephrases_per_fact": 1,
+    "look_back": 1,
+    "look_back_decay": 0,
+    "learning_rate": 0,
+    "scale_learning_rate": 0,
+    "locality_weight": 0,
+    "shift_penalty": 0,
+    "trunk_cache_gib": 0,
+    "trunk_cache_dir_gib": 0,
+    "seed": 0,
+}
+# Of a model that answers by itself, and is the one that is trained: {field: why an editor has no use for it}.
+_CHECKPOINTING = "activations are the base model's, which stays in evaluation mode; a lower lm_batch_size keeps fewer"
+_WITHOUT_EFFECT = {
+    "label_smoothing_factor": "the loss is that of the method, on the targets as they are",
+    "neftune_noise_alpha": "the embeddings are the base model's, which is not trained",
+    "gradient_checkpointing": _CHECKPOINTING,
+    "activation_checkpointing": _CHECKPOINTING,
+    "deepspeed": "the whole editor is kept on each device, and this DeepSpeed would shard it. For a base model larger "
+    "than a device, launch several processes with recipes/accelerate/fsdp.yaml or deepspeed_zero3.yaml",
+}
 
 
 @dataclass
@@ -56,6 +87,10 @@ class EditorTrainingArguments(TrainingArguments):
             magnitude to travel, so they get a rate of their own.
         metric_for_best_model: as in `TrainingArguments`, a metric of `EditorModel.evaluate`. Where one is needed and
             none is given, `"generalization"`.
+
+    Raises:
+        ValueError: a value of another type or out of its range, also of `TrainingArguments`' own numbers; or a setting
+            that would have no effect on an editor.
     """
 
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Facts edited together in a step."})
@@ -78,6 +113,8 @@ class EditorTrainingArguments(TrainingArguments):
     scale_learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of log η, log λ and log κ."})
 
     def __post_init__(self) -> None:
+        self._check_numbers()  # first, as `TrainingArguments` takes any value and fails wherever it calculates with it
+        self._refuse_what_has_no_effect()
         self._refuse_mixed_precision()
         names_metric, names_direction = self.metric_for_best_model is not None, self.greater_is_better is not None
         super().__post_init__()
@@ -87,16 +124,9 @@ class EditorTrainingArguments(TrainingArguments):
         # It shards whatever transformers loads or makes while it is there: the editor too.
         self.deepspeed_plugin = None
         self.remove_unused_columns = False  # facts are not columns
-        for name in ("lm_batch_size", "editor_batch_size", "rephrases_per_fact"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"EditorTrainingArguments.{name} is {getattr(self, name)}; expected at least 1.")
-        for name in ("locality_weight", "shift_penalty", "trunk_cache_gib", "trunk_cache_dir_gib"):
-            if (value := getattr(self, name)) is not None and value < 0:
-                raise ValueError(f"EditorTrainingArguments.{name} is {value}; expected 0 or more.")
-        if self.look_back is not None and self.look_back < 1:
-            raise ValueError(f"EditorTrainingArguments.look_back is {self.look_back}; expected at least 1.")
-        if self.look_back_decay is not None and not 0 <= self.look_back_decay <= 1:
-            raise ValueError(f"EditorTrainingArguments.look_back_decay is {self.look_back_decay}; expected 0 to 1.")
+        if not isinstance(self.is_sequential, bool | None):
+            value = self.is_sequential
+            raise ValueError(f"EditorTrainingArguments.is_sequential is {value!r}; expected True or False.")
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise ValueError(
                 f"EditorTrainingArguments.train_sampling_strategy is {self.train_sampling_strategy!r}; allowed: "
@@ -108,6 +138,28 @@ class EditorTrainingArguments(TrainingArguments):
                 f"{', '.join(repr(allowed.value) for allowed in _HUB_STRATEGIES)}. The others push the state of the "
                 "optimizer, which is a pickle; an editor's repo holds safetensors only."
             )
+
+    def _check_numbers(self) -> None:
+        """Every field that is a number, `Trainer`'s too, for its type; those of `_LEAST` for their range."""
+        for entry in fields(self):
+            kinds = set(get_args(entry.type) or [entry.type])
+            value, least = getattr(self, entry.name), _LEAST.get(entry.name, -math.inf)
+            optional = NoneType in kinds or entry.default is None
+            if kinds.isdisjoint((int, float)) or kinds - {int, float, NoneType} or (value is None and optional):
+                continue
+            is_number = isinstance(value, Integral if int in kinds else Real) and not isinstance(value, bool)
+            if not is_number or not least <= value or (entry.name in _LEAST and math.isinf(value)):
+                allowed = "a whole number" if int in kinds else "a number"
+                allowed += f" of at least {least}" if entry.name in _LEAST else ""
+                hint = " Remove the quotes around it." if isinstance(value, str) and _is_number(value) else ""
+                raise ValueError(f"EditorTrainingArguments.{entry.name} is {value!r}; expected {allowed}.{hint}")
+        if self.look_back_decay is not None and self.look_back_decay > 1:
+            raise ValueError(f"EditorTrainingArguments.look_back_decay is {self.look_back_decay}; expected 0 to 1.")
+
+    def _refuse_what_has_no_effect(self) -> None:
+        for name, why in _WITHOUT_EFFECT.items():
+            if value := getattr(self, name, None):  # older releases of transformers lack some
+                raise ValueError(f"EditorTrainingArguments.{name} is {value!r}; expected none: {why}. Leave it out.")
 
     def _refuse_mixed_precision(self) -> None:
         """The step computes its own gradients: no scaler sees them, and autocast would round the value differences."""
@@ -121,3 +173,11 @@ class EditorTrainingArguments(TrainingArguments):
                 "the precision, and the hyper-network stays in float32. Leave the setting out, and load the base model "
                 'with dtype="bfloat16", as a recipe says it with dtype: bfloat16.'
             )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -509,7 +509,7 @@ def test_settings_are_checked(home: Path, tmp_path: Path, change: dict[str, Any]
             "give it statistics: frozen",
         ),
         ("malmen", {"training": {"lr_scheduler_type": "cosin"}}, "malmen, with training: cosin is not a valid"),
-        ("malmen", {"training": {"look_back": "a"}}, "malmen, with training: .* 'str' and 'int'"),
+        ("malmen", {"training": {"look_back": "a"}}, "with training: .*look_back is 'a'; expected a whole number"),
         ("malmen", {"training": {"output_dir": "a"}}, "training: output_dir is 'a'; expected none"),
         ("ultraedit", {"editor_folder": "e", "search": {"edit_lr": [1, 2]}}, "search is for an editor that is made"),
         ("ultraedit", {"editor_folder": "e", "warm_up_facts": 1}, "warm_up_facts is for an editor that is made"),

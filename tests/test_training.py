@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -896,11 +897,54 @@ def test_editor_of_another_model_is_refused(
         ("look_back", 0),
         ("look_back_decay", 1.5),
         ("shift_penalty", -1.0),
+        ("per_device_train_batch_size", 0),
+        ("per_device_eval_batch_size", 0),
+        ("gradient_accumulation_steps", 0),
+        ("look_back", 1.5),
+        ("lm_batch_size", "4"),
+        ("lm_batch_size", True),
+        ("locality_weight", "much"),
+        ("locality_weight", float("nan")),
+        ("trunk_cache_gib", float("inf")),
+        ("learning_rate", "fast"),
+        ("learning_rate", None),
+        ("seed", "x"),
+        ("seed", -1),
+        ("max_steps", "x"),
+        ("num_train_epochs", "1"),
+        ("save_total_limit", 1.5),
+        ("eval_steps", "often"),
+        ("is_sequential", "no"),
     ],
 )
-def test_arguments_are_checked(tmp_path: Path, name: str, value: float) -> None:
-    """A setting that cannot be is named with its value."""
-    with pytest.raises(ValueError, match=rf"{name} is {value}"):
+def test_arguments_are_checked(tmp_path: Path, name: str, value: Any) -> None:
+    """A setting that cannot be is named with its value and what is expected."""
+    with pytest.raises(ValueError, match=rf"{name} is {value!r}; expected "):
+        EditorTrainingArguments(output_dir=tmp_path, use_cpu=True, **{name: value})
+
+
+def test_numbers_of_all_kinds_are_taken(tmp_path: Path) -> None:
+    """Also NumPy's, and None where a setting has a value of its own for it; a number in quotes is told from a text."""
+    settings: dict[str, Any] = {"seed": np.int64(3), "learning_rate": np.float32(0.5), "locality_weight": 1}
+    settings |= {"look_back": None, "data_seed": None, "eval_steps": None, "max_steps": -1, "max_grad_norm": np.inf}
+    found = EditorTrainingArguments(output_dir=tmp_path, use_cpu=True, **settings)
+    assert {name: getattr(found, name) for name in settings} == settings
+    with pytest.raises(ValueError, match=r"'2e-4'; expected a number of at least 0\. Remove the quotes around it\."):
+        EditorTrainingArguments(output_dir=tmp_path, use_cpu=True, learning_rate="2e-4")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [
+        ("label_smoothing_factor", 0.1, "targets as they are"),
+        ("neftune_noise_alpha", 5.0, "not trained"),
+        ("gradient_checkpointing", True, "lower lm_batch_size"),
+        ("deepspeed", "nothere.json", r"fsdp\.yaml"),
+    ],
+)
+def test_arguments_without_effect_are_refused(tmp_path: Path, name: str, value: Any, remedy: str) -> None:
+    """They are of a model that answers by itself."""
+    with pytest.raises(ValueError, match=rf"{name} is {value!r}; expected none: .*{remedy}.* Leave it out\."):
         EditorTrainingArguments(output_dir=tmp_path, use_cpu=True, **{name: value})
 
 
