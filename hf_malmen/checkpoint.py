@@ -309,6 +309,8 @@ def _check_destination(checkpoint: str | Path, output_dir: str | Path | None, in
     if output_dir is None:
         return
     folder, source = Path(output_dir), Path(checkpoint)
+    if any(parent.is_file() for parent in folder.parents):
+        raise CheckpointError(f"{folder} lies below a file. Choose another output_dir.")
     if folder.exists():
         require_unused(folder, but=abandoned_stages(folder) if folder.is_dir() else ())
     if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):

@@ -332,6 +332,8 @@ def evaluate(
             raise ValueError(f"{option} is for benchmarks, and none are asked for. Name some with --tasks.")
     for path in (output, per_fact):
         _require_file(path)
+    if output is not None and per_fact is not None and output.resolve() == per_fact.resolve():
+        raise ValueError(f"{output} cannot hold both the scores and the results by fact. Name another file for one.")
     checked = load_facts(facts)[:n_facts]
     from . import distributed
     from .base_model import check_base_model
@@ -529,7 +531,12 @@ def _require_no_revision(model: str, revision: str | None) -> None:
 
 
 def _require_unused(folder: Path | None) -> None:
-    if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    """Refuse a folder that cannot be made, or holds something, before what is to be saved there is computed."""
+    if folder is None:
+        return
+    if any(parent.is_file() for parent in folder.parents):
+        raise ValueError(f"{folder} lies below a file. Choose another folder.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty. Choose another folder, or remove it.")
 
 

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from .configuration import METHODS, EditorConfig
-from .settings import DTYPES, field_names, read_settings, require_known, require_text
+from .settings import (
+    DTYPES,
+    field_names,
+    read_settings,
+    refuse_what_is_ignored,
+    require_known,
+    require_text,
+)
 
 EXAMPLE = "recipes/compare-geography.yaml"
 # Of every prompt alike, so that one set of answers before the edit serves all methods.
@@ -379,6 +386,7 @@ def _check_training_names(training: Mapping[str, Any], where: str) -> None:
         from .training_arguments import EditorTrainingArguments  # seconds to import
 
         require_known(training, set(inspect.signature(EditorTrainingArguments).parameters), where)
+        refuse_what_is_ignored(training, where, "A comparison that is started again goes on by itself.")
         if "output_dir" in training:
             raise ValueError(f"{where}: output_dir is {training['output_dir']!r}; expected none, but the comparison's.")
 

@@ -19,7 +19,14 @@ from .facts import Fact, load_facts
 from .hub import cached_commit
 from .model_card import EditorRun, Measurement, write_editor_card
 from .modeling import DEFAULT_BATCH_SIZE, EditorModel
-from .settings import DTYPES, field_names, read_settings, require_known, require_text
+from .settings import (
+    DTYPES,
+    field_names,
+    read_settings,
+    refuse_what_is_ignored,
+    require_known,
+    require_text,
+)
 from .sharding import place
 from .side_effects import load_texts
 from .tables import METRIC_TITLES
@@ -105,6 +112,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     require_known(recipe.editor, field_names(EditorConfig), f"{path}, editor")
     training = {**recipe.training, **(overrides or {})}
     require_known(training, set(inspect.signature(EditorTrainingArguments).parameters), f"{path}, training")
+    refuse_what_is_ignored(training, f"{path}, training", "--resume goes on from the last checkpoint in output_dir.")
     if not training.get("output_dir"):
         raise ValueError(f"{path} has no training.output_dir. Add it, or pass --output-dir.")
     return dataclasses.replace(recipe, training=training)
@@ -121,14 +129,19 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> Path:
         The folder of the editor.
 
     Raises:
-        ValueError: `resume` without a checkpoint, which a method without training never has; or anything that the
-            editor, the facts or the model do not allow.
+        ValueError: `resume` without a checkpoint, which a method without training never has; checkpoints of an earlier
+            run without `resume`; or anything that the training, the editor, the facts or the model do not allow.
+        ModelMismatchError: the checkpoint is of another editor.
     """
-    args = EditorTrainingArguments(**recipe.training)
     folder = Path(recipe.training["output_dir"])
-    checkpoint = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
-    if resume and checkpoint is None:
-        raise ValueError(f"{folder} has no checkpoint to resume from. Start without --resume.")
+    if any(part.is_file() for part in (folder, *folder.parents)):
+        raise ValueError(f"training: output_dir is {folder}, which is a file or lies below one. Give a folder.")
+    try:
+        args = EditorTrainingArguments(**recipe.training)
+    except (TypeError, ValueError) as error:  # of another type than expected, or not allowed
+        raise ValueError(f"training: {error}") from None
+    config = EditorConfig(**recipe.editor)
+    checkpoint = _checkpoint_of(folder, resume, config)
     train_facts = load_facts(recipe.train_facts) if recipe.train_facts else []
     eval_facts = load_facts(recipe.eval_facts)[: recipe.max_eval_facts] if recipe.eval_facts else []
     sizes = recipe.eval_sizes or [min(args.per_device_eval_batch_size, len(eval_facts))]
@@ -137,7 +150,6 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> Path:
             f"eval_sizes asks for {max(sizes)} held-out facts at once, and there are {len(eval_facts)}. Give more "
             "eval_facts, raise max_eval_facts, or lower the size."
         )
-    config = EditorConfig(**recipe.editor)
     hub = {"revision": config.base_model_revision or "main"}
     check_base_model(recipe.base_model, **hub)
     model = load_base(recipe.base_model, config.task_type or "CAUSAL_LM", dtype=recipe.dtype, **hub)
@@ -189,7 +201,12 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> Path:
             trainer.push_to_hub("Card with results")
     elif args.push_to_hub:
         editor = EditorModel.from_pretrained(folder)  # which knows where its card is
-        editor.push_to_hub(args.hub_model_id or folder.name, private=args.hub_private_repo, token=args.hub_token)
+        editor.push_to_hub(
+            args.hub_model_id or folder.name,
+            private=args.hub_private_repo,
+            token=args.hub_token,
+            revision=args.hub_revision,
+        )
     return folder
 
 
@@ -230,6 +247,24 @@ def measure(
         counts = {name: n_measured(used, name) for name in METRIC_TITLES if name in scores}
         measurements.append(Measurement(size, scores, counts))
     return measurements
+
+
+def _checkpoint_of(folder: Path, resume: bool, config: EditorConfig) -> str | None:
+    """The checkpoint to go on from; None for a run from the start, whose checkpoints must not get among older ones.
+
+    Raises:
+        ValueError: there is none to go on from; or there are some, and they are not to be gone on from.
+    """
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if resume and found is None:
+        raise ValueError(f"{folder} has no checkpoint to resume from. Start without --resume.")
+    if found is not None and not (resume and config.needs_training):
+        way_on = "--resume goes on with it; or" if config.needs_training else "This method is not trained:"
+        raise ValueError(
+            f"{folder} has checkpoints of an earlier run, the last of them {Path(found).name}. {way_on} choose another "
+            "output_dir, or remove them."
+        )
+    return found
 
 
 def _sentence(fact: Fact) -> str:

@@ -69,6 +69,23 @@ def require_text(given: Mapping[str, Any], names: Iterable[str], where: str) -> 
             raise ValueError(f"{where}: {name} is {value!r}; expected one text, with quotes around a number.")
 
 
+def refuse_what_is_ignored(training: Mapping[str, Any], where: str, how_to_resume: str) -> None:
+    """Refuse fields of `TrainingArguments` that only scripts read, and that a file of settings has no use for.
+
+    Args:
+        training: fields with their values.
+        where: they stand, for the error.
+        how_to_resume: what is to be done instead of giving a checkpoint.
+
+    Raises:
+        ValueError: such a field has a value that asks for something.
+    """
+    if checkpoint := training.get("resume_from_checkpoint"):
+        raise ValueError(f"{where}: resume_from_checkpoint is {checkpoint!r}; expected none. {how_to_resume}")
+    if (trains := training.get("do_train")) not in (None, True):
+        raise ValueError(f"{where}: do_train is {trains!r}; expected none, as training is what these settings are for.")
+
+
 def field_names(dataclass_type: type) -> set[str]:
     """Names of the fields of a dataclass."""
     return {entry.name for entry in dataclasses.fields(dataclass_type)}

@@ -577,11 +577,11 @@ def test_a_disk_that_fails(home: Path, tmp_path: Path) -> None:
 
 def test_an_edit_that_cannot_be_saved_beside(home: Path, tmp_path: Path, call: Callable[..., Done]) -> None:
     """The facts are written by then, and the command says so."""
-    (tmp_path / "file").write_bytes(b"")
-    options = ["--output-dir", tmp_path / "new", "--save-edit", tmp_path / "file" / "edit"]
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    options = ["--output-dir", tmp_path / "new", "--save-edit", tmp_path / "link" / "edit"]
     done = call("apply", "editor", "model", "facts.jsonl", *options)
     assert (done.code, done.out) == (2, said(8, tmp_path / "new"))
-    assert re.fullmatch(r"hf-malmen: .*file.*\n", done.err)
+    assert re.fullmatch(r"hf-malmen: .*link.*\n", done.err)
     assert [record.id for record in read_history(tmp_path / "new")] == ["0001"]
 
 
@@ -644,6 +644,17 @@ def bad(home: Path, make_llama: Build, tmp_path: Path) -> Path:
     write_recipe(folder / "facts.yaml", train_facts="no.jsonl")
     write_recipe(folder / "an editor.yaml", base_model="editor")
     write_recipe(folder / "good.yaml")
+    (folder / "older run" / "checkpoint-7").mkdir(parents=True)
+    for name, training in {
+        "older": {"output_dir": str(folder / "older run")},
+        "below": {"output_dir": str(folder / "half.json" / "editor")},
+        "quotes": {"lm_batch_size": "4"},
+        "resumes": {"resume_from_checkpoint": "editor/checkpoint-1"},
+        "idle": {"do_train": False},
+    }.items():
+        write_recipe(folder / f"{name}.yaml", training={"output_dir": str(folder / "new")} | training)
+    untrained = {"editor": {"method": "ultraedit"}, "training": {"output_dir": str(folder / "older run")}}
+    write_recipe(folder / "untrained.yaml", **untrained)
     return folder
 
 
@@ -690,6 +701,10 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
         ["evaluate", "editor", "model", "facts.jsonl", "--output", "BAD/half.json/x"],
         r"below a file",
     ),
+    "scores into one file": (
+        ["evaluate", "editor", "model", "facts.jsonl", "--output", "new", "--per-fact", "new/../new"],
+        r"new cannot hold both the scores and the results by fact",
+    ),
     "a revision of a folder": ([*APPLY, *OUT, "--revision", "v1"], r"--revision is of a repo on the Hub, and model is"),
     "writing a revision": (["write", "edit", "model", *OUT, "--revision", "v1"], r"--revision is of a repo on the Hub"),
     "evaluation of no model": (
@@ -723,6 +738,12 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
     "LoRA of nothing": (["export-lora", "no/edit", "new/folder"], r"There is no folder no/edit, and no repo"),
     "LoRA into a used folder": (["export-lora", "edit", "BAD/used"], r"BAD/used exists and is not empty"),
     "a used place for the edit": ([*APPLY, *OUT, "--save-edit", "BAD/used"], r"BAD/used exists and is not empty"),
+    "a destination below a file": ([*APPLY, "--output-dir", "BAD/half.json/x"], r"half\.json/x lies below a file"),
+    "an edit below a file": (
+        [*APPLY, "--in-place", "--save-edit", "BAD/half.json/x"],
+        r"half\.json/x lies below a file",
+    ),
+    "LoRA below a file": (["export-lora", "edit", "BAD/half.json/x"], r"half\.json/x lies below a file"),
     "one place for both": ([*APPLY, *OUT, "--save-edit", "new/../new/folder"], r"cannot hold both"),
     "a damaged model": (["evaluate", "editor", "BAD/damaged model", "facts.jsonl"], r"."),
     "a damaged editor": (["apply", "BAD/damaged editor", "model", "facts.jsonl", *OUT], r"."),
@@ -763,6 +784,30 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
     "a recipe with bad settings": (["train", "--config", "BAD/settings.yaml"], r"editor is \[1\]; expected settings"),
     "a recipe without facts": (["train", "--config", "BAD/facts.yaml"], r"There is no file no\.jsonl"),
     "a recipe of an editor": (["train", "--config", "BAD/an editor.yaml"], r"editor holds an editor; expected the"),
+    "a recipe over an older run": (
+        ["train", "--config", "BAD/older.yaml"],
+        r"has checkpoints of an earlier run, .* checkpoint-7\. --resume goes on with it; or choose another output_dir",
+    ),
+    "a recipe without training over a run": (
+        ["train", "--config", "BAD/untrained.yaml", "--resume"],
+        r"the last of them checkpoint-7\. This method is not trained: choose another output_dir",
+    ),
+    "a recipe into a file": (
+        ["train", "--config", "BAD/below.yaml"],
+        r"output_dir is .*/editor, which is a file or lies",
+    ),
+    "a recipe with quotes": (
+        ["train", "--config", "BAD/quotes.yaml"],
+        r"training: .*lm_batch_size is '4'; expected a whole",
+    ),
+    "a recipe that resumes": (
+        ["train", "--config", "BAD/resumes.yaml"],
+        r"resume_from_checkpoint is .*expected none\. --res",
+    ),
+    "a recipe without training": (
+        ["train", "--config", "BAD/idle.yaml"],
+        r"training: do_train is False; expected none",
+    ),
     "nothing to resume": (["train", "--config", "BAD/good.yaml", "--resume"], r"has no checkpoint to resume from"),
 }
 

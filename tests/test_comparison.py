@@ -510,6 +510,12 @@ def test_settings_are_checked(home: Path, tmp_path: Path, change: dict[str, Any]
         ),
         ("malmen", {"training": {"lr_scheduler_type": "cosin"}}, "malmen, with training: cosin is not a valid"),
         ("malmen", {"training": {"look_back": "a"}}, "with training: .*look_back is 'a'; expected a whole number"),
+        (
+            "malmen",
+            {"training": {"resume_from_checkpoint": "c"}},
+            "expected none. A comparison that is started",
+        ),
+        ("malmen", {"training": {"do_train": False}}, "training: do_train is False; expected none"),
         ("malmen", {"training": {"output_dir": "a"}}, "training: output_dir is 'a'; expected none"),
         ("ultraedit", {"editor_folder": "e", "search": {"edit_lr": [1, 2]}}, "search is for an editor that is made"),
         ("ultraedit", {"editor_folder": "e", "warm_up_facts": 1}, "warm_up_facts is for an editor that is made"),

@@ -40,6 +40,7 @@ from hf_malmen.configuration import FORMAT_VERSION, METHODS
 from hf_malmen.hub import push_folder
 from hf_malmen.in_force import edits_in_force
 from hf_malmen.model_card import EditorRun, write_editor_card
+from hf_malmen.recipe import Recipe, run_recipe
 
 from .hub_server import HubServer
 
@@ -813,6 +814,24 @@ def test_saving_the_trained_editor_pushes_it(
     assert not same(pull("editor", "me/trained", revision=before), trainer.editor)
     assert same(pull("editor", "me/trained"), trainer.editor)
     assert set(hub.files("me/trained")) == {*TEXTS, "model.safetensors"}
+
+
+def test_an_editor_without_training_is_pushed(
+    hub: HubServer, api: HfApi, model: PreTrainedModel, tokenizer: Any, facts: list[Fact], tmp_path: Path
+) -> None:
+    """By a recipe, to the branch that it names, as a trained one is."""
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    lines = [json.dumps(fact.to_dict()) for fact in facts]
+    (tmp_path / "facts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    api.create_repo(ID)
+    api.create_branch(ID, branch="dev")
+    training = {"push_to_hub": True, "hub_model_id": ID, "hub_token": TOKEN, "hub_revision": "dev"}
+    training |= {"output_dir": str(tmp_path / "editor"), "use_cpu": True, "report_to": "none"}
+    settings = {"base_model": str(tmp_path / "base"), "train_facts": str(tmp_path / "facts.jsonl")}
+    run_recipe(Recipe(**settings, editor={"method": "ultraedit"}, training=training))
+    assert "model.safetensors" not in hub.files(ID)
+    assert same(pull("editor", revision="dev"), EditorModel.from_pretrained(tmp_path / "editor"))
 
 
 @pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
