@@ -3,6 +3,7 @@
 import math
 import random
 import time
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence, Sized
 from copy import copy
 from dataclasses import dataclass, field
@@ -29,7 +30,8 @@ from transformers.utils.hub import PushInProgress
 
 from . import distributed
 from .batches import TokenBatch, Tokenizer, TokenSequence
-from .errors import FactError, NumericalError
+from .configuration import EditorConfig
+from .errors import FactError, FingerprintWarning, ModelMismatchError, NumericalError
 from .evaluation import measured_metrics, n_measured, questions
 from .facts import Fact, load_facts, require_fields
 from .features import FeatureCache, FeatureFolder, features_fingerprint
@@ -59,8 +61,32 @@ _CARD_SETTINGS = (
     "seed",
     "shift_penalty",
 )
-# Arguments of `Trainer` for a model that answers by itself.
-_NOT_OF_EDITORS = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
+_METRICS_REMEDY = (
+    "an editor's loss and metrics are its method's, so that this would be ignored. Leave it out; EditorModel.measure "
+    "gives the answers to every fact"
+)
+# Arguments of `Trainer` for a model that answers by itself, and is made from a data set's rows: {name: what to do}.
+_NOT_OF_EDITORS = {
+    "compute_loss_func": _METRICS_REMEDY,
+    "compute_metrics": _METRICS_REMEDY,
+    "preprocess_logits_for_metrics": _METRICS_REMEDY,
+    "data_collator": "the facts of a step are put together by the trainer itself. Leave it out",
+    "model_init": "the editor is given, as the trainer fits its base model and tokenizer to it. Make an editor and a "
+    "trainer for each run instead",
+}
+# Fields of `EditorConfig` that say what the parameters of an editor are, and are of.
+_SAME_IN_A_RUN = (
+    "method",
+    "task_type",
+    "target_modules",
+    "module_shapes",
+    "rank",
+    "n_blocks",
+    "n_preserved_keys",
+    "token_selection",
+    "prompt_template",
+    "use_chat_template",
+)
 
 
 class EditorTrainer(Trainer):
@@ -91,7 +117,8 @@ class EditorTrainer(Trainer):
             {name: data set}, whose metrics are then called `eval_<name>_...`.
         processing_class: the base model's tokenizer; loaded from beside the base model if None.
         callbacks: as in `Trainer`.
-        **kwargs: any other argument of `Trainer`, but none about a loss or metrics of one's own.
+        **kwargs: any other argument of `Trainer`, but none about a loss or metrics of one's own, no `data_collator`
+            and no `model_init`, and so no `hyperparameter_search`.
 
     Attributes:
         run: what the card of a pushed editor says about its training and its scores; None says what the arguments say.
@@ -130,11 +157,9 @@ class EditorTrainer(Trainer):
                 f"Method {editor.config.method!r} has nothing to train: its editor is ready as from_base makes it. "
                 "editor.warm_up(model, facts) gives it statistics to start from."
             )
-        if refused := [name for name in _NOT_OF_EDITORS if kwargs.get(name) is not None]:
-            raise ValueError(
-                f"{', '.join(refused)}: an editor's loss and metrics are its method's, so that this would be ignored. "
-                "Leave it out; EditorModel.measure gives the answers to every fact."
-            )
+        for name, remedy in _NOT_OF_EDITORS.items():
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(f"{name}: {remedy}.")
         args = copy(args)  # which may be meant for editors of other methods too
         for name, value in (TRAINING_DEFAULTS | dict(editor.config.training_defaults)).items():
             if getattr(args, name) is None:
@@ -352,6 +377,17 @@ class EditorTrainer(Trainer):
             "EditorModel.measure(model, facts).per_fact what the edited model answers."
         )
 
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Not of this trainer, whose editor is given.
+
+        Raises:
+            NotImplementedError: always; says what to do.
+        """
+        raise NotImplementedError(
+            "EditorTrainer trains the editor that it is given, and searches no settings. Make an editor and a trainer "
+            "for each trial, and compare what EditorTrainer.evaluate(facts) gives."
+        )
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add both parts of the meta loss, averaged since the last log, and the learned η and λ of each layer."""
         if "loss" in logs and self._losses:
@@ -363,6 +399,17 @@ class EditorTrainer(Trainer):
                     f"{kind}/{name}": s for kind, s in zip(("edit_lr", "ridge", "preservation"), scales, strict=True)
                 }
         super().log(logs, start_time)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """`Trainer`'s, which loads whatever parameters have names and shapes that it finds in the editor.
+
+        Raises:
+            ModelMismatchError: the checkpoint is of another editor, or for another base model where
+                `fingerprint_policy` is `"error"`.
+        """
+        if Path(resume_from_checkpoint).is_dir():  # else `Trainer`'s says so
+            _require_same_editor(resume_from_checkpoint, self.editor.config)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -610,6 +657,45 @@ def _check_texts(
                         tokenize(*pair)
         except FactError as error:
             raise FactError(f"{purpose} fact {number}: {error}") from None
+
+
+def _require_same_editor(checkpoint: str, own: EditorConfig) -> None:
+    """Check that what was trained is what a run that goes on from there trains.
+
+    Args:
+        checkpoint: folder of the checkpoint.
+        own: of the editor that is about to be trained.
+
+    Raises:
+        ModelMismatchError: it is not; names the field and both values.
+    """
+    found = EditorConfig.from_pretrained(checkpoint)
+    remedy = "Give the editor what the checkpoint has, or start a new run in another output_dir, without resuming."
+    for name in _SAME_IN_A_RUN:
+        attribute = "traced_tokens" if name == "token_selection" else name  # None is the method's own
+        there, here = getattr(found, attribute), getattr(own, attribute)
+        if _plain(there) != _plain(here):
+            raise ModelMismatchError(
+                f"{checkpoint} was trained with {name} {there!r}, and this editor has {here!r}; expected the same. "
+                + remedy
+            )
+    there, here = found.base_model_fingerprint, own.base_model_fingerprint
+    if there != here and there and here and own.fingerprint_policy != "ignore":
+        message = (
+            f"{checkpoint} was trained for a base model with target weights of fingerprint {there[:12]}..., and this "
+            f"editor's have {here[:12]}...; expected the same. Load the base model that the run began with, or start a "
+            "new run in another output_dir, without resuming."
+        )
+        if own.fingerprint_policy == "error":
+            raise ModelMismatchError(message)
+        warnings.warn(message, FingerprintWarning, stacklevel=2)
+
+
+def _plain(value: Any) -> Any:
+    """With lists for tuples, as JSON has them."""
+    if isinstance(value, Mapping):
+        return {name: _plain(entry) for name, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def _require_metric(name: str, facts: Sequence[Fact] | Mapping[str, Sequence[Fact]]) -> None:

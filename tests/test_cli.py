@@ -394,6 +394,13 @@ def test_train(call: Callable[..., Done], tmp_path: Path) -> None:
     assert "| locality " in card
     assert call("evaluate", tmp_path / "editor", "model", "facts.jsonl").code == 0
 
+    editor = {"rank": 4, "edit_lr": 1e-3, "target_modules": ["mlp.up_proj"]}
+    other = write_recipe(tmp_path / "other.yaml", editor=editor)
+    saved = below(tmp_path / "editor")
+    done = call("train", "--config", other, "--resume", "--max-steps", 3)
+    refused(done, 2, r"checkpoint-2 was trained with target_modules .*down_proj.*, and this editor has .*up_proj")
+    assert below(tmp_path / "editor") == saved
+
 
 def state_of(folder: Path) -> dict[str, Any]:
     """The trainer's state."""

@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from hf_malmen import (
     EditorTrainingArguments,
     Fact,
     FactError,
+    FingerprintWarning,
     ModelMismatchError,
     NumericalError,
 )
@@ -583,6 +585,69 @@ def test_a_run_that_has_ended_is_not_gone_on_with(
     assert_identical(resumed.editor.state_dict(), ended.editor.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("field", "there", "here"),
+    [
+        ("method", "malmen", "mend"),
+        ("target_modules", ["down_proj"], ["up_proj"]),
+        ("layers_to_transform", [2, 3], [0, 1]),
+        ("rank", 4, 8),
+        ("n_blocks", 2, 1),
+        ("n_preserved_keys", 0, 3),
+        ("token_selection", None, "all"),
+        ("prompt_template", None, "Q: {prompt}"),
+    ],
+)
+def test_a_checkpoint_of_another_editor_is_not_gone_on_from(
+    llama: PreTrainedModel,
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+    field: str,
+    there: Any,
+    here: Any,
+) -> None:
+    """Parameters of the same names and shapes may mean another thing. Nothing is trained or changed."""
+    run: dict[str, Any] = {"max_steps": 1, "save_steps": 1, "per_device_train_batch_size": 4}
+    settings = {"target_modules": ["down_proj"], "layers_to_transform": [2, 3]}
+    make_trainer(make_editor(llama, seed=None, **settings | {field: there}), llama, many, **run).train()
+    editor = make_editor(llama, seed=None, **settings | {field: here})
+    before = copy_of(editor)
+    trainer = make_trainer(editor, llama, many, **run | {"max_steps": 2})
+    name = "target_modules" if field == "layers_to_transform" else field
+    with pytest.raises(
+        ModelMismatchError, match=rf"checkpoint-1 was trained with {name} .*, and this .*expected the same"
+    ):
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 0
+    assert_identical(editor.state_dict(), before)
+
+
+@pytest.mark.parametrize("policy", ["warn", "error", "ignore"])
+def test_a_run_goes_on_with_the_base_model_it_began_with(
+    make_llama: Callable[..., PreTrainedModel],
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+    policy: str,
+) -> None:
+    """Where the weights of the base model differ, the editor's policy says what is done."""
+    run: dict[str, Any] = {"max_steps": 1, "save_steps": 1, "per_device_train_batch_size": 4}
+    model = make_llama()
+    make_trainer(make_editor(model, seed=None, **TARGETS), model, many, **run).train()
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight.mul_(1.5)
+    editor = make_editor(model, seed=None, fingerprint_policy=policy, **TARGETS)
+    trainer = make_trainer(editor, model, many, **run | {"max_steps": 2})
+    message = "checkpoint-1 was trained for a base model with target weights of fingerprint .* expected the same"
+    if policy == "error":
+        with pytest.raises(ModelMismatchError, match=message):
+            trainer.train(resume_from_checkpoint=True)
+        return
+    with pytest.warns(FingerprintWarning, match=message) if policy == "warn" else nullcontext():
+        assert trainer.train(resume_from_checkpoint=True).global_step == 2
+
+
 @pytest.mark.parametrize("stop", [1, 2])
 def test_a_sequence_is_an_optimizer_step(
     llama: PreTrainedModel,
@@ -973,9 +1038,16 @@ def test_what_an_editor_has_no_use_for_is_refused(
     """Rather than taken and ignored, or left to fail somewhere in `Trainer`."""
     editor = make_editor(llama, **TARGETS)
     arguments = EditorTrainingArguments(output_dir=tmp_path, use_cpu=True, report_to=[])
-    for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
-        with pytest.raises(ValueError, match=rf"^{name}: .*would be ignored"):
+    for name, reason in {
+        "compute_metrics": "would be ignored",
+        "compute_loss_func": "would be ignored",
+        "preprocess_logits_for_metrics": "would be ignored",
+        "data_collator": "by the trainer itself",
+        "model_init": "Make an editor and a trainer for each run",
+    }.items():
+        with pytest.raises(ValueError, match=rf"^{name}: .*{reason}"):
             EditorTrainer(editor, llama, arguments, many, processing_class=tokenizer, **{name: print})
+        EditorTrainer(editor, llama, arguments, many, processing_class=tokenizer, **{name: None})
     with pytest.raises(ValueError, match=r"train_sampling_strategy is 'group_by_length'; allowed: 'random'"):
         make_trainer(editor, llama, many, train_sampling_strategy="group_by_length")
     trainer = make_trainer(editor, llama, None)
@@ -983,6 +1055,8 @@ def test_what_an_editor_has_no_use_for_is_refused(
         trainer.train()
     with pytest.raises(NotImplementedError, match=r"EditorTrainer\.evaluate"):
         trainer.predict(many)
+    with pytest.raises(NotImplementedError, match="Make an editor and a trainer for each trial"):
+        trainer.hyperparameter_search()
 
 
 def test_sharding_the_editor_is_refused(
