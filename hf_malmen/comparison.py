@@ -24,7 +24,7 @@ from transformers.utils.hub import cached_file
 from .base_model import check_base_model
 from .comparison_settings import SHARED_FIELDS, SPLITS, Amount, Comparison, require_shared_format
 from .configuration import METHODS, EditorConfig
-from .facts import Fact, load_facts, read_facts
+from .facts import Fact, load_facts, read_facts, require_fields
 from .history import locked
 from .side_effects import load_texts
 from .version import __version__
@@ -136,6 +136,21 @@ def _reads_training_facts(comparison: Comparison) -> bool:
         for name, method in comparison.methods.items()
         if method.editor_folder is None
     )
+
+
+def _check_training_facts(comparison: Comparison, facts: Sequence[Fact]) -> None:
+    """Check that facts have what the methods that train on them need.
+
+    Raises:
+        FactError: names the method, and the first fact without one of the fields.
+    """
+    from .training_arguments import TRAINING_DEFAULTS, needed_fields  # seconds to import
+
+    for name, method in comparison.methods.items():
+        if METHODS[name].is_trained and method.editor_folder is None:
+            given = {**comparison.training, **method.training}.get("locality_weight")
+            weight = {**TRAINING_DEFAULTS, **METHODS[name].training}["locality_weight"] if given is None else given
+            require_fields(facts, needed_fields(weight), f"Training {name!r}")
 
 
 def check_disjoint(splits: Mapping[str, Sequence[Fact]]) -> None:
@@ -250,6 +265,7 @@ def run_comparison(
         ModelMismatchError, OSError: no given editor where there should be one, no base model, or no texts; likewise.
     """
     splits, left_out = split_facts(comparison)
+    _check_training_facts(comparison, splits["train"])
     for name, method in comparison.methods.items():
         if method.editor_folder is not None:
             require_shared_format(EditorConfig.from_pretrained(method.editor_folder), name, comparison)

@@ -43,7 +43,7 @@ from .passes import FrozenPasses
 from .sharding import forget_sharding, place
 from .targets import plain_model
 from .tracing import Factors, Trace, as_read, frozen, input_device, own_answer_logits, pass_cost, shifted
-from .training_arguments import TRAINING_DEFAULTS, EditorTrainingArguments
+from .training_arguments import TRAINING_DEFAULTS, EditorTrainingArguments, needed_fields
 
 _CARD_SETTINGS = (
     "gradient_accumulation_steps",
@@ -170,8 +170,7 @@ class EditorTrainer(Trainer):
         self.tokenize = editor.tokenizer_for(base_model, processing_class)
         train_facts = load_facts(train_dataset) if train_dataset is not None else None
         if train_facts is not None:
-            needed = ["rephrases"] + (["unrelated_prompt", "unrelated_answer"] if args.locality_weight else [])
-            require_fields(train_facts, needed, "Training")
+            require_fields(train_facts, needed_fields(args.locality_weight), "Training")
             kinds = ("rephrase", "unrelated") if args.locality_weight else ("rephrase",)
             _check_texts(train_facts, self.tokenize, "Training", kinds)
         eval_facts = _load_sets(eval_dataset) if eval_dataset is not None else None

@@ -175,6 +175,11 @@ class EditorTrainingArguments(TrainingArguments):
             )
 
 
+def needed_fields(locality_weight: float) -> list[str]:
+    """Fields of `Fact` that every training fact must have."""
+    return ["rephrases"] + (["unrelated_prompt", "unrelated_answer"] if locality_weight else [])
+
+
 def _is_number(text: str) -> bool:
     try:
         float(text)

@@ -43,7 +43,7 @@ from hf_malmen.comparison_report import (
     write_report,
 )
 from hf_malmen.comparison_settings import Amount, Comparison, MethodSettings, load_comparison
-from hf_malmen.errors import CheckpointWriteError
+from hf_malmen.errors import CheckpointWriteError, FactError
 from hf_malmen.evaluation import measure_edit
 from hf_malmen.side_effects import perplexity
 
@@ -441,6 +441,29 @@ def test_training_facts_are_for_methods_that_read_some(home: Path, tmp_path: Pat
     (tmp_path / "compare.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     results = run_comparison(load_comparison(tmp_path / "compare.yaml"), lambda _: None, Runner())
     assert "error" not in results["cells/ultraedit-4"]
+
+
+@pytest.mark.parametrize(
+    ("methods", "lacking", "training", "error"),
+    [
+        (["ultraedit", "malmen"], ["rephrases"], {}, "Training 'malmen' needs the field 'rephrases' in every fact"),
+        (["malmen"], ["unrelated_prompt", "unrelated_answer"], {}, "Training 'malmen' needs .* 'unrelated_prompt'"),
+        (["malmen"], ["unrelated_prompt", "unrelated_answer"], {"locality_weight": 0.0}, None),
+        (["ultraedit"], ["rephrases"], {}, None),
+    ],
+)
+def test_training_facts_are_checked_before_anything_is_run(
+    home: Path, tmp_path: Path, methods: list[str], lacking: list[str], training: dict[str, Any], error: str | None
+) -> None:
+    """For the fields that the methods need, with their settings."""
+    empty = {name: () if name == "rephrases" else None for name in lacking}
+    facts = [dataclasses.replace(fact, **empty) for fact in load_facts(home / "facts.jsonl")]
+    save_facts(tmp_path / "facts.jsonl", facts)
+    common = yaml.safe_load((home / "compare.yaml").read_text(encoding="utf-8"))["training"]
+    change = {"facts": str(tmp_path / "facts.jsonl"), "methods": methods, "training": common | training}
+    with pytest.raises(FactError if error else StoppedError, match=error):
+        run_comparison(settings(home, tmp_path / "out", **change), lambda _: None, Runner("before"))
+    assert (tmp_path / "out").exists() == (error is None)
 
 
 @pytest.mark.parametrize(
