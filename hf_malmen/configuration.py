@@ -44,7 +44,7 @@ class Method:
         is_trained: whether there is anything to train. A method without is ready as `EditorModel.from_base` makes it.
         statistics: `"frozen"`: keys and gradients are standardised by the statistics of the training data; or
             `"following"`: the rows of every edit are merged into a copy of them first (see `EditorConfig.statistics`).
-        maker: which function of `makers.MAKERS` computes the shifts. `"rows"` is the pipeline that most share: trace,
+        maker: which of `makers.MAKERS` computes the shifts. `"rows"` is the pipeline that most share: trace,
             value differences, solve.
         key_covariance: whether the second moment of ordinary keys is `"required"`, `"optional"` or not kept (None); see
             `EditorModel.collect_covariance`.
@@ -123,6 +123,8 @@ METHODS: dict[str, Method] = {
             "n_passes": 2,
             "n_solves": 8,
             "relaxation": 0.4,
+            "context_prefixes": None,
+            "context_infixes": None,
             "n_word_dropouts": 6,
             "texts_per_step": 1,
             "edit_lr": 0.5,
@@ -374,7 +376,7 @@ class EditorConfig(PreTrainedConfig):
 
     @property
     def maker(self) -> str:
-        """Which function of `makers.MAKERS` computes the shifts, as the method has it."""
+        """Which of `makers.MAKERS` computes the shifts, as the method has it."""
         return self._method.maker
 
     def shape_of(self, name: str) -> tuple[int, int]:
@@ -475,10 +477,11 @@ class EditorConfig(PreTrainedConfig):
                 raise ValueError(f"EditorConfig.{name} is {value!r}; allowed: {allowed}.")
         for name in ("context_prefixes", "context_infixes"):
             texts = getattr(self, name)
-            if texts is not None and not (_is_list_of_names(texts) and self.maker == "memit"):
+            if texts is not None and not (_is_list_of_names(texts) and name in own):
+                having = ", ".join(repr(method) for method, row in METHODS.items() if name in row.defaults)
                 raise ValueError(
-                    f"EditorConfig.{name} is {texts!r}; allowed: None, or with method 'memit' a list of texts that are "
-                    "not empty."
+                    f"EditorConfig.{name} is {texts!r}; allowed: None, or with method {having} a list of texts that "
+                    "are not empty."
                 )
 
     def _check_targets(self) -> None:

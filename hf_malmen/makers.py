@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from . import distributed
 from .batches import Tokenizer
+from .configuration import EditorConfig
 from .errors import EditStateError
 from .facts import Fact
 from .finetuning import fine_tune
@@ -176,16 +177,35 @@ def check_readable(editor: EditorNetworks, facts: Iterable[Fact], tokenize: Toke
     Raises:
         FactError: one is too long for the model, or lacks what the method looks for.
     """
+    read = MAKERS[editor.config.maker].read
     for fact in facts:
-        if editor.config.maker == "memit":
-            tokenize_facts([fact], tokenize, editor.config)
-        else:
-            tokenize.edit(fact)
+        read(fact, tokenize, editor.config)
 
 
-# By `Method.maker`. Each is called with the base model inside `frozen`.
-MAKERS: dict[str, Callable[[EditorNetworks, EditRequest], MadeShifts]] = {
-    "rows": _from_rows,
-    "memit": _from_targets,
-    "ft": _from_fine_tuning,
+def _read_edit(fact: Fact, tokenize: Tokenizer, config: EditorConfig) -> None:
+    tokenize.edit(fact)
+
+
+def _read_request(fact: Fact, tokenize: Tokenizer, config: EditorConfig) -> None:
+    tokenize_facts([fact], tokenize, config)
+
+
+@dataclass(frozen=True)
+class Maker:
+    """One way from facts to shifts.
+
+    Attributes:
+        make: computes the shifts; called with the base model inside `frozen`.
+        read: tokenises one fact as `make` does, without running the model. Raises a `FactError` where it cannot.
+    """
+
+    make: Callable[[EditorNetworks, EditRequest], MadeShifts]
+    read: Callable[[Fact, Tokenizer, EditorConfig], None] = _read_edit
+
+
+# By `Method.maker`.
+MAKERS = {
+    "rows": Maker(_from_rows),
+    "memit": Maker(_from_targets, _read_request),
+    "ft": Maker(_from_fine_tuning),
 }

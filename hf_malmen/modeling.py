@@ -209,7 +209,7 @@ class EditorModel(EditorNetworks):
         reader = FactReader(source, self.tokenizer_for(model, tokenizer), N_FACTS_SHOWN)
         request = EditRequest(model, reader, batch_size, editor_batch_size, statistics, standing.written, limit)
         with frozen(model), self.beside(input_device(model)):
-            made = MAKERS[self.config.maker](self, request)
+            made = MAKERS[self.config.maker].make(self, request)
         edit = self.wrap(made.shifts, model, reader.kept, reader.n_facts or 0, fingerprint=standing.fingerprint)
         kind = statistics_kind(self) if made.statistics else None
         edit.state = EditState(kind, dict(made.statistics), written=dict(made.written))
