@@ -29,7 +29,7 @@ from .sharding import copy_of, overwrite, shape_of, whole
 from .shards import parse_json
 from .shifts import Shift, add, add_rows, blocks, check_shape, dense, load_shifts, materialise, save_shifts
 from .state import IN_STATISTICS, SOLVED_TOGETHER, STATE_FILE, EditState
-from .targets import check_targets, fingerprint, is_fan_in_fan_out, plain_model, target_module, weight_of
+from .targets import check_parted, check_targets, fingerprint, is_fan_in_fan_out, plain_model, target_module, weight_of
 from .version import __version__
 
 logger = logging.get_logger(__name__)
@@ -189,11 +189,14 @@ class Edit:
 
         Raises:
             EditStateError: this edit is not in force on any model.
+            ModelMismatchError: a weight has an adapter merged into it.
             NumericalError: without this edit, a weight would not be finite in its dtype with a later one.
         """
         application, model = self._application(), self._model() if self._model is not None else None
         if application is None or model is None:
             raise EditStateError("This edit is not in force on any live model, so there is nothing to undo.")
+        for name in application.originals:
+            check_parted(model, name)
         stack = _in_force[model]
         place = stack.index(application)
         # What the stack has stays as it is until all is done, so that no failure, be it of the way back, loses an

@@ -145,11 +145,7 @@ def check_targets(model: nn.Module, names: Iterable[str]) -> None:
                 f"{name} is a {type(module).__name__}; only nn.Linear and transformers' Conv1D can be edited. "
                 f"Linear layers of this model: {_some_linear_names(modules)}."
             )
-        if getattr(model.get_submodule(name), "merged", False):
-            raise ModelMismatchError(
-                f"The weight of {name} has an adapter merged into it, which would be lost when the two are parted "
-                "again. Part them first (model.unmerge_adapter()), or merge for good (model.merge_and_unload())."
-            )
+        check_parted(model, name)
         if module.weight.device.type == "meta" and _offloaded(module) is None:
             raise ModelMismatchError(
                 f"The weight of {name} is on the meta device, without values. Load the model with from_pretrained; "
@@ -161,6 +157,19 @@ def check_targets(model: nn.Module, names: Iterable[str]) -> None:
             raise ModelMismatchError(
                 f"{name} shares its weight with {', '.join(shared)}; an edit would change both. Choose another target."
             )
+
+
+def check_parted(model: nn.Module, name: str) -> None:
+    """Refuse to write into a weight that has an adapter merged into it.
+
+    Raises:
+        ModelMismatchError: the module `name` has one.
+    """
+    if getattr(model.get_submodule(name), "merged", False):
+        raise ModelMismatchError(
+            f"The weight of {name} has an adapter merged into it, which would be lost when the two are parted "
+            "again. Part them first (model.unmerge_adapter()), or merge for good (model.merge_and_unload())."
+        )
 
 
 def blocks_of(model: nn.Module, module_names: Sequence[str]) -> tuple[str, list[int]] | None:

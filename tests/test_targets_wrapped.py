@@ -162,7 +162,18 @@ def test_merged_adapters_are_refused(
     with pytest.raises(ModelMismatchError, match=r"layers\.2\.mlp\.down_proj has an adapter merged.*unmerge_adapter"):
         editor.apply(adapted, facts, tokenizer)
     adapted.unmerge_adapter()
-    editor.apply(adapted, facts, tokenizer).undo()
+    before = {name: value.clone() for name, value in adapted.state_dict().items()}
+    edit = editor.apply(adapted, facts, tokenizer)
+    edited = {name: value.clone() for name, value in adapted.state_dict().items()}
+    adapted.merge_adapter()
+    with pytest.raises(ModelMismatchError, match=r"has an adapter merged.*unmerge_adapter"):
+        edit.undo()
+    adapted.unmerge_adapter()
+    assert edit.in_force
+    for name, value in adapted.state_dict().items():
+        torch.testing.assert_close(value, edited[name])  # what PEFT subtracts again it has rounded
+    edit.undo()
+    assert all(torch.equal(value, before[name]) for name, value in adapted.state_dict().items())
 
 
 def test_learned_prompts_are_refused(plain: PreTrainedModel) -> None:
