@@ -132,6 +132,10 @@ class Edit:
     def __repr__(self) -> str:
         return f"Edit({self.n_facts} facts, {len(self.layers)} layers of {self.base_model_name_or_path})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: the edit, and not which model it is in force on."""
+        return {**vars(self), "_model": None}
+
     # Live models
 
     def require_lifted(self) -> None:
@@ -245,7 +249,8 @@ class Edit:
         try:
             yield self
         finally:
-            self.undo()
+            if self.in_force:  # else it was undone within
+                self.undo()
 
     def _write(self, model: nn.Module) -> None:
         application = _Application(self)

@@ -93,7 +93,7 @@ class UndoReport:
 # What users call
 
 
-def undo_edit(checkpoint: str | Path, edit_id: str | None = None) -> UndoReport:
+def undo_edit(checkpoint: str | Path, edit_id: str | int | None = None) -> UndoReport:
     """Take an edit back from a checkpoint on disk, crash-safe.
 
     The last edit's tensors are restored byte for byte. For an earlier one the tensors are computed anew from the saved
@@ -101,7 +101,7 @@ def undo_edit(checkpoint: str | Path, edit_id: str | None = None) -> UndoReport:
 
     Args:
         checkpoint: its folder.
-        edit_id: which, as `hf-malmen log` shows it; None takes the last.
+        edit_id: its number, as `hf-malmen log` shows it; None takes the last.
 
     Raises:
         CheckpointError: no such edit; a record or weight file that is not as the edit left it; files that cannot be
@@ -113,7 +113,7 @@ def undo_edit(checkpoint: str | Path, edit_id: str | None = None) -> UndoReport:
         records = read_history(folder)
         if not records:
             raise CheckpointError(f"{folder} has no edits in force, so there is nothing to undo.")
-        found = [record for record in records if edit_id is None or record.id == edit_id.zfill(4)]
+        found = [record for record in records if edit_id is None or record.id == str(edit_id).zfill(4)]
         if not found:
             ids = ", ".join(record.id for record in records)
             raise CheckpointError(f"{folder} has no edit {edit_id} in force. Its edits: {ids}.")

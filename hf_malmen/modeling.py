@@ -466,12 +466,18 @@ class EditorModel(EditorNetworks):
         return edit.apply_to(model, on_fingerprint_mismatch="ignore") if edit.layers else edit
 
     @contextmanager
-    def applied(self, model: PreTrainedModel, facts: Any, **kwargs: Any) -> Iterator[Edit]:
+    def applied(
+        self,
+        model: PreTrainedModel,
+        facts: Any,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> Iterator[Edit]:
         """`model` holds `facts` within the context, and is as before when it ends, also by an error.
 
         Args:
             model: a live model.
-            facts, **kwargs: as for `apply`.
+            facts, tokenizer, **kwargs: as for `apply`.
 
         Raises:
             ValueError: `model` is no live model.
@@ -481,11 +487,11 @@ class EditorModel(EditorNetworks):
                 f"applied() got {model!r}; expected a live model, whose weights it restores at the end. For a "
                 "checkpoint call apply(checkpoint, facts, output_dir=...), and take it back with: hf-malmen undo DIR"
             )
-        edit = self.apply(model, facts, **kwargs)
+        edit = self.apply(model, facts, tokenizer, **kwargs)
         try:
             yield edit
         finally:
-            if edit.layers:
+            if edit.in_force:  # else nothing was left to write, or it was undone within
                 edit.undo()
 
     def evaluate(

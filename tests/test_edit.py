@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -595,6 +596,29 @@ def test_the_contexts_restore_also_on_error(
         with pytest.raises(KeyError, match="mine"), context as entered:
             fail_if_in_force(entered)
         assert same(state(model), base)
+
+
+def test_undo_within_a_context(
+    model: PreTrainedModel, editor: EditorModel, tokenizer: PreTrainedTokenizerFast, facts: list[Fact]
+) -> None:
+    """Then there is nothing to do when it ends. The tokenizer is the third argument, as of `apply`."""
+    base = state(model)
+    with editor.applied(model, facts, tokenizer) as edit:
+        edit.undo()
+        assert same(state(model), base)
+    with edit.applied_to(model):
+        edit.undo()
+    assert same(state(model), base)
+
+
+def test_an_edit_in_force_can_be_copied_and_pickled(model: PreTrainedModel) -> None:
+    """The copy has the shifts and the facts, and is in force nowhere."""
+    edit = random_edit(model).apply_to(model)
+    for again in (pickle.loads(pickle.dumps(edit)), copy.deepcopy(edit)):
+        assert not again.in_force
+        assert again.facts == edit.facts
+        assert all(torch.equal(again.shifts[name], shift) for name, shift in edit.shifts.items())
+    edit.undo()
 
 
 @pytest.mark.parametrize("as_path", [True, False])

@@ -327,8 +327,18 @@ def test_the_history_says_what_was_written(make_llama: Build, tmp_path: Path) ->
     assert all(torch.equal(tensor, state[key]) for key, tensor in originals.items())
 
 
-@pytest.mark.parametrize("wanted", ["7", "0007", "first", ""])
-def test_an_edit_that_is_not_there(make_llama: Build, wanted: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("wanted", ["1", "0001", 1])
+def test_an_edit_by_its_number(make_llama: Build, wanted: str | int, tmp_path: Path) -> None:
+    """As the log shows it, with or without zeros, or as a number."""
+    folder = save(make_llama(), tmp_path / "source")
+    for seed in (0, 1):
+        edit_of(make_llama(), seed).write(folder, in_place=True)
+    report = undo_edit(folder, wanted)
+    assert (report.summary.id, report.remaining) == ("0001", ["0002"])
+
+
+@pytest.mark.parametrize("wanted", ["7", "0007", "first", "", 7])
+def test_an_edit_that_is_not_there(make_llama: Build, wanted: str | int, tmp_path: Path) -> None:
     folder = save(make_llama(), tmp_path / "source")
     edit_of(make_llama(), 0).write(folder, in_place=True)
     before = state_of(folder)
