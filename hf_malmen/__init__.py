@@ -20,6 +20,7 @@ _MODULE_OF = {
     "Ledger": "ledger",
     "LedgerEntry": "ledger",
     "facts_in_force": "in_force",
+    "live_edits": "live",
     "load_facts": "facts",
     "measure_edit": "evaluation",
     "measure_side_effects": "side_effects",
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from .in_force import facts_in_force as facts_in_force
     from .ledger import Ledger as Ledger
     from .ledger import LedgerEntry as LedgerEntry
+    from .live import live_edits as live_edits
     from .modeling import EditorModel as EditorModel
     from .records import read_history as read_history
     from .side_effects import measure_side_effects as measure_side_effects

@@ -8,8 +8,8 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 
 from .batches import Tokenizer
 from .configuration import EditorConfig, repo_named
-from .edit import base_fingerprint
 from .errors import ModelMismatchError
+from .in_force import base_fingerprint_as_stored
 from .targets import check_targets, find_targets, is_fan_in_fan_out, module_shape, plain_model, target_module
 from .tasks import AUTO_CLASSES, Classes, check_direction, infer_task_type, pools_tokens
 
@@ -78,7 +78,7 @@ def config_for(model: nn.Module, config: EditorConfig) -> EditorConfig:
     modules = {name: target_module(model, name) for name in names}
     config.module_shapes = {name: module_shape(module) for name, module in modules.items()}
     config.fan_in_fan_out = [name for name, module in modules.items() if is_fan_in_fan_out(module)]
-    config.base_model_fingerprint = base_fingerprint(model, names)
+    config.base_model_fingerprint = base_fingerprint_as_stored(model, names)
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     return config

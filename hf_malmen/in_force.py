@@ -6,18 +6,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Union
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
 from . import stored_weights
-from .edit import Edit, base_fingerprint, live_edits, weights_before_live_edits
 from .errors import CheckpointError, EditStateError, ModelMismatchError
 from .facts import Fact
 from .history import require_settled
 from .hub import HUB_ERRORS, cached_checkpoint, cached_commit
 from .ledger import Ledger, build_ledger, read_facts
+from .live import base_fingerprint, live_edits, weights_before_live_edits
 from .model_card import hub_id
 from .records import EDITS_FOLDER, Record, read_history, read_ledger
 from .sharding import copy_of, overwrite
@@ -25,6 +26,9 @@ from .shards import INDEX_FILE, SINGLE_FILE, read_tensor_index
 from .state import EditState
 from .stored_weights import fingerprints_of, weights_before_edits
 from .targets import is_fan_in_fan_out, module_shape, named_modules, plain_model, target_module, weight_of
+
+if TYPE_CHECKING:
+    from .edit import Edit
 
 logger = logging.get_logger(__name__)
 
@@ -43,12 +47,12 @@ class EditInForce:
     id: str
     facts: Sequence[Fact]
     n_facts: int
-    source: Edit | Path
+    source: Union["Edit", Path]
 
     @cached_property
     def state(self) -> EditState:
         """What follows the edits, as it was after this one."""
-        return self.source.state if isinstance(self.source, Edit) else EditState.load(self.source)
+        return EditState.load(self.source) if isinstance(self.source, Path) else self.source.state
 
 
 def edits_in_force(model: nn.Module, *, strict: bool = False) -> list[EditInForce]:
@@ -121,6 +125,15 @@ def fingerprint_as_stored(model: nn.Module, names: Iterable[str]) -> str | None:
             n_lifted = len(read_history(folder)) - n_loaded
             return next(islice(fingerprints_of(folder, *_layout(model, names)), n_lifted, None))
     return None
+
+
+def base_fingerprint_as_stored(model: nn.Module, names: Iterable[str]) -> str:
+    """What an edit or an editor says of the weights it is made for: `fingerprint_as_stored`, else `base_fingerprint`.
+
+    So an edit made on a model that was loaded in float16 is for the checkpoint, and for the model in any dtype.
+    """
+    names = list(names)
+    return fingerprint_as_stored(model, names) or base_fingerprint(model, names)
 
 
 @contextmanager

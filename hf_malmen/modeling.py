@@ -21,12 +21,12 @@ from .batches import Tokenizer
 from .checkpoint import check_checkpoint, copy_checkpoint
 from .configuration import METHODS, EditorConfig
 from .covariance import DEFAULT_N_TOKENS, DEFAULT_TEXT_BATCH_SIZE, KeyCovariance, ordinary_keys
-from .edit import Edit, base_fingerprint, check_fingerprint
+from .edit import Edit, check_fingerprint
 from .errors import CheckpointError, ModelMismatchError, UntrainedEditorWarning
 from .evaluation import Evaluation, measure_edit
 from .facts import Fact, FactStream, load_facts
 from .hub import HUB_ERRORS, cached_checkpoint, cached_commit, ensure_repo, push_folder
-from .in_force import fingerprint_as_stored, fingerprint_before_edits, unedited
+from .in_force import base_fingerprint_as_stored, fingerprint_before_edits, unedited
 from .makers import MAKERS, EditRequest
 from .memory import parse_memory
 from .model_card import HUB_RESULTS_FILE, N_FACTS_SHOWN, PLOT_FILE, RESULTS_FILE, EditorRun, write_editor_card
@@ -240,7 +240,7 @@ class EditorModel(EditorNetworks):
             n_facts=n_facts,
             base_model_name_or_path=self.config.base_model_name_or_path,
             base_model_revision=self.config.base_model_revision,
-            base_model_fingerprint=fingerprint or base_fingerprint(model, self.module_names),
+            base_model_fingerprint=fingerprint or base_fingerprint_as_stored(model, self.module_names),
             base_model_type=getattr(getattr(model, "config", None), "model_type", None),
             task_type=self.config.task_type,
             editor={
@@ -444,8 +444,6 @@ class EditorModel(EditorNetworks):
             place(base)
             edit = make_next_edit(self, base, facts, tokenizer, **options)
             edit.base_model_revision = commit or edit.base_model_revision
-            stored = fingerprint_as_stored(base, edit.layers)
-            edit.base_model_fingerprint = stored or edit.base_model_fingerprint
             # The weights that the edit was made from are the ones to be overwritten, or somebody changed them since.
             exact = {"on_fingerprint_mismatch": "error", "before_edits": False}
             with distributed.together():

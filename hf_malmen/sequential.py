@@ -15,11 +15,11 @@ from transformers.utils import logging
 from . import distributed
 from .base_model import base_of
 from .batches import Tokenizer
-from .edit import Edit, base_fingerprint
+from .edit import Edit
 from .errors import EditStateError
 from .evaluation import measure_edit
 from .facts import Fact, FactStream
-from .in_force import EditInForce, edits_in_force, ledger_of, unedited
+from .in_force import EditInForce, base_fingerprint_as_stored, edits_in_force, ledger_of, unedited
 from .least_squares import RidgeLeastSquares, RowSum, fitting_state, solve_device
 from .ledger import Ledger, NewFacts, build_ledger
 from .makers import check_readable
@@ -47,7 +47,7 @@ class Standing:
     """What the edits in force on a model have left for the next edit of one editor.
 
     Attributes:
-        fingerprint: of the target weights before any live edit.
+        fingerprint: of the target weights before any live edit; see `base_fingerprint_as_stored`.
         statistics: running statistics after the last edit whose statistics are of the same kind as the editor's: those
             of one method, of the same layers, tokens and template of prompts. Empty before any, or where they are not
             to follow.
@@ -76,7 +76,7 @@ def standing_of(model: nn.Module, editor: "EditorModel", edits: Sequence[EditInF
     Raises:
         ModelMismatchError: see `EditorModel.check_base`.
     """
-    fingerprint = editor.check_ready(model) or base_fingerprint(model, editor.module_names)
+    fingerprint = editor.check_ready(model) or base_fingerprint_as_stored(model, editor.module_names)
     if not editor.config.follows_edits:
         return Standing(fingerprint, {}, {})
     edits = edits_in_force(model) if edits is None else edits

@@ -28,9 +28,9 @@ from hf_malmen import (
     ModelMismatchError,
     NumericalError,
     UntrainedEditorWarning,
+    live_edits,
 )
 from hf_malmen.configuration import METHODS
-from hf_malmen.edit import live_edits
 
 Build = Callable[..., Any]
 Tensors = dict[str, Tensor]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from hf_malmen import CheckpointError, Edit, ModelMismatchError
-from hf_malmen.edit import base_fingerprint
+from hf_malmen.live import base_fingerprint
 from hf_malmen.mapping import find_key, map_shifts
 from hf_malmen.shards import read_tensor_index
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+import hf_malmen.live
 from hf_malmen import (
     Edit,
     EditorConfig,
@@ -23,7 +24,6 @@ from hf_malmen import (
     FactError,
     FactStream,
     ModelMismatchError,
-    edit,
     facts_in_force,
     read_history,
     stored_weights,
@@ -331,9 +331,9 @@ def test_more_turns_read_the_weights_no_more_often(
     counts = []
     for facts_per_turn in (8, 2):
         live = load(folder)
-        on_model, on_disk = Mock(wraps=edit.fingerprint), Mock(wraps=stored_weights.stored_fingerprint)
+        on_model, on_disk = Mock(wraps=hf_malmen.live.fingerprint), Mock(wraps=stored_weights.stored_fingerprint)
         with monkeypatch.context() as patch:
-            patch.setattr(edit, "fingerprint", on_model)
+            patch.setattr(hf_malmen.live, "fingerprint", on_model)
             patch.setattr(stored_weights, "stored_fingerprint", on_disk)
             assert editor.apply(live, facts, tokenizer, facts_per_turn=facts_per_turn).n_facts == 8
         counts.append((on_model.call_count, on_disk.call_count))
@@ -583,6 +583,47 @@ def test_in_float16(
     assert [record.summary.n_facts for record in read_history(tmp_path / "base")] == [4, 4]
     editor.config.fingerprint_policy = "error"  # the editor is for these weights, before edits and rounding
     editor.check_base(load_apart(tmp_path / "base"))
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("n_before", [0, 2], ids=["base", "edited"])
+def test_an_edit_made_on_a_model_in_float16(
+    n_before: int,
+    accumulate: bool,
+    make_llama: Build,
+    make_editor: Build,
+    tokenizer: PreTrainedTokenizerFast,
+    make_facts: Build,
+    tmp_path: Path,
+) -> None:
+    """It is for the checkpoint in float32, and for models loaded from that in any dtype, as one made on disk is."""
+    facts, base, folder = make_facts(8), make_llama(), tmp_path / "base"
+    with torch.no_grad():
+        base.model.layers[1].mlp.down_proj.weight[0] = 1 + 2.0**-8 + 2.0**-12  # which float16 rounds to a tie
+    base.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    editor = make_editor(base)
+    if n_before:
+        editor.apply(folder, facts[:n_before], in_place=True, accumulate=accumulate)
+    on_disk = editor.apply(folder, facts[2:4], output_dir=tmp_path / "other", accumulate=accumulate)
+    half = load_apart(folder, dtype=torch.float16)
+    made = editor.apply(half, facts[4:6], tokenizer, accumulate=accumulate)
+    nothing = editor.apply(half, facts[4:6], tokenizer)
+    assert made.base_model_fingerprint == on_disk.base_model_fingerprint == nothing.base_model_fingerprint
+    made.undo()
+    assert EditorModel.from_base(half).config.base_model_fingerprint == made.base_model_fingerprint
+    made.write(folder, tmp_path / "edited", on_fingerprint_mismatch="error")
+    assert made.merge(on_disk).n_facts == 4
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        again = load_apart(folder, dtype=dtype)
+        for edit in (made, on_disk):
+            edit.apply_to(again, on_fingerprint_mismatch="error")  # the second one on top of the first
+        for edit in (made, on_disk):
+            edit.undo()
+    with torch.no_grad():
+        again.model.layers[1].mlp.down_proj.weight[1] += 1
+    with pytest.raises(ModelMismatchError, match="target weights differ"):
+        made.apply_to(again.half(), on_fingerprint_mismatch="error")
 
 
 @pytest.mark.parametrize("pickled", ["loaded", "named"])
