@@ -93,8 +93,8 @@ def write_shifts(
     Raises:
         ValueError: not exactly one of `output_dir` and `in_place`.
         CheckpointError: the checkpoint is not there, or a repo's cannot be had as a whole; it has no safetensors
-            weights, or links out of its folder, is damaged, quantised, read-only or changed while it was read, or lies
-            in the Hub's shared cache while `in_place` is set; or `output_dir` is in use.
+            weights, or links out of its folder, is damaged, quantised, read-only or changed while it was read, has the
+            same edit in force, or lies in the Hub's shared cache while `in_place` is set; or `output_dir` is in use.
         CheckpointWriteError: the disk is full or fails, or another process is writing.
         ModelMismatchError: a module has no tensor of its shape in the checkpoint, or its weights are not those the edit
             was made for and the policy is `"error"`.

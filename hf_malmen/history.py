@@ -12,6 +12,7 @@ old or its new state; or there is one, and `recover` takes it back (or finishes 
 anything else.
 """
 
+import filecmp
 import hashlib
 import json
 import os
@@ -291,6 +292,9 @@ def recorded(
         summarise: makes the summary from the new id.
         save_edit: writes the edit into a folder.
         check: called when the originals are saved and before anything is overwritten; raises if it must not be.
+
+    Raises:
+        CheckpointError: the same edit is in force on these tensors already.
     """
     records = read_history(folder)
     edit_id = f"{max([int(record.id) for record in records], default=0) + 1:04d}"
@@ -300,6 +304,7 @@ def recorded(
         _require_space(folder, sum(entry.end - entry.begin for entry in tensors.values()))
         preparing.mkdir(parents=True)
         save_edit(preparing)
+        _require_new(folder, preparing, tensors, records)
         ledger = build_ledger([*written(records), (edit_id, read_facts(preparing), summary.n_facts)])
         summary = replace(summary, n_replaced=ledger.n_replaced_by(edit_id))
         write_entries(preparing / ORIGINALS_FILE, tensors)
@@ -344,6 +349,24 @@ def recorded(
         if isinstance(error, OSError):
             raise _write_error(folder, error) from error
         raise
+
+
+def _require_new(folder: Path, preparing: Path, tensors: Mapping[str, TensorEntry], records: Sequence[Record]) -> None:
+    """Refuse the edit in `preparing` where its shifts and facts are in force on the same tensors already.
+
+    Raises:
+        CheckpointError: they are: its shifts would come to twice what they are.
+    """
+    facts = read_facts(preparing)
+    for record in records:
+        shifts = record.folder / SHIFTS_FILE
+        if not record.tensors_in(tensors) or not shifts.is_file():
+            continue
+        if filecmp.cmp(shifts, preparing / SHIFTS_FILE, shallow=False) and read_facts(record.folder) == facts:
+            raise CheckpointError(
+                f"This edit is in force on the checkpoint already, as its edit {record.id}, and writing it again would "
+                f"double its shifts. Nothing was written. To take it back: hf-malmen undo DIR --edit {int(record.id)}"
+            )
 
 
 # The journal

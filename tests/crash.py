@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 import hf_malmen.shifts
-from hf_malmen import Edit, recover_checkpoint, undo_edit
+from hf_malmen import Edit, Fact, recover_checkpoint, undo_edit
 from hf_malmen.shards import TensorEntry
 
 State = dict[str, bytes | None]
@@ -149,16 +149,17 @@ def kill_at_points(action: Callable[[Path], object], start: Path, work: Path, n_
 def main() -> None:
     """A first edit, a second one on top, the undo of each."""
     checkpoint, edit, work, n_points = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
-    loaded = Edit.from_pretrained(edit)
+    loaded, second = (Edit.from_pretrained(edit) for _ in range(2))
+    second.facts = [Fact("Another prompt", "another")]  # the same edit is not written twice
     edited = work / "edited"
     shutil.copytree(checkpoint, edited)
     loaded.write(edited, in_place=True)
     twice = work / "twice"
     shutil.copytree(edited, twice)
-    loaded.write(twice, in_place=True)
+    second.write(twice, in_place=True)
     operations: dict[str, tuple[Callable[[Path], object], Path]] = {
         "first edit": (lambda folder: loaded.write(folder, in_place=True), checkpoint),
-        "second edit": (lambda folder: loaded.write(folder, in_place=True), edited),
+        "second edit": (lambda folder: second.write(folder, in_place=True), edited),
         "undo of the last": (undo_edit, twice),
         "undo of the only one": (undo_edit, edited),
         "undo of the first": (lambda folder: undo_edit(folder, "1"), twice),

@@ -326,7 +326,7 @@ def test_an_empty_output_folder_is_used(
     assert (target.stat().st_ino, target.stat().st_mode) == (before.st_ino, before.st_mode)
     edit_for(model).write(source, tmp_path / "new")
     assert everything_below(target).keys() - {"lost+found"} == everything_below(tmp_path / "new").keys()
-    edit_for(model).write(target, tmp_path / "next")
+    edit_for(model, scale=0.2).write(target, tmp_path / "next")
     assert not (tmp_path / "next" / "lost+found").exists()
 
 

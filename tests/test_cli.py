@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -414,9 +415,16 @@ def state_of(folder: Path) -> dict[str, Any]:
 def copy_of(home: Path, folder: Path, n_edits: int = 0) -> Path:
     """A checkpoint of its own, edited some times."""
     shutil.copytree(home / "model", folder)
-    for _ in range(n_edits):
-        Edit.from_pretrained(home / "edit").write(folder, in_place=True)
+    for number in range(n_edits):
+        another_edit(home, number).write(folder, in_place=True)
     return folder
+
+
+def another_edit(home: Path, number: int) -> Edit:
+    """The saved edit, which a checkpoint takes once, with other facts; 0: with its own."""
+    edit = Edit.from_pretrained(home / "edit")
+    edit.facts = [replace(fact, prompt=f"{number} {fact.prompt}" if number else fact.prompt) for fact in edit.facts]
+    return edit
 
 
 def test_write_log_and_undo_in_their_own_processes(home: Path, call: Callable[..., Done], tmp_path: Path) -> None:
@@ -432,6 +440,9 @@ def test_write_log_and_undo_in_their_own_processes(home: Path, call: Callable[..
 
     copy = tmp_path / "copy"
     done = call("write", "edit", model, "--output-dir", copy)
+    assert (done.code, done.out) == (2, "")
+    assert "already, as its edit 0001" in done.err
+    done = call("write", another_edit(home, 1).save_pretrained(tmp_path / "another"), model, "--output-dir", copy)
     assert (done.code, done.err) == (0, "")
     assert re.fullmatch(told.format("0002", copy, copy), done.out)
     assert below(model) == between
@@ -463,7 +474,7 @@ def test_log_and_inspect_of_an_edited_checkpoint(home: Path, call: Callable[...,
     assert call("log", model) == Done(0, f"{model} has no edits in force.\n", "")
     done = call("apply", "editor", model, "facts.jsonl", "--in-place", "--measure")
     assert (done.code, done.err) == (0, "")
-    edit = Edit.from_pretrained("edit")
+    edit = another_edit(home, 1)
     edit.editor["name_or_path"] = "org/\x1b[2Jeditor\u202e"
     edit.write(model, in_place=True)
     first, _ = read_history(model)

@@ -327,6 +327,26 @@ def test_the_history_says_what_was_written(make_llama: Build, tmp_path: Path) ->
     assert all(torch.equal(tensor, state[key]) for key, tensor in originals.items())
 
 
+@pytest.mark.parametrize("to", ["in place", "a copy"])
+def test_one_edit_twice(to: str, make_llama: Build, tmp_path: Path) -> None:
+    """As by a command that is run again: its shifts would be doubled. Once it is undone it can be written again."""
+    folder = save(make_llama(), tmp_path / "source")
+    edit_of(make_llama(), 0).save_pretrained(tmp_path / "edit")
+    Edit.from_pretrained(tmp_path / "edit").write(folder, in_place=True)
+    edit_of(make_llama(), 1).write(folder, in_place=True)
+    before = state_of(tmp_path)
+    options: dict[str, Any] = {"in_place": True} if to == "in place" else {"output_dir": tmp_path / "copy"}
+    with pytest.raises(CheckpointError, match=r"in force on .* already, as its edit 0001.*undo DIR --edit 1"):
+        Edit.from_pretrained(tmp_path / "edit").write(folder, **options)
+    assert state_of(tmp_path) == before
+    undo_edit(folder, 1)
+    Edit.from_pretrained(tmp_path / "edit").write(folder, **options)
+    # Other facts in the same shifts, or the same facts in others, are another edit.
+    other = Edit.from_pretrained(tmp_path / "edit")
+    other.facts = [Fact("Another prompt", "another")]
+    other.write(folder, in_place=True)
+
+
 @pytest.mark.parametrize("wanted", ["1", "0001", 1])
 def test_an_edit_by_its_number(make_llama: Build, wanted: str | int, tmp_path: Path) -> None:
     """As the log shows it, with or without zeros, or as a number."""
@@ -569,13 +589,14 @@ def test_a_disk_that_fails(
     """A full disk at some call: a clear error, and the old state; or, once an undo has begun, the new one."""
     model = make_llama()
     folder = save(model, tmp_path / "source")
-    edit = edit_of(model, 0)
-    for _ in range({"write": 0, "undo": 1, "undo of an earlier one": 2}[operation]):
+    edits = [edit_of(model, seed) for seed in range({"write": 0, "undo": 1, "undo of an earlier one": 2}[operation])]
+    new_edit = edit_of(model, 2)
+    for edit in edits:
         edit.write(folder, in_place=True)
 
     def act() -> None:
         if operation == "write":
-            edit.write(folder, in_place=True)
+            new_edit.write(folder, in_place=True)
         else:
             undo_edit(folder, "1")
 
@@ -584,7 +605,7 @@ def test_a_disk_that_fails(
     new = state_of(folder)
     shutil.rmtree(folder)
     save(model, folder)
-    for _ in range({"write": 0, "undo": 1, "undo of an earlier one": 2}[operation]):
+    for edit in edits:
         edit.write(folder, in_place=True)
     assert state_of(folder) == old
 
