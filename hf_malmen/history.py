@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError
 
 from .errors import CheckpointError, CheckpointWriteError
-from .ledger import build_ledger, read_facts
+from .ledger import read_facts
 from .mapping import TensorShift, map_shifts
 from .model_card import EditSummary, render_checkpoint_card, strip_checkpoint_card
 from .records import (
@@ -44,6 +44,7 @@ from .records import (
     SHIFTS_FILE,
     Record,
     inside,
+    ledger_of_records,
     parse_tensors,
     read_copies,
     read_history,
@@ -51,7 +52,6 @@ from .records import (
     record_text,
     require_folder,
     tensors_json,
-    written,
 )
 from .shards import TensorEntry, copy_bytes, in_hub_cache, parse_json, raw, write_entries
 from .shifts import add_rows, load_shifts
@@ -305,7 +305,7 @@ def recorded(
         preparing.mkdir(parents=True)
         save_edit(preparing)
         _require_new(folder, preparing, tensors, records)
-        ledger = build_ledger([*written(records), (edit_id, read_facts(preparing), summary.n_facts)])
+        ledger = ledger_of_records([*records, Record(summary, preparing, {}, [], dict(tensors))])
         summary = replace(summary, n_replaced=ledger.n_replaced_by(edit_id))
         write_entries(preparing / ORIGINALS_FILE, tensors)
         card, before = None, _read_card(folder)
@@ -440,7 +440,7 @@ def _prepare_removal(folder: Path, record: Record, records: Sequence[Record]) ->
     weights = write_entries(preparing / _WEIGHTS_FILE, originals)
     card_before = _card_before(record)
     kept = [other.summary for other in records[: records.index(record)]]
-    ledger = build_ledger(written([other for other in records if other is not record]))
+    ledger = ledger_of_records([other for other in records if other is not record])
     for other in later:
         staged = preparing / _REPLACING / other.id
         staged.mkdir()

@@ -4,7 +4,7 @@ A ledger is read off the edits themselves, oldest first, and kept nowhere else: 
 leaves it right.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -73,22 +73,24 @@ class Ledger:
         return {"facts": entries, "n_in_force": self.n_in_force, "n_unlisted": self.n_unlisted}
 
 
-def build_ledger(edits: Iterable[tuple[str, Sequence[Fact], int]]) -> Ledger:
+def build_ledger(edits: Iterable[tuple[str, Sequence[Fact], int]], models: Mapping[str, str] | None = None) -> Ledger:
     """The ledger of edits.
 
     Args:
         edits: (id, facts that it keeps, number of facts that it wrote) of each, oldest first.
+        models: {id: which model it is of}, where they are of several, whose facts replace none of each other's.
     """
     entries: list[LedgerEntry] = []
-    last: dict[str, int] = {}  # {prompt: where its newest entry is}
+    last: dict[tuple[str, str], int] = {}  # {(model, prompt): where its newest entry is}
     n_unlisted = 0
     for edit, facts, n_facts in edits:
         n_unlisted += max(0, n_facts - len(facts))
+        model = (models or {}).get(edit, "")
         for index, fact in enumerate(facts):
-            earlier = last.get(fact.prompt.strip())
+            earlier = last.get((model, fact.prompt.strip()))
             if earlier is not None:
                 entries[earlier] = replace(entries[earlier], replaced_by=edit)
-            last[fact.prompt.strip()] = len(entries)
+            last[model, fact.prompt.strip()] = len(entries)
             entries.append(LedgerEntry(fact, edit, index))
     return Ledger(entries, n_unlisted)
 

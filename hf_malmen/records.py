@@ -14,16 +14,15 @@ Nothing here writes; `history.py` does.
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
-from .facts import Fact
 from .ledger import Ledger, build_ledger, read_facts
 from .model_card import EditSummary
-from .shards import TensorEntry, parse_json, read_header
+from .shards import INDEX_FILE, SINGLE_FILE, TensorEntry, parse_json, read_header
 
 EDITS_FOLDER = "edits"
 SHIFTS_FILE = "edit.safetensors"
@@ -105,13 +104,26 @@ def read_ledger(checkpoint: str | Path) -> Ledger:
     Raises:
         CheckpointError: no such folder, or a damaged record.
     """
-    return build_ledger(written(read_history(checkpoint)))
+    return ledger_of_records(read_history(checkpoint))
 
 
-def written(records: Iterable[Record]) -> Iterator[tuple[str, list[Fact], int]]:
-    """What a ledger is built from."""
-    for record in records:
-        yield record.id, read_facts(record.folder), record.summary.n_facts
+def ledger_of_records(records: Sequence[Record]) -> Ledger:
+    """The ledger of the edits of one folder, oldest first. Each lone weight file in it is a model of its own.
+
+    Raises:
+        CheckpointError: a damaged index of the checkpoint, or the facts of a record are.
+    """
+    edits = [(record.id, read_facts(record.folder), record.summary.n_facts) for record in records]
+    return build_ledger(edits, {record.id: _model_of(record) for record in records})
+
+
+def _model_of(record: Record) -> str:
+    """The lone weight file that an edit is of; "": it is of the folder's checkpoint, in one file or in shards."""
+    file = next(iter(record.tensors.values())).file
+    index = file.with_name(INDEX_FILE)
+    shards = parse_json(index.read_bytes(), index).get("weight_map") if index.is_file() else None
+    is_own = file.name == SINGLE_FILE or file.name in (shards or {}).values()
+    return "" if is_own else file.name
 
 
 def record_text(record: Record) -> str:

@@ -24,6 +24,7 @@ from hf_malmen import (
     Edit,
     Fact,
     NumericalError,
+    facts_in_force,
     read_history,
     recover_checkpoint,
     undo_edit,
@@ -406,6 +407,23 @@ def test_lone_files_of_one_folder_have_edits_of_their_own(
     assert state_of(folder) == {file.name: whole.read_bytes() for file in (first, second)}
 
 
+def test_facts_of_lone_files_replace_none_of_each_others(make_llama: Build, tmp_path: Path) -> None:
+    """They are in several models; those of one checkpoint are in one, whatever its shards."""
+    names = [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
+    tensors = save(make_llama(), tmp_path / "whole", n_shards=1) / "model.safetensors"
+    folder = save(make_llama(), tmp_path / "sharded")
+    for name in ("a.safetensors", "b.safetensors"):
+        shutil.copy(tensors, folder / name)
+    places = [folder, folder / "a.safetensors", folder / "b.safetensors", folder, folder / "b.safetensors"]
+    for place, module, target in zip(places, [*names, *names], "ABCDE", strict=False):
+        Edit({module: torch.ones(48, 32)}, facts=[Fact("The capital is", target)]).write(place, in_place=True)
+    expected = [("A", "0004"), ("B", None), ("C", "0005"), ("D", None), ("E", None)]
+    assert [(entry.fact.target, entry.replaced_by) for entry in facts_in_force(folder).entries] == expected
+    assert [record.summary.n_replaced for record in read_history(folder)] == [0, 0, 0, 1, 1]
+    undo_edit(folder, 1)
+    assert [record.summary.n_replaced for record in read_history(folder)] == [0, 0, 0, 1]
+
+
 @pytest.mark.parametrize("name", ["originals", "edit", "weights"])
 def test_a_linked_file_that_is_named_like_one_of_ours(make_llama: Build, name: str, tmp_path: Path) -> None:
     """Edits and both kinds of undo, to the byte; the other link keeps its bytes."""
@@ -528,15 +546,15 @@ def test_other_hard_links_keep_their_bytes(make_llama: Build, operation: str, tm
     """The link is broken by a copy first."""
     model = make_llama()
     folder = save(model, tmp_path / "source")
-    for _ in range({"write": 0, "undo": 1, "undo of an earlier one": 2}[operation]):
-        edit_of(model, 0).write(folder, in_place=True)
+    for seed in range({"write": 0, "undo": 1, "undo of an earlier one": 2}[operation]):
+        edit_of(model, seed).write(folder, in_place=True)
     links = tmp_path / "links"
     links.mkdir()
     for file in folder.glob("*.safetensors"):
         os.link(file, links / file.name)
     before = state_of(links)
     if operation == "write":
-        edit_of(model, 1).write(folder, in_place=True)
+        edit_of(model, 2).write(folder, in_place=True)
     else:
         undo_edit(folder, "1")
     assert state_of(links) == before
