@@ -136,6 +136,21 @@ class Edit:
         if self.in_force:
             raise EditStateError("This edit is in force already. Call undo() first, or load the edit a second time.")
 
+    def require_shifts(self, what: str) -> None:
+        """Check that the edit has shifts.
+
+        Args:
+            what: is to be done with it, for the message.
+
+        Raises:
+            EditStateError: it has none, as one that `apply` gives where all facts are in force already.
+        """
+        if not self.layers:
+            raise EditStateError(
+                f"This edit has no shifts, so there is nothing to {what}: all facts were in force already when it was "
+                "made. The edits that wrote them: hf_malmen.live_edits(model), or hf-malmen log DIR."
+            )
+
     @property
     def in_force(self) -> bool:
         """Whether this edit is applied to a live model."""
@@ -164,7 +179,7 @@ class Edit:
         self.require_lifted()
         model = plain_model(model)
         self._check_fits(model)
-        wanted = self.base_model_fingerprint
+        wanted = self.base_model_fingerprint if self.layers else None  # without layers there is nothing to compare
         check_fingerprint(model, wanted, self.layers, on_fingerprint_mismatch, "The edit", self._base())
         self._write(model)
         self._model = weakref.ref(model)
@@ -181,11 +196,13 @@ class Edit:
         whose statistics follow them: those of later ones hold this one's facts. A warning says so.
 
         Raises:
-            EditStateError: this edit is not in force on any model.
+            EditStateError: this edit is not in force on any model, or has no shifts.
             ModelMismatchError: a weight has an adapter merged into it.
             NumericalError: without this edit, a weight would not be finite in its dtype with a later one.
         """
         application, model = self._application(), self._model() if self._model is not None else None
+        if application is None:
+            self.require_shifts("undo")
         if application is None or model is None:
             raise EditStateError("This edit is not in force on any live model, so there is nothing to undo.")
         for name in application.originals:
@@ -373,7 +390,9 @@ class Edit:
 
         Raises:
             ValueError: a rank below 1.
+            EditStateError: the edit has no shifts.
         """
+        self.require_shifts("export")
         return save_lora(
             save_directory,
             self.layers,
@@ -401,6 +420,9 @@ class Edit:
         base = _common_base(self, other, shifts.keys())
         for name in self.layers.keys() & other.layers.keys():
             shifts[name] = add(self.layers[name], other.layers[name])
+        state = self.state.then(other.state, len(self.facts))
+        if not other.layers or not self.layers:  # of an edit that changes nothing, the other's is the state
+            state = self.state if self.layers else other.state
         # Flat and without repetition: an edit made in a thousand turns by one editor has that one maker.
         makers: list[dict[str, Any]] = []
         for edit in (self, other):
@@ -413,7 +435,7 @@ class Edit:
             task_type=self.task_type,
             base_model_type=other.base_model_type or self.base_model_type,
             editor=makers[0] if len(makers) == 1 else {"merged": makers},
-            state=self.state.then(other.state, len(self.facts)),
+            state=state,
             **base,
         )
 
@@ -423,7 +445,11 @@ class Edit:
         """Write `edit.safetensors` (shifts), `config.json` (provenance, sorted) and a card into a folder.
 
         What follows the edits goes into `state.safetensors`, if there is any.
+
+        Raises:
+            EditStateError: the edit has no shifts.
         """
+        self.require_shifts("save")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         self._save(folder)

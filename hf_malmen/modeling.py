@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from . import distributed
 from .base_model import base_of, check_base_model, check_layers, config_for, load_tokenizer, tokenizer_for
@@ -41,6 +42,8 @@ from .streaming import FactReader
 from .targets import plain_model
 from .tasks import load_base
 from .tracing import Trace, frozen, input_device
+
+logger = logging.get_logger(__name__)
 
 DEFAULT_BATCH_SIZE = 32
 
@@ -460,6 +463,11 @@ class EditorModel(EditorNetworks):
                 "Pass the checkpoint's folder or Hub id, or call edit.write(checkpoint, output_dir) afterwards."
             )
         edit = make_next_edit(self, model, facts, tokenizer, **options)
+        if edit.n_skipped:
+            n_given = edit.n_skipped + edit.n_facts
+            logger.warning(
+                f"{edit.n_skipped} of {n_given} facts are in force already, or come twice, and were skipped."
+            )
         # The fit was checked when the edit was made.
         return edit.apply_to(model, on_fingerprint_mismatch="ignore") if edit.layers else edit
 

@@ -25,6 +25,7 @@ from hf_malmen import (
     FactStream,
     ModelMismatchError,
     facts_in_force,
+    live_edits,
     read_history,
     stored_weights,
     undo_edit,
@@ -451,6 +452,40 @@ def test_the_same_fact_twice_changes_nothing_more(
     for place in (folder, tmp_path / "copy"):
         assert {path.name: path.read_bytes() for path in place.iterdir() if path.is_file()} == written
         assert [record.id for record in read_history(place)] == ["0001"]
+
+
+def test_where_all_facts_are_in_force_already(
+    model: PreTrainedModel,
+    make_editor: Build,
+    tokenizer: PreTrainedTokenizerFast,
+    facts: list[Fact],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The edit that comes back changes nothing, and says so where it is asked for more."""
+    editor = make_editor(model)
+    first = editor.apply(model, facts[:4], tokenizer, accumulate=True)
+    assert "skipped" not in caplog.text
+    nothing = editor.apply(model, facts[:4], tokenizer, accumulate=True)
+    assert "4 of 4 facts are in force already, or come twice, and were skipped" in caplog.text
+    for what, act in {
+        "undo": nothing.undo,
+        "save": lambda: nothing.save_pretrained(tmp_path / "edit"),
+        "export": lambda: nothing.to_lora(tmp_path / "lora"),
+    }.items():
+        with pytest.raises(EditStateError, match=rf"no shifts, so there is nothing to {what}.*live_edits\(model\)"):
+            act()
+    assert not (tmp_path / "edit").exists() and not (tmp_path / "lora").exists()
+    edited = weights(model, editor)
+    with nothing.applied_to(model, on_fingerprint_mismatch="error"):  # its layers are none, and have no weights
+        assert all(torch.equal(weight, edited[name]) for name, weight in weights(model, editor).items())
+    for merged in (first.merge(nothing), nothing.merge(first)):
+        assert (merged.facts, merged.state.rows.keys()) == (first.facts, first.state.rows.keys())
+        assert merged.state.editor == first.state.editor
+    (handle,) = live_edits(model)
+    assert handle is first
+    handle.undo()
+    assert facts_in_force(model).entries == []
 
 
 @pytest.mark.parametrize(
