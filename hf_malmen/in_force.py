@@ -18,7 +18,7 @@ from .facts import Fact
 from .history import require_settled
 from .hub import HUB_ERRORS, cached_checkpoint, cached_commit
 from .ledger import Ledger, build_ledger, read_facts
-from .live import base_fingerprint, live_edits, weights_before_live_edits
+from .live import base_fingerprint, live_edits, n_forgotten, weights_before_live_edits
 from .model_card import hub_id
 from .records import EDITS_FOLDER, Record, read_history, read_ledger
 from .sharding import copy_of, overwrite
@@ -60,14 +60,21 @@ def edits_in_force(model: nn.Module, *, strict: bool = False) -> list[EditInForc
 
     Args:
         model: the live model.
-        strict: whether it is an error if the checkpoint's cannot be told; else, and where the model may have been made
-            here and named at will, a warning, and they do not count.
+        strict: whether it is an error if the checkpoint's cannot be told, or those of the live model that this one is a
+            copy of; else, and where the model may have been made here and named at will, a warning, and they do not
+            count.
 
     Raises:
         CheckpointError: the checkpoint has a damaged record.
-        EditStateError: with `strict`: the checkpoint's edits cannot be told.
+        EditStateError: with `strict`: edits cannot be told.
     """
     found = []
+    if n_edits := n_forgotten(plain_model(model)):
+        _doubt(
+            f"This model is a copy of one with edits in force, {n_edits} of which it holds without knowing them. Undo "
+            "them before the model is copied, and apply their facts to the copy.",
+            strict,
+        )
     for record in _loaded_records(model, strict):
         found.append(EditInForce(record.id, read_facts(record.folder), record.summary.n_facts, record.folder))
     for number, edit in enumerate(live_edits(model), 1):

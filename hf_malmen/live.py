@@ -21,6 +21,8 @@ class Application:
     originals: dict[str, Tensor] = field(default_factory=dict)
 
 
+# Attribute of a model: how many edits are in force on it. Copies of the model have it too.
+_COUNT = "_hf_malmen_n_edits"
 _applications: "weakref.WeakKeyDictionary[nn.Module, list[Application]]" = weakref.WeakKeyDictionary()
 
 
@@ -40,7 +42,22 @@ def set_applications(model: nn.Module, stack: list[Application]) -> None:
         model: as of `applications`.
         stack: the edits, oldest first.
     """
+    n_edits = n_forgotten(model) + len(stack)
     _applications[model] = list(stack)
+    if n_edits:
+        model.__dict__[_COUNT] = n_edits
+    else:
+        model.__dict__.pop(_COUNT, None)
+
+
+def n_forgotten(model: nn.Module) -> int:
+    """How many edits a model holds that nothing is known of: those in force on the model that it was copied from.
+
+    Args:
+        model: as of `applications`.
+    """
+    count: int = model.__dict__.get(_COUNT, 0)
+    return count - len(_applications.get(model, ()))
 
 
 def live_edits(model: nn.Module) -> list["Edit"]:

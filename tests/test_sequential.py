@@ -1,5 +1,6 @@
 """Editing for life: turns, repeated calls and restarts; what is in force; what follows the edits."""
 
+import copy
 import shutil
 import warnings
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from hf_malmen import (
     stored_weights,
     undo_edit,
 )
-from hf_malmen.in_force import edits_in_force
+from hf_malmen.in_force import edits_in_force, logger
 from hf_malmen.sequential import standing_of
 from hf_malmen.state import STATE_FILE, EditState, Products, Rows
 from hf_malmen.targets import weight_of
@@ -452,6 +453,29 @@ def test_the_same_fact_twice_changes_nothing_more(
     for place in (folder, tmp_path / "copy"):
         assert {path.name: path.read_bytes() for path in place.iterdir() if path.is_file()} == written
         assert [record.id for record in read_history(place)] == ["0001"]
+
+
+def test_a_copy_of_a_model_with_edits(
+    model: PreTrainedModel,
+    make_editor: Build,
+    tokenizer: PreTrainedTokenizerFast,
+    facts: list[Fact],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its weights are not the unedited ones, and nothing says what they were: nothing is accumulated on them."""
+    editor = make_editor(model, fingerprint_policy="ignore")
+    edits = [editor.apply(model, facts[i : i + 2], tokenizer, accumulate=True) for i in (0, 2)]
+    copied = copy.deepcopy(model)
+    with pytest.raises(EditStateError, match="copy of one with edits in force, 2 of which"):
+        editor.apply(copied, facts[:4], tokenizer, accumulate=True)
+    type(logger).warning_once.cache_clear()
+    editor.apply(copied, facts[4:6], tokenizer)  # turn by turn each turn reads the weights as they are
+    assert "2 of which" in caplog.text
+    assert facts_in_force(copied).n_in_force == 2
+    assert facts_in_force(model).n_in_force == 4
+    for edit in edits:
+        edit.undo()
+    editor.apply(copy.deepcopy(model), facts[:4], tokenizer, accumulate=True)
 
 
 def test_where_all_facts_are_in_force_already(
