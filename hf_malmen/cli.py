@@ -205,6 +205,8 @@ def apply(
     if not edit.layers:
         print(f"{skipped}Nothing was left to write; {folder} holds what {model} does.")
         return
+    if not edit.n_facts:
+        skipped += "Earlier edits had been undone: solved again for the facts in force. "
     print(
         f"{skipped}Wrote {edit.n_facts} facts into {len(edit.layers)} layers of {folder}. Undo: hf-malmen undo {folder}"
     )

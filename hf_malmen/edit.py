@@ -21,15 +21,15 @@ from .configuration import FINGERPRINT_POLICIES, EditorConfig, repo_named
 from .errors import DAMAGED, EditStateError, FingerprintWarning, ModelMismatchError, NumericalError
 from .facts import Fact
 from .hub import push_folder
-from .in_force import base_fingerprint_as_stored
+from .in_force import base_fingerprint_as_stored, edits_in_force
 from .ledger import EDIT_CONFIG_FILE
 from .live import Application, applications, base_fingerprint, set_applications
 from .model_card import N_FACTS_SHOWN, EditSummary, describe_maker, hub_id, render_edit_card
-from .records import CARD_FILE, SHIFTS_FILE
+from .records import CARD_FILE, SHIFTS_FILE, read_history
 from .sharding import copy_of, overwrite, shape_of, whole
 from .shards import parse_json
 from .shifts import Shift, add, add_rows, blocks, check_shape, dense, load_shifts, materialise, save_shifts
-from .state import IN_STATISTICS, SOLVED_TOGETHER, STATE_FILE, EditState
+from .state import IN_STATISTICS, SOLVED_ALONE, SOLVED_TOGETHER, STATE_FILE, EditState
 from .targets import check_parted, check_targets, is_fan_in_fan_out, plain_model, target_module, weight_of
 from .version import __version__
 
@@ -181,6 +181,8 @@ class Edit:
         self._check_fits(model)
         wanted = self.base_model_fingerprint if self.layers else None  # without layers there is nothing to compare
         check_fingerprint(model, wanted, self.layers, on_fingerprint_mismatch, "The edit", self._base())
+        if self.state.solved_with and on_fingerprint_mismatch != "ignore":
+            self._warn_alone(sum(edit.n_facts for edit in edits_in_force(model)))
         self._write(model)
         self._model = weakref.ref(model)
         return self
@@ -194,6 +196,9 @@ class Edit:
         all of it is done or nothing: after an error, and after Ctrl-C, weights and edits in force are as they were. Of
         accumulated edits undo the last ones first: later ones were solved together with this one's facts; and of edits
         whose statistics follow them: those of later ones hold this one's facts. A warning says so.
+
+        The weights that come back are those that were replaced: what else was done to them since, such as training, is
+        gone.
 
         Raises:
             EditStateError: this edit is not in force on any model, or has no shifts.
@@ -339,7 +344,7 @@ class Edit:
 
     def write_with(self, checkpoint: str | Path, **options: Any) -> WriteReport:
         """`write`, with any other option of `checkpoint.write_shifts`."""
-        return write_shifts(
+        report = write_shifts(
             checkpoint,
             self.layers,
             save_edit=self._save,
@@ -348,6 +353,15 @@ class Edit:
             fingerprint=self.base_model_fingerprint,
             **options,
         )
+        if self.state.solved_with and options.get("on_fingerprint_mismatch") != "ignore":
+            earlier = [record for record in read_history(report.output_dir) if record.id != report.edit_id]
+            self._warn_alone(sum(record.summary.n_facts for record in earlier))
+        return report
+
+    def _warn_alone(self, n_found: int) -> None:
+        """Say so where fewer facts are in force than an accumulated edit was solved together with."""
+        if n_found < self.state.solved_with:
+            logger.warning(SOLVED_ALONE.format(expected=self.state.solved_with, found=n_found))
 
     def summary(self, edit_id: str) -> EditSummary:
         """What cards and histories say about this edit."""

@@ -404,7 +404,8 @@ class EditorModel(EditorNetworks):
           disturb, and a replaced fact is taken out of the solve. Each edit keeps its rows of the least squares, as
           large as n·(k + v) numbers a layer, or UᵀU and UᵀD where these are smaller (to replace a fact among those
           traces its edit's other facts again). A call needs the target weights a second time, and edits after the
-          first are dense. The edits in force must all have been accumulated by this editor.
+          first are dense. The edits in force must all have been accumulated by this editor. An edit that was solved
+          together with earlier ones is for a model that has those: elsewhere a warning says so.
 
         Returns:
             The edit, in force on a live model (`edit.undo()` lifts it). Without facts and shifts, `n_facts == 0`, if

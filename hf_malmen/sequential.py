@@ -151,7 +151,8 @@ def make_next_edit(
             `EditorModel.apply`.
 
     Returns:
-        The edit; without shifts if all facts are in force already.
+        The edit; without shifts if all facts are in force already, and, with `accumulate`, the weights are what these
+        give.
 
     Raises:
         EditStateError: see `EditorModel.apply`.
@@ -163,7 +164,8 @@ def make_next_edit(
     if isinstance(facts, FactStream):
         facts.count()  # finds a bad fact in a file before the model runs
     new = NewFacts(facts, ledger_of(edits), N_FACTS_SHOWN if stream else None)
-    if next(iter(new), None) is None:
+    is_empty = next(iter(new), None) is None
+    if is_empty and not (accumulate and edits and _is_accumulable(editor, edits)):
         editor.check_base(model)
         edit = editor.wrap({}, model, [], 0)
     elif accumulate:
@@ -173,7 +175,7 @@ def make_next_edit(
     edit.n_skipped = new.n_skipped
     if new.n_skipped:
         logger.info(f"Skipped {new.n_skipped} facts that are in force already, or come twice.")
-    if measure and edit.layers:
+    if measure and edit.n_facts:
         tokenize = editor.tokenizer_for(model, tokenizer)
         found = measure_edit(base_of(model), edit, edit.facts, tokenize, batch_size=batch_size, n_resamples=0)
         edit.measured = {name: score for name, score in found.scores.items() if not name.endswith("_before")}
@@ -224,7 +226,11 @@ def _make_accumulated(
     batch_size: int,
     max_memory: int | str | None,
 ) -> Edit:
-    """One solve over the rows of all facts in force, old and new, traced on the unedited model; layer by layer."""
+    """One solve over the rows of all facts in force, old and new, traced on the unedited model; layer by layer.
+
+    Without new facts and where the weights are what the solve gives, as they are unless an edit below later ones was
+    undone, the edit has no shifts.
+    """
     limit = parse_memory(max_memory)
     maker = editor_fingerprint(editor)
     _require_accumulable(editor, maker, edits)
@@ -242,18 +248,30 @@ def _make_accumulated(
         parts = [rows for rows in (*parts, own) if rows]
         folded = _require_room(editor, parts, limit)
         shifts: dict[str, Shift] = {}
+        is_due = n_facts > 0
         for name in editor.module_names:
             aggregator = editor.aggregators([name], folded=folded)[name]
             for rows in parts:
                 _add(aggregator, rows[name], editor.device)
             solution = aggregator.solve(editor.ridge(name), in_place=True)
             if edits:
-                shifts[name] = dense(_difference(plain, name, solution.shift, found[name]))
+                difference = _difference(plain, name, solution.shift, found[name])
+                is_due = is_due or _is_more_than_rounding(plain, name, difference, solution.shift, found[name])
+                shifts[name] = dense(difference)
             else:
                 shifts[name] = solution.to_shift()
-    edit = editor.wrap(shifts, plain, kept, n_facts, fingerprint=fingerprint)
-    edit.state = EditState(maker, {}, own)
+    edit = editor.wrap(shifts if is_due else {}, plain, kept, n_facts, fingerprint=fingerprint)
+    if is_due:
+        edit.state = EditState(maker, {}, own, solved_with=sum(earlier.n_facts for earlier in edits))
     return edit
+
+
+def _is_accumulable(editor: "EditorModel", edits: Iterable[EditInForce]) -> bool:
+    try:
+        _require_accumulable(editor, editor_fingerprint(editor), edits)
+    except (EditStateError, ValueError):
+        return False
+    return True
 
 
 def _require_accumulable(editor: "EditorModel", maker: str, edits: Iterable[EditInForce]) -> None:
@@ -321,6 +339,20 @@ def _difference(
     before = whole(weight_of(model, name)).detach()
     moved = (before.double() - whole(found).detach().double()).to(shift.device)
     return shift.double() + (moved if is_fan_in_fan_out(target_module(model, name)) else moved.T)
+
+
+def _is_more_than_rounding(
+    model: nn.Module,
+    name: str,
+    difference: Tensor,  # (key_size, value_size), float64
+    shift: Tensor,  # (key_size, value_size)
+    found: Tensor,
+) -> bool:
+    """Whether a weight, once the difference is added, is another one: by more than a thousandth of the shift in all."""
+    weight = whole(found).detach()
+    move = difference if is_fan_in_fan_out(target_module(model, name)) else difference.T
+    written = (weight.double() + move.to(weight.device)).to(weight.dtype)
+    return float((written.double() - weight.double()).norm()) > 1e-3 * float(shift.double().norm())
 
 
 def _rows_left(

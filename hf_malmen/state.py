@@ -24,6 +24,12 @@ SOLVED_TOGETHER = (
     "Later edits were solved together with the facts of this one (accumulate=True). What is left is the sum of their "
     "shifts, which is not yet what the facts left would give: the next apply(..., accumulate=True) solves for these."
 )
+# What an edit says that is used where the facts it was solved together with are not in force.
+SOLVED_ALONE = (
+    "This edit was solved together with {expected} facts of earlier edits (accumulate=True), and earlier edits here "
+    "have written {found}: its shift without theirs is not what its facts would give. Put those edits in force first, or "
+    "apply its facts anew with the editor."
+)
 # And if the running statistics of later ones went on from its own.
 IN_STATISTICS = (
     "Later edits went on from running statistics that had taken in the facts of this one. The next edit goes on from "
@@ -74,12 +80,14 @@ class EditState:
         rows: {module name: this edit's own rows}, of an accumulated edit; else empty.
         written: {module name: (n, key_size)}, the keys that this edit's own facts were written at; empty where later
             edits need not know them.
+        solved_with: how many facts earlier edits had written whose rows were solved together with these.
     """
 
     editor: str | None = None
     statistics: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Rows | Products] = field(default_factory=dict)
     written: dict[str, Tensor] = field(default_factory=dict)
+    solved_with: int = 0
 
     def __bool__(self) -> bool:
         return bool(self.statistics or self.rows or self.written)
@@ -97,6 +105,7 @@ class EditState:
                     tensors[f"rows/{name}/{role}"] = value if isinstance(value, Tensor) else torch.tensor(value)
         packed = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
         metadata = {"format": "pt", "version": _VERSION, "editor": self.editor or ""}
+        metadata |= {"solved_with": str(self.solved_with)} if self.solved_with else {}
         save_file(packed, folder / STATE_FILE, metadata=metadata)
 
     @classmethod
@@ -134,7 +143,10 @@ class EditState:
             else:
                 raise ModelMismatchError(f"{path} holds {name}, which belongs to no state of an edit. {DAMAGED}")
         rows = {module: _parse(roles, module, path) for module, roles in sorted(parts.items())}
-        return cls(metadata.get("editor") or None, statistics, rows, written)
+        solved_with = metadata.get("solved_with", "0")
+        if not solved_with.isdecimal():
+            raise ModelMismatchError(f"{path} says that its rows were solved with {solved_with!r} facts. {DAMAGED}")
+        return cls(metadata.get("editor") or None, statistics, rows, written, int(solved_with))
 
     def then(self, other: "EditState", n_facts: int) -> "EditState":
         """The state of one edit that does what this one's and, after it, `other`'s do.
@@ -148,7 +160,9 @@ class EditState:
         statistics = dict(other.statistics or self.statistics)
         first = bool(rows) or not other.statistics  # whose `editor` it is
         editor = (self if first else other).editor if rows or statistics else None
-        return EditState(editor, statistics, rows, all_written([self, other]))
+        # Of the second one's, the first one's facts are now its own.
+        solved_with = max(self.solved_with, other.solved_with - n_facts) if rows else 0
+        return EditState(editor, statistics, rows, all_written([self, other]), solved_with)
 
 
 def state_has(folder: Path, part: str) -> bool:

@@ -455,6 +455,75 @@ def test_the_same_fact_twice_changes_nothing_more(
         assert [record.id for record in read_history(place)] == ["0001"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_facts_left_are_solved_for_without_a_new_one(
+    dtype: torch.dtype,
+    make_llama: Build,
+    make_editor: Build,
+    tokenizer: PreTrainedTokenizerFast,
+    make_facts: Build,
+    tmp_path: Path,
+) -> None:
+    """Live and on disk, where an edit below later ones was undone; and nothing is written where none was."""
+    model, facts = make_llama(dtype), make_facts(12)
+    editor = make_editor(model)
+    limit = 1e-5 if dtype == torch.float32 else 0.1  # rows of other batches are rounded in other ways
+    base = weights(model, editor)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    with editor.applied(make_llama(dtype), facts[4:], tokenizer, accumulate=True) as edit:
+        assert edit.state.solved_with == 0
+    one_shot = make_llama(dtype)
+    edit.apply_to(one_shot)
+    wanted = weights(one_shot, editor)
+
+    first, *_ = [editor.apply(model, facts[i : i + 4], tokenizer, accumulate=True) for i in (0, 4, 8)]
+    assert editor.apply(model, facts, tokenizer, accumulate=True).layers == {}
+    first.undo()
+    again = editor.apply(model, facts[4:], tokenizer, accumulate=True)
+    assert (again.n_facts, again.n_skipped, again.in_force) == (0, 8, True)
+    assert_near(weights(model, editor), wanted, base, limit)
+    assert editor.apply(model, facts[4:], tokenizer, accumulate=True).layers == {}
+    assert facts_in_force(model).n_in_force == 8
+    again.undo()
+
+    for i in (0, 4, 8):
+        editor.apply(tmp_path / "model", facts[i : i + 4], in_place=True, accumulate=True)
+    undo_edit(tmp_path / "model", 1)
+    for _ in range(2):
+        editor.apply(tmp_path / "model", facts[4:], in_place=True, accumulate=True)
+    assert [record.summary.n_facts for record in read_history(tmp_path / "model")] == [4, 4, 0]
+    assert_near(weights(load(tmp_path / "model"), editor), wanted, base, limit)
+
+
+def test_an_accumulated_edit_without_those_before_it(
+    model: PreTrainedModel,
+    folder: Path,
+    make_editor: Build,
+    tokenizer: PreTrainedTokenizerFast,
+    facts: list[Fact],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A warning says that its shift was solved together with them, where they are not in force."""
+    editor, told = make_editor(model), "solved together with 3 facts of earlier edits"
+    first, second = (editor.apply(model, part, tokenizer, accumulate=True) for part in (facts[:3], facts[3:]))
+    second.undo()
+    second = Edit.from_pretrained(second.save_pretrained(tmp_path / "second"))
+    with second.applied_to(model):
+        pass
+    first.write(folder, tmp_path / "both")
+    second.write(tmp_path / "both", in_place=True)
+    first.undo()
+    with first.merge(second).applied_to(model):
+        pass
+    assert told not in caplog.text
+    with second.applied_to(model):
+        assert caplog.text.count(told) == 1
+    second.write(folder, tmp_path / "alone")
+    assert caplog.text.count(told) == 2
+
+
 def test_a_copy_of_a_model_with_edits(
     model: PreTrainedModel,
     make_editor: Build,
