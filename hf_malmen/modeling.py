@@ -409,7 +409,9 @@ class EditorModel(EditorNetworks):
 
         Returns:
             The edit, in force on a live model (`edit.undo()` lifts it). Without facts and shifts, `n_facts == 0`, if
-            all are in force already: then nothing was written, and an `output_dir` gets a plain copy.
+            all are in force already: then nothing was written, and an `output_dir` gets a plain copy. There is nothing
+            to undo, save or export of it; `live_edits(model)` has the edits that wrote the facts. With `accumulate`,
+            and where an edit below later ones was undone, it has shifts all the same: to what the facts in force give.
 
         Raises:
             ValueError: `accumulate` with statistics that follow the edits, or with `"memit"` or `"ft"`.

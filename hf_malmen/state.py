@@ -27,8 +27,8 @@ SOLVED_TOGETHER = (
 # What an edit says that is used where the facts it was solved together with are not in force.
 SOLVED_ALONE = (
     "This edit was solved together with {expected} facts of earlier edits (accumulate=True), and earlier edits here "
-    "have written {found}: its shift without theirs is not what its facts would give. Put those edits in force first, or "
-    "apply its facts anew with the editor."
+    "have written {found}: its shift without theirs is not what its facts would give. Put those edits in force first, "
+    "or apply its facts anew with the editor."
 )
 # And if the running statistics of later ones went on from its own.
 IN_STATISTICS = (
