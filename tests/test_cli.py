@@ -575,7 +575,8 @@ def test_a_checkpoint_that_another_process_writes(home: Path, call: Callable[...
 
 def test_a_disk_that_fails(home: Path, tmp_path: Path) -> None:
     """Before the weights are touched, nothing has changed; after it, `recover` takes the change back, or ends it."""
-    model = copy_of(home, tmp_path / "model", 1)
+    model = copy_of(home, tmp_path / "model")
+    another_edit(home, 1).write(model, in_place=True)
     before = below(model)
     # The saved weights are smaller than the file that they come from and go back to.
     small, large = 2**10, (model / "edits" / "0001" / "originals.safetensors").stat().st_size + 2**10
