@@ -18,6 +18,8 @@ def named(rows: Iterable[Any], features: Any) -> Iterator[Any]:
 def _named(value: Any, feature: Any) -> Any:
     if isinstance(feature, Mapping) and isinstance(value, Mapping):
         return {key: _named(entry, feature.get(key)) for key, entry in value.items()}
+    if feature is not None and hasattr(value, "tolist"):
+        value = value.tolist()  # of a data set whose format is NumPy's or PyTorch's
     if isinstance(value, list) and (of_entries := getattr(feature, "feature", None)) is not None:
         return [_named(entry, of_entries) for entry in value]
     if type(feature).__name__ != "ClassLabel" or value is None:  # by name, so that it need not be imported

@@ -205,11 +205,11 @@ def apply(
     if not edit.layers:
         print(f"{skipped}Nothing was left to write; {folder} holds what {model} does.")
         return
-    if not edit.n_facts:
-        skipped += "Earlier edits had been undone: solved again for the facts in force. "
-    print(
-        f"{skipped}Wrote {edit.n_facts} facts into {len(edit.layers)} layers of {folder}. Undo: hf-malmen undo {folder}"
-    )
+    into = f"{len(edit.layers)} layers of {folder}. Undo: hf-malmen undo {folder}"
+    if edit.n_facts:
+        print(f"{skipped}Wrote {edit.n_facts} facts into {into}")
+    else:
+        print(f"{skipped}Earlier edits had been undone: solved again for the facts in force, in {into}")
     if save_edit is not None:  # when it is known that the facts are written, should this fail
         edit.save_pretrained(save_edit)
 

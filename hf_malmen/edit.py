@@ -134,7 +134,7 @@ class Edit:
             EditStateError: it is.
         """
         if self.in_force:
-            raise EditStateError("This edit is in force already. Call undo() first, or load the edit a second time.")
+            raise EditStateError("This edit is in force already, and would count twice. Call undo() first.")
 
     def require_shifts(self, what: str) -> None:
         """Check that the edit has shifts.
@@ -183,6 +183,8 @@ class Edit:
         check_fingerprint(model, wanted, self.layers, on_fingerprint_mismatch, "The edit", self._base())
         if self.state.solved_with and on_fingerprint_mismatch != "ignore":
             self._warn_alone(sum(edit.n_facts for edit in edits_in_force(model)))
+        if not self.layers:
+            return self  # an edit that changes nothing is nothing that later ones stand upon
         self._write(model)
         self._model = weakref.ref(model)
         return self

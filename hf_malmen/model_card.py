@@ -358,6 +358,7 @@ def render_checkpoint_card(original: str | None, records: Sequence[EditSummary])
         facts=[
             (escape(record.id), _facts_table(record.facts), max(0, record.n_facts - len(record.facts[:N_FACTS_SHOWN])))
             for record in records
+            if record.facts
         ],
     )
     # One line break before the section, of the text's own kind: `strip_checkpoint_card` takes exactly that away.

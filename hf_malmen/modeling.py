@@ -4,6 +4,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from numbers import Integral
 from os import PathLike
 from pathlib import Path, PurePosixPath
 from shutil import copyfile
@@ -183,7 +184,7 @@ class EditorModel(EditorNetworks):
                 facts only. A file is read through before the language model runs, which finds a bad fact early.
             tokenizer: the base model's; loaded from `model.name_or_path` if None.
             batch_size: facts a forward and backward pass of the language model. Changes the result by the rounding of
-                these passes only: S by some percent in bfloat16, by some 1e-5 of it in float32.
+                these passes only: S by some percent in bfloat16, by up to 1e-4 of it in float32.
             editor_batch_size: tokens a pass of the hyper-network. Does not change the result.
             statistics: where they follow the edits, those to go on from; None: what the edits in force on `model` have
                 left (`EditState.statistics`), or before any the editor's own. Before the first row of an edit is
@@ -618,7 +619,7 @@ def _n_rows(traces: Iterable[Mapping[str, Trace]]) -> int:
 
 def _check_sizes(**sizes: Any) -> None:
     for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{name} is {size!r}; expected a whole number of at least 1.")
 
 

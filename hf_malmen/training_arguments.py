@@ -38,6 +38,7 @@ _LEAST = {
     "scale_learning_rate": 0,
     "locality_weight": 0,
     "shift_penalty": 0,
+    "num_train_epochs": 0,
     "trunk_cache_gib": 0,
     "trunk_cache_dir_gib": 0,
     "seed": 0,
@@ -89,8 +90,8 @@ class EditorTrainingArguments(TrainingArguments):
             none is given, `"generalization"`.
 
     Raises:
-        ValueError: a value of another type or out of its range, also of `TrainingArguments`' own numbers; or a setting
-            that would have no effect on an editor.
+        ValueError: a value of another type, also of `TrainingArguments`' own numbers, or out of its range where
+            training an editor calculates with it; or a setting that would have no effect.
     """
 
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Facts edited together in a step."})
@@ -149,7 +150,9 @@ class EditorTrainingArguments(TrainingArguments):
                 continue
             is_number = isinstance(value, Integral if int in kinds else Real) and not isinstance(value, bool)
             if not is_number or not least <= value or (entry.name in _LEAST and math.isinf(value)):
-                allowed = "a whole number" if int in kinds else "a number"
+                allowed = (
+                    "a whole number" if int in kinds else "a finite number" if entry.name in _LEAST else "a number"
+                )
                 allowed += f" of at least {least}" if entry.name in _LEAST else ""
                 hint = " Remove the quotes around it." if isinstance(value, str) and _is_number(value) else ""
                 raise ValueError(f"EditorTrainingArguments.{entry.name} is {value!r}; expected {allowed}.{hint}")

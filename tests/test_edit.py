@@ -552,7 +552,7 @@ def test_one_edit_on_two_models_needs_two_edits(make_model: Build) -> None:
     one, two = make_model(), make_model()
     base = state(one)
     edit = random_edit(one).apply_to(one)
-    with pytest.raises(EditStateError, match=r"in force already\. Call undo\(\) first, or load the edit a second time"):
+    with pytest.raises(EditStateError, match=r"in force already, and would count twice\. Call undo\(\) first"):
         edit.apply_to(one)
     with pytest.raises(EditStateError, match="in force already"):
         edit.apply_to(two)

@@ -1254,6 +1254,7 @@ def test_classes_in_other_columns_and_in_lists() -> None:
     table = classified().rename_columns({"prompt": "claim", "target": "label"})
     assert [fact.target for fact in load_facts(table, column_mapping=mapping)] == ["SUPPORTS", "REFUTES"]
     fever = classified(alt=[[1], [0]]).remove_columns("target")
-    assert [fact.target for fact in load_facts(fever)] == ["REFUTES", "SUPPORTS"]
+    for rows in (fever, fever.with_format("numpy"), fever.with_format("torch")):
+        assert [fact.target for fact in load_facts(rows)] == ["REFUTES", "SUPPORTS"]
     with pytest.raises(FactError, match=r"Fact 1 has an empty target"):
         load_facts(classified(target=[0, -1]))

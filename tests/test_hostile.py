@@ -119,9 +119,9 @@ HOSTILE: dict[str, bytes] = {
 }
 
 
-def small_edit() -> Edit:
-    """For the tensors of the files above."""
-    return Edit({"a": torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])})
+def small_edit(scale: float = 1.0) -> Edit:
+    """For the tensors of the files above; of another scale it is another edit."""
+    return Edit({"a": scale * torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])})
 
 
 def test_the_files_below_are_hostile_in_one_way_only(tmp_path: Path) -> None:
@@ -427,11 +427,11 @@ def histories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, State]:
         folder = tmp_path_factory.mktemp("history")
         (folder / "model.safetensors").write_bytes(safetensors(GOOD, DATA[:24] + b"\0" * 24))
         (folder / "README.md").write_text("A model.\n", encoding="utf-8")
-        for _ in range(2):
-            small_edit().write(folder, in_place=True)
+        for scale in (1.0, 2.0):
+            small_edit(scale).write(folder, in_place=True)
         if name == "editing":
             with mock.patch.object(hf_malmen.history, "_replay", side_effect=Stopped):
-                died_in("_replace_text", lambda folder=folder: small_edit().write(folder, in_place=True))
+                died_in("_replace_text", lambda folder=folder: small_edit(3.0).write(folder, in_place=True))
         elif name != "at rest":
             died_in("_replay", lambda folder=folder, name=name: undo_edit(folder, "1" if name == "removing" else None))
         found[name] = state(folder)
@@ -453,8 +453,8 @@ CALLS: dict[str, Callable[[Path], object]] = {
     "recover": recover_checkpoint,
     "undo": undo_edit,
     "undo the first": lambda folder: undo_edit(folder, "1"),
-    "edit": lambda folder: small_edit().write(folder, in_place=True),
-    "copy": lambda folder: small_edit().write(folder, folder.parent / "target"),
+    "edit": lambda folder: small_edit(4.0).write(folder, in_place=True),
+    "copy": lambda folder: small_edit(4.0).write(folder, folder.parent / "target"),
     "load": lambda folder: [load_and_write(path) for path in (folder / "edits").glob("0*")],
 }
 
@@ -539,8 +539,8 @@ def test_the_history_of_a_checkpoint_in_the_hubs_cache(histories: dict[str, Stat
         path.rename(tmp_path / "repo" / "blobs" / f"{number:040x}")
         path.symlink_to(os.path.relpath(tmp_path / "repo" / "blobs" / f"{number:040x}", path.parent))
     assert [record.originals().keys() for record in read_history(snapshot)] == [{"a.weight"}] * 2
-    edit = Edit.from_pretrained(snapshot / "edits" / "0002")
-    assert edit.write(snapshot, tmp_path / "target").edit_id == "0003"
+    assert Edit.from_pretrained(snapshot / "edits" / "0002").shifts.keys() == {"a"}
+    assert small_edit(3.0).write(snapshot, tmp_path / "target").edit_id == "0003"
     for _ in range(3):
         undo_edit(tmp_path / "target")
     assert state(tmp_path / "target") == {

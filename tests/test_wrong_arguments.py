@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments, pipeline
 
@@ -132,6 +133,11 @@ def test_no_size(
     name, method = ("editor_batch_size", "make_edit") if call == "editor" else ("batch_size", call)
     with pytest.raises(ValueError, match=f"^{name} is {size!r}; expected a whole number of at least 1"):
         getattr(editor, method)(model, facts, tokenizer, **{name: size})
+
+
+def test_sizes_of_numpy(model: PreTrainedModel, editor: EditorModel, tokenizer: Any, facts: list[Fact]) -> None:
+    """Whole numbers of other kinds count."""
+    assert editor.make_edit(model, facts, tokenizer, batch_size=np.int64(2)).n_facts == len(facts)
 
 
 def test_no_arguments_of_ours(model: PreTrainedModel, editor: EditorModel, facts: list[Fact], tmp_path: Path) -> None:
