@@ -27,6 +27,9 @@ FINGERPRINT_POLICIES = ("warn", "error", "ignore")
 _OF_TRANSFORMERS = {"attn_implementation", "auto_map", "experts_implementation", "quantization_config"}
 
 
+# How close a name in a file must be to a field to be refused as misspelt.
+_TYPO_CUTOFF = 0.75
+
 # Stands for "what the method has" until `EditorConfig` is constructed; a number from then on.
 _OF_METHOD: Any = None
 
@@ -326,6 +329,27 @@ class EditorConfig(PreTrainedConfig):
             )
         return content, unused
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The configuration that `to_dict` gave, with attributes that others have set on it.
+
+        Raises:
+            ModelMismatchError: the editor was written in a newer format.
+            ValueError: a field has a value that is not allowed, or a name is close to a field's.
+        """
+        # Those that are close to a field go on to be refused: a typo in a file that was edited by hand.
+        foreign = {
+            name: value
+            for name, value in config_dict.items()
+            if _is_unknown(name) and not hasattr(cls, name) and not _close_to(name, _TYPO_CUTOFF)
+        }
+        known = {name: value for name, value in config_dict.items() if name not in foreign}
+        made = super().from_dict(known, **kwargs)
+        config = made[0] if isinstance(made, tuple) else made
+        for name, value in foreign.items():
+            setattr(config, name, value)
+        return made
+
     @property
     def traced_tokens(self) -> str:
         """Which tokens are traced, `"answer"`, `"subject"` or `"all"`: `token_selection`, or the method's own."""
@@ -401,15 +425,11 @@ class EditorConfig(PreTrainedConfig):
 
     def _refuse_unknown(self, extra: Mapping[str, Any]) -> None:
         # transformers keeps any keyword it does not know as an attribute, so `rnak=64` would change nothing, silently.
-        of_transformers = _OF_TRANSFORMERS | vars(GenerationConfig()).keys()
-        own = list(EditorConfig.__annotations__)
         for name in extra:
-            # Of the class, as asking an instance may warn; and none of its methods, such as `to_dict`.
-            is_attribute = hasattr(PreTrainedConfig, name) and not callable(getattr(PreTrainedConfig, name))
-            if is_attribute or name in of_transformers or name.startswith("_"):
+            if not _is_unknown(name):
                 continue
-            lower = name.lower()
-            close = [field for field in own if f"_{lower}_" in f"_{field}_"] or difflib.get_close_matches(lower, own)
+            own = list(EditorConfig.__annotations__)
+            close = [field for field in own if f"_{name.lower()}_" in f"_{field}_"] or _close_to(name)
             hint = f"Did you mean {close[0]!r}?" if close else f"Its fields: {', '.join(own)}."
             raise ValueError(f"EditorConfig has no field {name!r}. {hint}")
 
@@ -545,6 +565,20 @@ def repo_named(source: str) -> Iterator[None]:
         if path.exists() or error.errno is not None:  # the disk's fault
             raise
         raise OSError(f"There is no folder {source}, and no repo on the Hub that can be read: {error}") from error
+
+
+def _is_unknown(name: str) -> bool:
+    """Whether a keyword is neither a field nor one of transformers' own."""
+    if name in EditorConfig.__annotations__ or name in _OF_TRANSFORMERS or name.startswith("_"):
+        return False
+    # Of the class, as asking an instance may warn; and none of its methods, such as `to_dict`.
+    is_attribute = hasattr(PreTrainedConfig, name) and not callable(getattr(PreTrainedConfig, name))
+    return not is_attribute and name not in vars(GenerationConfig())
+
+
+def _close_to(name: str, cutoff: float = 0.6) -> list[str]:
+    """The fields that a keyword may have been meant for, closest first."""
+    return difflib.get_close_matches(name.lower(), list(EditorConfig.__annotations__), cutoff=cutoff)
 
 
 def _what_else(content: Mapping[str, Any]) -> str:

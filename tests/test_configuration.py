@@ -162,6 +162,18 @@ def test_a_misspelt_field_is_not_swallowed(typo: str, meant: str) -> None:
         EditorConfig(**{typo: 64})
 
 
+def test_attributes_that_others_set_are_saved_and_loaded(tmp_path: Path) -> None:
+    """Only who calls `EditorConfig` may have misspelt a field; other libraries write what they like into the file."""
+    config = EditorConfig(rank=8)
+    config.note_of_mine = "x"
+    config.save_pretrained(tmp_path)
+    for loaded in (EditorConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert (loaded.note_of_mine, loaded.rank) == ("x", 8)
+    assert EditorConfig.from_dict(config.to_dict(), return_unused_kwargs=True)[0].note_of_mine == "x"
+    with pytest.raises(ValueError, match=r"no field 'rnak'\. Did you mean 'rank'\?"):
+        EditorConfig.from_dict({"rnak": 64})
+
+
 @pytest.mark.parametrize("name", ["learning_rate", "kappa", "batch_size", "note_of_mine", "to_dict"])
 def test_a_keyword_unlike_any_field_is_refused_with_all_fields(name: str) -> None:
     """Nothing is dropped silently."""
