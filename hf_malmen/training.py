@@ -3,7 +3,6 @@
 import math
 import random
 import time
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence, Sized
 from copy import copy
 from dataclasses import dataclass, field
@@ -31,7 +30,8 @@ from transformers.utils.hub import PushInProgress
 from . import distributed
 from .batches import TokenBatch, Tokenizer, TokenSequence
 from .configuration import EditorConfig
-from .errors import FactError, FingerprintWarning, ModelMismatchError, NumericalError
+from .edit import check_fingerprint
+from .errors import FactError, ModelMismatchError, NumericalError
 from .evaluation import measured_metrics, n_measured, questions
 from .facts import Fact, load_facts, require_fields
 from .features import FeatureCache, FeatureFolder, features_fingerprint
@@ -407,7 +407,7 @@ class EditorTrainer(Trainer):
                 `fingerprint_policy` is `"error"`.
         """
         if Path(resume_from_checkpoint).is_dir():  # else `Trainer`'s says so
-            _require_same_editor(resume_from_checkpoint, self.editor.config)
+            _require_same_editor(resume_from_checkpoint, self.editor.config, self.base_model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -658,12 +658,13 @@ def _check_texts(
             raise FactError(f"{purpose} fact {number}: {error}") from None
 
 
-def _require_same_editor(checkpoint: str, own: EditorConfig) -> None:
+def _require_same_editor(checkpoint: str, own: EditorConfig, base_model: nn.Module) -> None:
     """Check that what was trained is what a run that goes on from there trains.
 
     Args:
         checkpoint: folder of the checkpoint.
         own: of the editor that is about to be trained.
+        base_model: that it is trained for.
 
     Raises:
         ModelMismatchError: it is not; names the field and both values.
@@ -678,16 +679,16 @@ def _require_same_editor(checkpoint: str, own: EditorConfig) -> None:
                 f"{checkpoint} was trained with {name} {there!r}, and this editor has {here!r}; expected the same. "
                 + remedy
             )
-    there, here = found.base_model_fingerprint, own.base_model_fingerprint
-    if there != here and there and here and own.fingerprint_policy != "ignore":
-        message = (
-            f"{checkpoint} was trained for a base model with target weights of fingerprint {there[:12]}..., and this "
-            f"editor's have {here[:12]}...; expected the same. Load the base model that the run began with, or start a "
-            "new run in another output_dir, without resuming."
+    expected = found.base_model_fingerprint
+    if expected != own.base_model_fingerprint:  # which may be of the weights as stored, and the other as rounded
+        check_fingerprint(
+            base_model,
+            expected,
+            own.module_shapes or (),
+            own.fingerprint_policy,
+            f"The editor in {checkpoint}",
+            "the base model that the run began with, or start a new run in another output_dir, without resuming",
         )
-        if own.fingerprint_policy == "error":
-            raise ModelMismatchError(message)
-        warnings.warn(message, FingerprintWarning, stacklevel=2)
 
 
 def _plain(value: Any) -> Any:

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
+    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     TrainerCallback,
@@ -639,13 +640,33 @@ def test_a_run_goes_on_with_the_base_model_it_began_with(
         model.model.layers[2].mlp.down_proj.weight.mul_(1.5)
     editor = make_editor(model, seed=None, fingerprint_policy=policy, **TARGETS)
     trainer = make_trainer(editor, model, many, **run | {"max_steps": 2})
-    message = "checkpoint-1 was trained for a base model with target weights of fingerprint .* expected the same"
+    message = "checkpoint-1 was made for a base model whose target weights differ .* that the run began with, or start"
     if policy == "error":
         with pytest.raises(ModelMismatchError, match=message):
             trainer.train(resume_from_checkpoint=True)
         return
     with pytest.warns(FingerprintWarning, match=message) if policy == "warn" else nullcontext():
         assert trainer.train(resume_from_checkpoint=True).global_step == 2
+
+
+def test_a_run_in_half_precision_goes_on_where_the_base_models_folder_is_not_found(
+    make_llama: Callable[..., PreTrainedModel],
+    many: list[Fact],
+    make_editor: Callable[..., EditorModel],
+    make_trainer: Callable[..., EditorTrainer],
+    tmp_path: Path,
+) -> None:
+    """Of a float16 model the checkpoint names the weights as stored; without the folder, those as rounded are known."""
+    run: dict[str, Any] = {"max_steps": 1, "save_steps": 1, "per_device_train_batch_size": 4}
+    make_llama().save_pretrained(tmp_path / "base")
+    moved, found = (AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float16) for _ in range(2))
+    moved.name_or_path = ""
+    rounded = make_editor(moved, seed=None, fingerprint_policy="error", **TARGETS)
+    make_trainer(rounded, moved, many, **run).train()
+    editor = make_editor(found, seed=None, fingerprint_policy="error", **TARGETS)
+    assert editor.config.base_model_fingerprint != rounded.config.base_model_fingerprint
+    trainer = make_trainer(editor, found, many, **run | {"max_steps": 2})
+    assert trainer.train(resume_from_checkpoint=True).global_step == 2
 
 
 @pytest.mark.parametrize("stop", [1, 2])
