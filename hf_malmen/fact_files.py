@@ -32,20 +32,34 @@ def read_file(path: Path) -> Iterable[Mapping[str, Any]]:
 
 
 def _read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
+    for rows, features in _parquet_rows(path):
+        yield from named(rows, features)
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[list[Mapping[str, Any]], Any]]:
+    """Some rows at a time, and what `datasets` wrote of their columns."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            features = None
-            if b"huggingface" in (file.schema_arrow.metadata or {}):  # `datasets` says what is a class
-                import datasets
-
-                features = datasets.Features.from_arrow_schema(file.schema_arrow)
+            features = _features(file.schema_arrow)
             for rows in file.iter_batches(_ROWS):
-                yield from named(rows.to_pylist(), features)
+                yield rows.to_pylist(), features
     except (pyarrow.ArrowException, ValueError) as error:
         raise FactError(f"{path} is not a Parquet file that can be read: {error}.") from None
+
+
+def _features(schema: Any) -> Any:
+    """What `datasets` wrote of a Parquet file's columns, such as which are classes; None where that cannot be read."""
+    if b"huggingface" not in (schema.metadata or {}):
+        return None
+    import datasets
+
+    try:
+        return datasets.Features.from_arrow_schema(schema)
+    except (ValueError, TypeError, KeyError, AttributeError):  # of a newer release, or another writer's
+        return None
 
 
 def _read_table(path: Path) -> Iterator[Mapping[str, Any]]:

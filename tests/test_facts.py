@@ -17,6 +17,8 @@ from typing import Any
 
 import datasets
 import pandas
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from hf_malmen import Fact, FactError, fact_files, load_facts
@@ -1258,3 +1260,24 @@ def test_classes_in_other_columns_and_in_lists() -> None:
         assert [fact.target for fact in load_facts(rows)] == ["REFUTES", "SUPPORTS"]
     with pytest.raises(FactError, match=r"Fact 1 has an empty target"):
         load_facts(classified(target=[0, -1]))
+
+
+def with_features(path: Path, features: dict[str, Any], target: Any) -> Path:
+    """A Parquet file with one fact, and what `datasets` says of its columns."""
+    told = json.dumps({"info": {"features": {"prompt": {"dtype": "string", "_type": "Value"}, **features}}})
+    table = pyarrow.table({"prompt": ["P"], "target": [target]}).replace_schema_metadata({"huggingface": told})
+    pyarrow.parquet.write_table(table, path)
+    return path
+
+
+def test_a_parquet_file_with_columns_of_a_newer_datasets(tmp_path: Path) -> None:
+    """What it says of them is not needed to read them."""
+    path = with_features(tmp_path / "f.parquet", {"target": {"_type": "FancyNew"}}, "T")
+    assert load_facts(path) == [Fact("P", "T")]
+
+
+def test_a_class_that_is_not_there_names_its_column(tmp_path: Path) -> None:
+    """Of a Parquet file, which is not said to be broken for it."""
+    path = with_features(tmp_path / "f.parquet", {"target": {"names": ["A", "B"], "_type": "ClassLabel"}}, 5)
+    with pytest.raises(FactError, match=r"^Column 'target' has the class 5, and there are 2: A, B\. Expected a number"):
+        load_facts(path)
