@@ -71,8 +71,8 @@ def edits_in_force(model: nn.Module, *, strict: bool = False) -> list[EditInForc
     found = []
     if n_edits := n_forgotten(plain_model(model)):
         _doubt(
-            f"This model is a copy of one with edits in force, {n_edits} of which it holds without knowing them. Undo "
-            "them before the model is copied, and apply their facts to the copy.",
+            f"This model is a copy of one with edits in force, {n_edits} of which it holds without knowing them. Load "
+            "the model again with from_pretrained and apply their facts to that, or undo them before it is copied.",
             strict,
         )
     for record in _loaded_records(model, strict):
