@@ -142,6 +142,7 @@ def tokenizer_for(model: nn.Module, config: EditorConfig, tokenizer: PreTrainedT
 
     Raises:
         ModelMismatchError: a classifier whose classes no target can name; or no tokenizer beside the model.
+        OSError: see `load_tokenizer`.
         TypeError: something else than a tokenizer.
         ValueError: no tokenizer, and a model that does not say where it came from.
     """
@@ -173,16 +174,22 @@ def load_tokenizer(source: str | Path, **hub: Any) -> PreTrainedTokenizerBase:
 
     Raises:
         ModelMismatchError: there is none, or none that can be loaded.
+        OSError: no such folder or repo, or none that may be read.
     """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **hub)
-    except (ConnectionError, TimeoutError):
-        raise
-    except (OSError, ValueError) as error:
-        raise ModelMismatchError(
-            f"No tokenizer could be loaded from {source}. Pass the base model's, tokenizer=... (of EditorTrainer: "
-            f"processing_class=...), or save it there: tokenizer.save_pretrained(folder). transformers says: {error}"
-        ) from error
+    with repo_named(str(source)):
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **hub)
+        except (ConnectionError, TimeoutError):
+            raise
+        except (OSError, ValueError) as error:
+            # Of a repo, transformers says the same of a failed connection.
+            if isinstance(error, OSError) and not Path(source).is_dir():
+                raise
+            raise ModelMismatchError(
+                f"No tokenizer could be loaded from {source}. Pass the base model's, tokenizer=... (of EditorTrainer: "
+                "processing_class=...), or save it there: tokenizer.save_pretrained(folder). transformers says: "
+                f"{error}"
+            ) from error
     return tokenizer
 
 

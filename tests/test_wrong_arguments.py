@@ -91,6 +91,20 @@ def test_no_tokenizer_beside_the_model(
     editor.apply(tmp_path / "base", facts, tokenizer, output_dir=tmp_path / "edited")
 
 
+def test_a_tokenizer_that_cannot_be_asked_for(
+    model: PreTrainedModel, editor: EditorModel, facts: list[Fact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a repo that is gated or out of reach nobody knows whether it has one."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("You are trying to access a gated repo.")
+
+    monkeypatch.setattr("hf_malmen.base_model.AutoTokenizer.from_pretrained", refuse)
+    model.name_or_path = "org/gated"
+    with pytest.raises(OSError, match="There is no folder org/gated, and no repo on the Hub that can be read: You are"):
+        editor.make_edit(model, facts)
+
+
 def test_no_config(model: PreTrainedModel) -> None:
     """The fields alone are no configuration."""
     with pytest.raises(TypeError, match=r"^Expected an EditorConfig, and got \{'rank': 3\}\. Make one"):
