@@ -35,7 +35,6 @@ from .tracing import frozen, input_device
 if TYPE_CHECKING:
     from .modeling import EditorModel
 
-logger = logging.get_logger(__name__)
 # Tokens a pass of the hyper-network.
 EDITOR_BATCH_SIZE = 1024
 # Batches of streamed facts that are read ahead, so that those of a batch are of similar length.
@@ -173,8 +172,6 @@ def make_next_edit(
     else:
         edit = _make_in_turns(editor, model, new, edits, stream, tokenizer, batch_size, facts_per_turn, max_memory)
     edit.n_skipped = new.n_skipped
-    if new.n_skipped:
-        logger.info(f"Skipped {new.n_skipped} facts that are in force already, or come twice.")
     if measure and edit.n_facts:
         tokenize = editor.tokenizer_for(model, tokenizer)
         found = measure_edit(base_of(model), edit, edit.facts, tokenize, batch_size=batch_size, n_resamples=0)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 import hf_malmen.live
 from hf_malmen import (
@@ -536,7 +537,7 @@ def test_a_copy_of_a_model_with_edits(
     editor = make_editor(model, fingerprint_policy="ignore")
     edits = [editor.apply(model, facts[i : i + 2], tokenizer, accumulate=True) for i in (0, 2)]
     copied = copy.deepcopy(model)
-    with pytest.raises(EditStateError, match="copy of one with edits in force, 2 of which .* again with from_pr"):
+    with pytest.raises(EditStateError, match=r"copy of one with edits in force, 2 of which .* again with from_pr"):
         editor.apply(copied, facts[:4], tokenizer, accumulate=True)
     type(logger).warning_once.cache_clear()
     editor.apply(copied, facts[4:6], tokenizer)  # turn by turn each turn reads the weights as they are
@@ -560,8 +561,12 @@ def test_where_all_facts_are_in_force_already(
     editor = make_editor(model)
     first = editor.apply(model, facts[:4], tokenizer, accumulate=True)
     assert "skipped" not in caplog.text
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_info()
     nothing = editor.apply(model, facts[:4], tokenizer, accumulate=True)
+    logging.set_verbosity(verbosity)
     assert "4 of 4 facts are in force already, or come twice, and were skipped" in caplog.text
+    assert caplog.text.count("come twice") == 1
     for what, act in {
         "undo": nothing.undo,
         "save": lambda: nothing.save_pretrained(tmp_path / "edit"),
