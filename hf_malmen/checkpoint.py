@@ -24,6 +24,7 @@ from .history import add_in_place, locked, recorded, recover_locked, require_set
 from .hub import HUB_ERRORS
 from .mapping import TensorShift, direct_shifts, map_shifts
 from .model_card import EditSummary, hub_id
+from .paths import lies_below_a_file
 from .records import EDITS_FOLDER
 from .shards import INDEX_FILE, SINGLE_FILE, TensorEntry, parse_json, read_tensor_index
 from .shifts import Shift
@@ -309,7 +310,7 @@ def _check_destination(checkpoint: str | Path, output_dir: str | Path | None, in
     if output_dir is None:
         return
     folder, source = Path(output_dir), Path(checkpoint)
-    if any(parent.is_file() for parent in folder.parents):
+    if lies_below_a_file(folder):
         raise CheckpointError(f"{folder} lies below a file. Choose another output_dir.")
     if folder.exists():
         require_unused(folder, but=abandoned_stages(folder) if folder.is_dir() else ())

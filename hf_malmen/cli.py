@@ -14,6 +14,7 @@ import typer
 from safetensors import SafetensorError
 
 from .errors import CheckpointWriteError, HfMalmenError, NumericalError
+from .paths import lies_below_a_file
 from .tables import finite_or_none
 from .version import __version__
 
@@ -523,7 +524,7 @@ def _write_scores(scores: dict[str, float], output: Path | None) -> None:
 
 def _require_file(path: Path | None) -> None:
     """Refuse a path at which no file can be written, before what is to be written there is computed."""
-    if path is not None and (path.is_dir() or any(parent.is_file() for parent in path.parents)):
+    if path is not None and (path.is_dir() or lies_below_a_file(path)):
         raise ValueError(f"{path} is a folder, or lies below a file. Give the path of a file to write.")
 
 
@@ -536,7 +537,7 @@ def _require_unused(folder: Path | None) -> None:
     """Refuse a folder that cannot be made, or holds something, before what is to be saved there is computed."""
     if folder is None:
         return
-    if any(parent.is_file() for parent in folder.parents):
+    if lies_below_a_file(folder):
         raise ValueError(f"{folder} lies below a file. Choose another folder.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty. Choose another folder, or remove it.")

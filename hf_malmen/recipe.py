@@ -19,6 +19,7 @@ from .facts import Fact, load_facts
 from .hub import cached_commit
 from .model_card import EditorRun, Measurement, write_editor_card
 from .modeling import DEFAULT_BATCH_SIZE, EditorModel
+from .paths import lies_below_a_file
 from .settings import (
     DTYPES,
     field_names,
@@ -134,7 +135,7 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> Path:
         ModelMismatchError: the checkpoint is of another editor.
     """
     folder = Path(recipe.training["output_dir"])
-    if any(part.is_file() for part in (folder, *folder.parents)):
+    if folder.is_file() or lies_below_a_file(folder):
         raise ValueError(f"training: output_dir is {folder}, which is a file or lies below one. Give a folder.")
     try:
         args = EditorTrainingArguments(**recipe.training)
