@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.utils import logging
 
 import hf_malmen.live
 from hf_malmen import (
@@ -561,10 +560,8 @@ def test_where_all_facts_are_in_force_already(
     editor = make_editor(model)
     first = editor.apply(model, facts[:4], tokenizer, accumulate=True)
     assert "skipped" not in caplog.text
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_info()
+    caplog.set_level("INFO", logger="hf_malmen")
     nothing = editor.apply(model, facts[:4], tokenizer, accumulate=True)
-    logging.set_verbosity(verbosity)
     assert "4 of 4 facts are in force already, or come twice, and were skipped" in caplog.text
     assert caplog.text.count("come twice") == 1
     for what, act in {
