@@ -254,7 +254,7 @@ def test_an_edit_in_force_is_refused_at_once(model: PreTrainedModel, tokenizer: 
     calls: list[Any] = []
     edit = edit_for(model).apply_to(model, on_fingerprint_mismatch="ignore")
     model.register_forward_pre_hook(lambda *_: calls.append(1))
-    with pytest.raises(EditStateError, match=r"in force already\. Call undo\(\) first"):
+    with pytest.raises(EditStateError, match=r"in force already, and would count twice\. Call undo\(\) first"):
         measure_side_effects(model, edit, tokenizer, texts=TEXTS)
     assert not calls and edit.in_force
 

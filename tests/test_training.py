@@ -1015,7 +1015,9 @@ def test_numbers_of_all_kinds_are_taken(tmp_path: Path) -> None:
     settings |= {"look_back": None, "data_seed": None, "eval_steps": None, "max_steps": -1, "max_grad_norm": np.inf}
     found = EditorTrainingArguments(output_dir=tmp_path, use_cpu=True, **settings)
     assert {name: getattr(found, name) for name in settings} == settings
-    with pytest.raises(ValueError, match=r"'2e-4'; expected a number of at least 0\. Remove the quotes around it\."):
+    with pytest.raises(
+        ValueError, match=r"'2e-4'; expected a finite number of at least 0\. Remove the quotes around it\."
+    ):
         EditorTrainingArguments(output_dir=tmp_path, use_cpu=True, learning_rate="2e-4")  # type: ignore[arg-type]
 
 
