@@ -58,7 +58,11 @@ class Ours(Side):
         model, tokenizer, names = base(options, getattr(torch, options.dtype))
         torch.manual_seed(options.seed)
         config = EditorConfig(
-            target_modules=names, rank=options.rank, edit_lr=options.edit_lr, n_preserved_keys=options.preserved
+            method="malmen",
+            target_modules=names,
+            rank=options.rank,
+            edit_lr=options.edit_lr,
+            n_preserved_keys=options.preserved,
         )
         self.editor = EditorModel.from_base(model, config)
         arguments = EditorTrainingArguments(
@@ -114,7 +118,7 @@ class Original(Side):
         vars(importlib.import_module("editor.base"))["tqdm"] = lambda loader, **_: loader
         self.editor = module.MALMEN(OmegaConf.create(settings), model)
         self.batch_size = options.original_batch_size
-        self.tokenize = Tokenizer(tokenizer, EditorConfig())
+        self.tokenize = Tokenizer(tokenizer, EditorConfig(method="malmen"))
         self.draw = random.Random(options.seed)
         self.model = model
         # It hands its labels to the model, which would shift them and compute a loss that nobody reads.

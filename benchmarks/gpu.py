@@ -80,7 +80,7 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
     model = build_model(config_of(name, tiny=options.tiny), dtype, options.device)
     tokenizer = build_tokenizer()
     rank = 8 if options.tiny else 1920
-    config = EditorConfig(rank=rank, edit_lr=1e-3, n_preserved_keys=16 if options.tiny else 1024)
+    config = EditorConfig(method="malmen", rank=rank, edit_lr=1e-3, n_preserved_keys=16 if options.tiny else 1024)
     editor = EditorModel.from_base(model, config).to(options.device)
     first = editor.module_names[0]
     floor = Floor(model, editor.tokenizer_for(model, tokenizer), first, options.batch_size)

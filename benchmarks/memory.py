@@ -32,7 +32,7 @@ def measure(n_facts: int, smollm2: Path | None, batch_size: int) -> dict[str, fl
         file = Path(folder) / "facts.jsonl"
         if smollm2 is None:
             model, tokenizer = build_model(small_config(), torch.float32, "cpu"), build_tokenizer()
-            editor = EditorModel.from_base(model, EditorConfig(rank=64, n_preserved_keys=128))
+            editor = EditorModel.from_base(model, EditorConfig(method="malmen", rank=64, n_preserved_keys=128))
             write_facts(file, n_facts, N_TOKENS)
         else:
             model, tokenizer, facts, editor = load(smollm2, n_facts, "bfloat16")

@@ -65,6 +65,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     config = EditorConfig(
+        method="malmen",
         rank=options.rank,
         edit_lr=options.edit_lr,
         n_preserved_keys=options.preserved_keys,

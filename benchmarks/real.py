@@ -25,6 +25,8 @@ def load(folder: Path, n_facts: int, dtype: str, n_preserved: int = 1024) -> tup
     model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
     tokenizer = AutoTokenizer.from_pretrained(base)
     torch.manual_seed(0)
-    editor = EditorModel.from_base(model, EditorConfig(rank=RANK, edit_lr=1e-3, n_preserved_keys=n_preserved))
+    editor = EditorModel.from_base(
+        model, EditorConfig(method="malmen", rank=RANK, edit_lr=1e-3, n_preserved_keys=n_preserved)
+    )
     facts = load_facts(facts_file)
     return model, tokenizer, (facts * -(-n_facts // len(facts)))[:n_facts], editor

@@ -32,7 +32,7 @@ ROWS = 2048  # folded to measure how long it takes
 def measure_facts(n: int) -> dict[str, float]:
     """Seconds of `n` facts."""
     model = build_model(small_config(), torch.float32, "cpu")
-    editor, tokenizer = EditorModel.from_base(model, EditorConfig(rank=64)), build_tokenizer()
+    editor, tokenizer = EditorModel.from_base(model, EditorConfig(method="malmen", rank=64)), build_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "facts.jsonl"
         write_facts(file, n, N_TOKENS)
@@ -44,7 +44,7 @@ def measure_layers(n: int) -> dict[str, float]:
     """Seconds of 1,024 facts and `n` edited layers of nine. The lowest always is, so that all passes are alike."""
     model, tokenizer = build_model(small_config(9), torch.float32, "cpu"), build_tokenizer()
     names = ["model.layers.0.mlp.down_proj"] + [f"model.layers.{9 - i}.mlp.down_proj" for i in range(1, n)]
-    editor = EditorModel.from_base(model, EditorConfig(rank=64, target_modules=names))
+    editor = EditorModel.from_base(model, EditorConfig(method="malmen", rank=64, target_modules=names))
     chosen = load_facts(list(facts(1024, N_TOKENS)))
     editor.make_edit(model, chosen[:64], tokenizer, batch_size=64)  # warm-up
     return {"seconds": seconds(lambda: editor.make_edit(model, chosen, tokenizer, batch_size=64))}

@@ -230,6 +230,8 @@ def _trained(base: Base, comparison: Comparison, job: Job, method: str) -> Edito
     args = EditorTrainingArguments(**settings | {"output_dir": str(folder)})
     set_seed(args.seed)
     editor = EditorModel.from_base(base.model, EditorConfig(**comparison.editor_settings(method)))
+    if METHODS[method].key_covariance is not None:
+        _read_covariance(editor, base, comparison)
     trainer = EditorTrainer(editor, base.model, args, _facts(comparison, "train"), None, base.tokenizer)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
     if folder.is_dir():
@@ -261,9 +263,7 @@ class Untrained:
             if n_facts := self.comparison.methods[self.method].warm_up_facts:
                 editor.warm_up(self.base.model, _facts(self.comparison, "train")[:n_facts], self.base.tokenizer)
             if METHODS[self.method].key_covariance is not None:
-                n_tokens = self.comparison.n_covariance_tokens
-                texts = _ordinary_texts(self.comparison)
-                editor.collect_covariance(self.base.model, texts, self.base.tokenizer, n_tokens=n_tokens)
+                _read_covariance(editor, self.base, self.comparison)
             # Only what was read: η and λ of these methods, which trials differ in, are buffers too.
             read = dict(editor.named_buffers())
             self._read[key] = {n: b.clone() for n, b in read.items() if not torch.equal(b, untouched[n])}
@@ -360,6 +360,11 @@ def _ordinary_texts(comparison: Comparison) -> list[str]:
             "this method reads ordinary text beforehand. Give some: covariance_texts."
         )
     return texts
+
+
+def _read_covariance(editor: EditorModel, base: Base, comparison: Comparison) -> None:
+    texts = _ordinary_texts(comparison)
+    editor.collect_covariance(base.model, texts, base.tokenizer, n_tokens=comparison.n_covariance_tokens)
 
 
 def _losses(base: Base, comparison: Comparison) -> list[tuple[float, int]] | None:

@@ -41,7 +41,8 @@ class Method:
     Attributes:
         token_selection: which tokens of a fact are traced, `"answer"` or `"all"`.
         value_differences: how keys and value gradients become value differences: by a trained `"network"`, or as they
-            are, `"standardised"` or `"whitened"` (see `HyperNetwork.rows`).
+            are, `"standardised"` or `"whitened"` (see `HyperNetwork.rows`). `"moves"`: a trained network changes the
+            moves of hidden states that were sought instead (see `MoveNetwork`).
         aggregation: how the rows of all facts become one weight shift, `"least_squares"` or `"sum"`.
         reference: the paper.
         is_trained: whether there is anything to train. A method without is ready as `EditorModel.from_base` makes it.
@@ -51,6 +52,7 @@ class Method:
             value differences, solve.
         key_covariance: whether the second moment of ordinary keys is `"required"`, `"optional"` or not kept (None); see
             `EditorModel.collect_covariance`.
+        needs_subjects: whether a fact without a `subject` is refused.
         blocks: which blocks are edited if nobody says: the `"last"` ones, or five `"early"` ones (see `find_targets`).
         task_types: what is edited.
         defaults: values of `EditorConfig` fields that are None.
@@ -65,11 +67,37 @@ class Method:
     statistics: str = "frozen"
     maker: str = "rows"
     key_covariance: str | None = None
+    needs_subjects: bool = False
     blocks: str = "last"
     task_types: tuple[str, ...] = TASK_TYPES
     defaults: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
 
+
+# What is sought where subjects have been read, and how it is written.
+_MEMIT: dict[str, Any] = {
+    "rank": 0,
+    "n_blocks": 0,
+    "ridge": 1e-2,
+    "preservation": 2.5e3,
+    "n_steps": 12,
+    "n_passes": 2,
+    "n_solves": 8,
+    "relaxation": 0.4,
+    "context_prefixes": None,
+    "context_infixes": None,
+    "n_word_dropouts": 6,
+    "texts_per_step": 1,
+    "edit_lr": 0.5,
+    "clamp_factor": 1.2,
+    "crowding": 0.25,
+    "kl_weight": 0.0,
+    "target_decay": 0.1,
+}
+
+# What `EditorConfig()` is, by the task: the best for facts with a subject, which only causal models look up; else the
+# paper's.
+DEFAULT_METHODS = {"CAUSAL_LM": "malmit", "SEQ_2_SEQ_LM": "malmen", "SEQ_CLS": "malmen"}
 
 METHODS: dict[str, Method] = {
     "malmen": Method("answer", "network", "least_squares", "Tan, Zhang & Fu, ICLR 2024, arXiv 2311.04661"),
@@ -106,6 +134,18 @@ METHODS: dict[str, Method] = {
         statistics="following",
         defaults={"rank": 0, "n_blocks": 0},
     ),
+    "malmit": Method(
+        "answer",
+        "moves",
+        "least_squares",
+        "MALMEN's training (arXiv 2311.04661) of MEMIT's targets (arXiv 2210.07229)",
+        maker="memit",
+        statistics="following",
+        key_covariance="optional",
+        blocks="early",
+        task_types=("CAUSAL_LM",),
+        defaults=_MEMIT | {"rank": 1024, "n_blocks": 1, "n_passes": 1},
+    ),
     "memit": Method(
         "answer",
         "standardised",
@@ -115,27 +155,10 @@ METHODS: dict[str, Method] = {
         maker="memit",
         statistics="following",
         key_covariance="required",
+        needs_subjects=True,
         blocks="early",
         task_types=("CAUSAL_LM",),
-        defaults={
-            "rank": 0,
-            "n_blocks": 0,
-            "ridge": 1e-2,
-            "preservation": 2.5e3,
-            "n_steps": 12,
-            "n_passes": 2,
-            "n_solves": 8,
-            "relaxation": 0.4,
-            "context_prefixes": None,
-            "context_infixes": None,
-            "n_word_dropouts": 6,
-            "texts_per_step": 1,
-            "edit_lr": 0.5,
-            "clamp_factor": 1.2,
-            "crowding": 0.25,
-            "kl_weight": 0.0,
-            "target_decay": 0.1,
-        },
+        defaults=_MEMIT,
     ),
     "ft": Method(
         "answer",
@@ -183,7 +206,8 @@ class EditorConfig(PreTrainedConfig):
     """Configuration of an [`EditorModel`].
 
     Args:
-        method: preset of the pipeline, one of `METHODS`.
+        method: preset of the pipeline, one of `METHODS`. `None` is, once `EditorModel.from_base` knows the task,
+            `"malmit"` for a causal language model and `"malmen"` for others (`DEFAULT_METHODS`).
         base_model_name_or_path: the model this editor edits. Filled by `EditorModel.from_base`.
         base_model_revision: its revision on the Hub, if it came from there.
         base_model_fingerprint: SHA-256 of the target weights it was made for. Filled by `EditorModel.from_base`.
@@ -260,7 +284,7 @@ class EditorConfig(PreTrainedConfig):
 
     model_type = "hf_malmen"
 
-    method: str = "malmen"
+    method: str | None = None
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
     base_model_fingerprint: str | None = None
@@ -302,13 +326,26 @@ class EditorConfig(PreTrainedConfig):
         self._refuse_unknown(kwargs)
         super().__post_init__(**kwargs)
         self._check_choices()
+        self.hf_malmen_version = __version__ if self.hf_malmen_version is None else self.hf_malmen_version
+        if self.method is None:  # what the method has stays open with it
+            self.resolved(self.task_type)
+            return
         for name, value in (_DEFAULTS | dict(self._method.defaults)).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         self._check_numbers()
         self._check_targets()
         self._check_prompt_format()
-        self.hf_malmen_version = __version__ if self.hf_malmen_version is None else self.hf_malmen_version
+
+    def resolved(self, task_type: str) -> "EditorConfig":
+        """A copy for a task, with a method, and all that the method has for fields that are None.
+
+        Raises:
+            ValueError: a field has a value that is not allowed with the task's default method.
+        """
+        method = self.method or DEFAULT_METHODS[task_type]
+        config: EditorConfig = EditorConfig.from_dict(self.to_dict() | {"method": method})
+        return config
 
     @classmethod
     def get_config_dict(
@@ -386,6 +423,11 @@ class EditorConfig(PreTrainedConfig):
         return self._method.key_covariance
 
     @property
+    def needs_subjects(self) -> bool:
+        """Whether a fact without a `subject` is refused."""
+        return self._method.needs_subjects or bool(self.kl_weight)
+
+    @property
     def default_blocks(self) -> str:
         """Which blocks are edited if `target_modules` and `layers_to_transform` are None: `"last"` or `"early"` ones.
 
@@ -410,7 +452,7 @@ class EditorConfig(PreTrainedConfig):
 
     @property
     def _method(self) -> Method:
-        return METHODS[self.method]
+        return METHODS[self.method or DEFAULT_METHODS[self.task_type]]
 
     def _check_format_version(self) -> None:
         if not _is_whole(self.format_version, 1):
@@ -435,7 +477,7 @@ class EditorConfig(PreTrainedConfig):
 
     def _check_choices(self) -> None:
         allowed = {
-            "method": tuple(METHODS),
+            "method": (None, *METHODS),
             "task_type": TASK_TYPES,
             "token_selection": (None, *TOKEN_SELECTIONS),
             "statistics": (None, *STATISTICS),
@@ -458,7 +500,7 @@ class EditorConfig(PreTrainedConfig):
             )
 
     def _check_numbers(self) -> None:
-        has_network = self.value_differences == "network"
+        has_network = self.needs_training
         for name, least in (("rank", int(has_network)), ("n_blocks", int(has_network)), ("n_preserved_keys", 0)):
             value = getattr(self, name)
             if not _is_whole(value, least):

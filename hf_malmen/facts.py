@@ -458,6 +458,16 @@ def require_fields(facts: Iterable[Fact], names: Iterable[str], purpose: str) ->
                 )
 
 
+def ordinary_sentences(facts: Iterable[Fact]) -> list[str]:
+    """Sentences that say what was so before an edit, as far as facts know it: text of the kind that they are about."""
+    sentences = []
+    for fact in facts:
+        sentences.append(f"{fact.prompt} {fact.ground_truth or fact.target}")
+        if fact.unrelated_prompt and fact.unrelated_answer:
+            sentences.append(f"{fact.unrelated_prompt} {fact.unrelated_answer}")
+    return sentences
+
+
 def _read(
     source: Any, split: str | None, load_options: Mapping[str, Any], streaming: bool = False
 ) -> Iterable[Mapping[str, Any] | Fact]:

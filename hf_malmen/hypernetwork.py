@@ -364,3 +364,64 @@ class HyperNetwork(nn.Module):
         where = keys if self.is_learned else pseudo_keys
         coefficients = -edit_lr * (where * pseudo_keys).sum(-1, keepdim=True)
         return keys, coefficients * pseudo_gradients
+
+
+class MoveBlock(nn.Module):
+    """δ ← exp(cᵀz + c₀) δ + r (B z + b) with z = relu(A [h / r, δ / r] + a) and r the root mean square of the state h.
+
+    The first factor makes moves longer or shorter, the second term turns them.
+
+    Args:
+        hidden_size: features of h and δ.
+        rank: rows of A.
+    """
+
+    def __init__(self, hidden_size: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(2 * hidden_size, rank)
+        self.up = nn.Linear(rank, hidden_size)
+        self.length = nn.Linear(rank, 1)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """B, b, c and c₀ = 0: the block starts as the identity."""
+        # By `nn.init`, as in `HyperBlock`. A is not 0, and so B and c have gradients from the first step on.
+        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+        for parameter in (self.down.bias, *self.up.parameters(), *self.length.parameters()):
+            nn.init.zeros_(parameter)
+
+    def forward(
+        self,
+        states: Tensor,  # (n, hidden_size)
+        moves: Tensor,  # (n, hidden_size)
+    ) -> Tensor:  # (n, hidden_size)
+        unit = states.square().mean(dim=-1, keepdim=True).sqrt()
+        inner = self.down(torch.cat((states / unit, moves / unit), dim=-1)).relu()
+        return self.length(inner).exp() * moves + unit * self.up(inner)
+
+
+class MoveNetwork(nn.Module):
+    """What training makes of the moves that a search has found: MALMEN's hyper-network, of one state a fact.
+
+    A search looks at one fact. What many facts, written together, do to each other's rephrases and to other subjects
+    is what the network learns, through the least squares that writes the moves.
+
+    Args:
+        hidden_size: features of a hidden state and of its move.
+        rank: width of a block.
+        n_blocks: how many.
+    """
+
+    def __init__(self, hidden_size: int, rank: int, n_blocks: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(MoveBlock(hidden_size, rank) for _ in range(n_blocks))
+
+    def forward(
+        self,
+        states: Tensor,  # (n, hidden_size)
+        moves: Tensor,  # (n, hidden_size)
+    ) -> Tensor:  # (n, hidden_size)
+        """The moves to write."""
+        for block in self.blocks:
+            moves = block(states, moves)
+        return moves

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -16,12 +17,13 @@ from .errors import EditStateError
 from .facts import Fact
 from .finetuning import fine_tune
 from .least_squares import fitting_state
-from .memit import tokenize_facts, write_targets
+from .memit import tokenize_facts
 from .memory import plan_groups, traces_by_group
 from .networks import DEFAULT_EDITOR_BATCH_SIZE, EditorNetworks, pack_statistics
 from .shifts import Shift
 from .streaming import FactReader
 from .tracing import Trace, input_device
+from .writing import write_targets
 
 Made = TypeVar("Made")
 
@@ -133,12 +135,14 @@ def _planned(editor: EditorNetworks, request: EditRequest) -> _Plan:
 
 def _from_targets(editor: EditorNetworks, request: EditRequest) -> MadeShifts:
     """MEMIT's way. All facts are held: their targets are sought before the first layer is solved."""
-    if editor.n_covariance_tokens == 0:
+    if editor.config.key_covariance == "required" and editor.n_covariance_tokens == 0:
         raise EditStateError(
             f"Method {editor.config.method!r} weighs an edit against the covariance of ordinary keys, and this editor "
             "has none yet. Call editor.collect_covariance(model, texts) first; save_pretrained keeps it."
         )
-    shifts, written = _from_facts(write_targets, editor, request)(written=request.written)
+    make = _from_facts(write_targets, editor, request)
+    with torch.no_grad():
+        shifts, written = make(written=request.written, refine=editor.refine)
     return MadeShifts(shifts, written={name: keys.cpu() for name, keys in written.items()})
 
 

@@ -599,7 +599,8 @@ class EditorModel(EditorNetworks):
             ModelMismatchError: as `check_base`.
         """
         found = self.check_base(model)
-        if self.config.key_covariance is None and not self.is_trained:  # without a covariance there is no edit at all
+        # Without a covariance that it needs there is no edit at all.
+        if self.config.key_covariance != "required" and not self.is_trained:
             _warn_untrained(self.config)
         return found
 
@@ -629,7 +630,11 @@ def _facts(facts: Any) -> Sequence[Fact] | FactStream:
 
 def _warn_untrained(config: EditorConfig) -> None:
     text = (
-        "This editor has seen no training data: its inputs are not standardised and its hyper-network is at its "
+        "This editor is not trained and has read no text, so that its edits will change what the model says of other "
+        "subjects too. Train it with EditorTrainer, load a trained one, or let it read what edits should leave alone: "
+        "editor.collect_covariance(model, texts)."
+        if config.value_differences == "moves"
+        else "This editor has seen no training data: its inputs are not standardised and its hyper-network is at its "
         "initial state, so edits will hardly take. Train it with EditorTrainer, or load a trained one."
         if config.needs_training
         else "This editor's statistics are frozen and have seen no data, so its inputs are not standardised. Call "

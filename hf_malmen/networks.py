@@ -14,7 +14,15 @@ from .batches import TokenBatch
 from .configuration import EditorConfig
 from .covariance import KeyCovariance
 from .errors import ModelMismatchError
-from .hypernetwork import DoubleBuffers, HyperBlock, HyperNetwork, Normaliser, RunningStatistics
+from .hypernetwork import (
+    DoubleBuffers,
+    HyperBlock,
+    HyperNetwork,
+    MoveBlock,
+    MoveNetwork,
+    Normaliser,
+    RunningStatistics,
+)
 from .least_squares import Adjoint, RidgeLeastSquares, RowSum, Solution, aggregator, solve_device
 from .tracing import Trace, trace
 
@@ -79,12 +87,13 @@ class EditorNetworks(PreTrainedModel):
         for name in config.target_modules or ():
             key_size, value_size = config.shape_of(name)
             members.setdefault(f"{key_size}x{value_size}", []).append(name)
+        moves_alone = config.value_differences == "moves"
         self.networks = nn.ModuleDict(
             {
                 shape: HyperNetwork(
                     *(*config.shape_of(names[0]), len(names)),
                     rank=config.rank,
-                    n_blocks=config.n_blocks,
+                    n_blocks=0 if moves_alone else config.n_blocks,
                     edit_lr=config.edit_lr,
                     ridge=config.ridge,
                     n_preserved_keys=config.n_preserved_keys,
@@ -94,6 +103,9 @@ class EditorNetworks(PreTrainedModel):
                 for shape, names in members.items()
             }
         )
+        # All targets put out a hidden state; where they do not, `Writer` says so.
+        hidden_size = config.shape_of((config.target_modules or [])[0])[1]
+        self.moves = MoveNetwork(hidden_size, config.rank, config.n_blocks) if moves_alone else None
         if config.key_covariance is not None:
             self.covariances = nn.ModuleDict(
                 {shape: KeyCovariance(config.shape_of(names[0])[0], len(names)) for shape, names in members.items()}
@@ -106,7 +118,7 @@ class EditorNetworks(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, HyperBlock | HyperNetwork):
+        if isinstance(module, HyperBlock | HyperNetwork | MoveBlock):
             module.reset_parameters()
         elif isinstance(module, DoubleBuffers):
             for buffer in module.buffers():
@@ -138,7 +150,8 @@ class EditorNetworks(PreTrainedModel):
     def is_trained(self) -> bool:
         """Whether the editor has seen any training data, or its method needs none."""
         if self.config.key_covariance is not None:
-            return self.config.key_covariance == "optional" or self.n_covariance_tokens > 0
+            needs_none = self.config.key_covariance == "optional" and not self.config.needs_training
+            return needs_none or self.n_covariance_tokens > 0  # which training reads first
         ready_from_the_start = not self.config.needs_training and self.config.follows_edits
         return ready_from_the_start or any(int(network.statistics.count) > 1 for network in self._networks().values())
 
@@ -172,6 +185,17 @@ class EditorNetworks(PreTrainedModel):
         with _products_like(keys.dtype):
             keys, value_gradients = (rows.to(self.device, self.dtype) for rows in (keys, value_gradients))
             return network.rows(keys, value_gradients, index, self.config.aggregation, normaliser)
+
+    def refine(
+        self,
+        states: Tensor,  # (n, hidden_size)
+        moves: Tensor,  # (n, hidden_size)
+    ) -> Tensor:  # (n, hidden_size)
+        """The moves of hidden states that are written: what the network makes of those found; without one, these."""
+        if self.moves is None:
+            return moves
+        refined: Tensor = self.moves(*(rows.to(self.device, self.dtype) for rows in (states, moves)))
+        return refined.to(moves)
 
     def _rows(
         self,

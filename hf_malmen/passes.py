@@ -1,5 +1,6 @@
 """The passes that no edit changes: what training needs of the unedited model, each once a sequence."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -29,6 +30,10 @@ class FrozenPasses:
         tokenize: makes batches.
         batch_size: sequences a pass.
         features: where results are kept.
+
+    Attributes:
+        moves: of hidden states, which searches have found (`training_steps.StepOfMoves`): the dearest to compute and
+            the smallest to keep, so that no limit makes room of them.
     """
 
     def __init__(
@@ -48,6 +53,7 @@ class FrozenPasses:
         self.tokenize = tokenize
         self.batch_size = batch_size
         self.features = features
+        self.moves = FeatureCache(sys.maxsize, features.disk)
         self.trunk = Trunk(model, module_names, features)
         # Whether what the vocabulary projection reads is kept, which is smaller, or the logits; None: not tried yet.
         # Where processes hold the model together, the logits: the projection then runs inside of a whole pass only.
@@ -72,6 +78,11 @@ class FrozenPasses:
         keys = [_trace_key(sequence) for sequence in edits] + [self._answer_key(sequence) for sequence in unrelated]
         self.features.make_room({*keys, *self.trunk.keys(prompts)})
         self.trunk.fill(prompts, self.tokenize, self.batch_size)
+
+    def clear(self) -> None:
+        """Forget what is in memory. What is on disk comes back from there, bit for bit."""
+        self.features.clear()
+        self.moves.clear()
 
     def traces(self, sequences: Sequence[TokenSequence]) -> dict[str, Trace]:
         """Keys and value gradients of facts, in the order of `sequences`."""

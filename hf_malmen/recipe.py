@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from .base_model import check_base_model, load_tokenizer
-from .configuration import METHODS, EditorConfig
+from .configuration import DEFAULT_METHODS, METHODS, EditorConfig
 from .covariance import DEFAULT_N_TOKENS
 from .evaluation import n_measured
-from .facts import Fact, load_facts
+from .facts import Fact, load_facts, ordinary_sentences
 from .hub import cached_commit
 from .model_card import EditorRun, Measurement, write_editor_card
 from .modeling import DEFAULT_BATCH_SIZE, EditorModel
@@ -93,7 +93,8 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         if value is not None and not (type(value) is int and value >= 1):
             raise ValueError(f"{path}: {name} is {value!r}; expected a whole number of at least 1, or nothing.")
     recipe = Recipe(**content)
-    method = METHODS.get(str(recipe.editor.get("method", EditorConfig.method)))
+    task_type = str(recipe.editor.get("task_type", EditorConfig.task_type))
+    method = METHODS.get(str(recipe.editor.get("method") or DEFAULT_METHODS.get(task_type)))
     if not recipe.train_facts and (method is None or method.is_trained):  # one that is unknown is refused later
         raise ValueError(f"{path} has no train_facts.")
     if method is not None and method.key_covariance == "required" and not (recipe.texts or recipe.train_facts):
@@ -158,6 +159,14 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> Path:
     config.base_model_revision = cached_commit(recipe.base_model, **hub) or config.base_model_revision
     set_seed(args.seed)
     editor = EditorModel.from_base(model, config)
+    config = editor.config
+    if config.key_covariance is not None or not config.needs_training:
+        place(model, args.device)
+    if config.key_covariance is not None:
+        texts = load_texts(recipe.texts) if recipe.texts else ordinary_sentences(train_facts)
+        if texts and checkpoint is None:  # which has it
+            n_tokens = recipe.n_tokens or DEFAULT_N_TOKENS
+            editor.collect_covariance(model, texts, tokenizer, n_tokens=n_tokens, batch_size=args.lm_batch_size)
     trainer = None
     if config.needs_training:
         trainer = EditorTrainer(editor, model, args, train_facts, eval_facts or None, tokenizer)
@@ -165,13 +174,7 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> Path:
         trainer.save_model()
         trainer.save_state()
     else:
-        place(model, args.device)
-        if config.key_covariance is not None:
-            texts = load_texts(recipe.texts) if recipe.texts else list(map(_sentence, train_facts))
-            if texts:
-                n_tokens = recipe.n_tokens or DEFAULT_N_TOKENS
-                editor.collect_covariance(model, texts, tokenizer, n_tokens=n_tokens, batch_size=args.lm_batch_size)
-        elif train_facts:
+        if config.key_covariance is None and train_facts:
             editor.warm_up(model, train_facts, tokenizer, batch_size=args.lm_batch_size)
         if args.should_save:
             editor.save_pretrained(folder)
@@ -266,11 +269,6 @@ def _checkpoint_of(folder: Path, resume: bool, config: EditorConfig) -> str | No
             "output_dir, or remove them."
         )
     return found
-
-
-def _sentence(fact: Fact) -> str:
-    """A fact as it was before any edit, if that is known."""
-    return f"{fact.prompt} {fact.ground_truth or fact.target}"
 
 
 def _check_sizes(sizes: Any, where: str) -> None:

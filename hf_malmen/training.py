@@ -33,10 +33,11 @@ from .configuration import EditorConfig
 from .edit import check_fingerprint
 from .errors import FactError, ModelMismatchError, NumericalError
 from .evaluation import measured_metrics, n_measured, questions
-from .facts import Fact, load_facts, require_fields
+from .facts import Fact, load_facts, ordinary_sentences, require_fields
 from .features import FeatureCache, FeatureFolder, features_fingerprint
-from .least_squares import Solution
 from .losses import cross_entropy, kl_divergence
+from .makers import check_readable
+from .memit import MOVE_FIELDS, tokenize_facts
 from .model_card import EditorRun, write_editor_card
 from .modeling import EditorModel
 from .passes import FrozenPasses
@@ -44,6 +45,7 @@ from .sharding import forget_sharding, place
 from .targets import plain_model
 from .tracing import Factors, Trace, as_read, frozen, input_device, own_answer_logits, pass_cost, shifted
 from .training_arguments import TRAINING_DEFAULTS, EditorTrainingArguments, needed_fields
+from .training_steps import EditStep, StepOfMoves, StepOfRows
 
 _CARD_SETTINGS = (
     "gradient_accumulation_steps",
@@ -164,6 +166,11 @@ class EditorTrainer(Trainer):
         for name, value in (TRAINING_DEFAULTS | dict(editor.config.training_defaults)).items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
+        if args.is_sequential and editor.config.value_differences == "moves":
+            raise ValueError(
+                f"EditorTrainingArguments.is_sequential is True; expected False with method {editor.config.method!r}, "
+                "whose targets are of the unedited model. Method 'rledit' is trained over sequences."
+            )
         editor.check_base(base_model)
         plain: Any = plain_model(base_model)
         self.base_model = base_model = plain
@@ -172,11 +179,11 @@ class EditorTrainer(Trainer):
         if train_facts is not None:
             require_fields(train_facts, needed_fields(args.locality_weight), "Training")
             kinds = ("rephrase", "unrelated") if args.locality_weight else ("rephrase",)
-            _check_texts(train_facts, self.tokenize, "Training", kinds)
+            _check_texts(editor, train_facts, self.tokenize, "Training", kinds)
         eval_facts = _load_sets(eval_dataset) if eval_dataset is not None else None
         if eval_facts is not None:
             for facts in eval_facts.values() if isinstance(eval_facts, dict) else [eval_facts]:
-                _check_texts(facts, self.tokenize, "Held-out")
+                _check_texts(editor, facts, self.tokenize, "Held-out")
             if args.metric_for_best_model is not None and args.eval_strategy != "no":
                 _require_metric(args.metric_for_best_model, eval_facts)
         # Not handed on: Trainer would write the base model's special tokens into the editor's configuration, and the
@@ -277,40 +284,34 @@ class EditorTrainer(Trainer):
         facts: list[Fact] = inputs["facts"]
         # Every process reads every prompt, so that all know how many answer tokens there are, and a bad one stops all.
         rephrases, unrelated = self._draw(facts)
-        edits = _own([self.tokenize.edit(fact) for fact in facts])
         before = self._sequence.shifts
         window = [(rephrases, unrelated), *self._sequence.sets][: self.args.look_back]
+        asked = tuple(_joined(window, part) for part in (0, 1))
         share = 1 / self.current_gradient_accumulation_steps
         penalty = 0.0
         gradients = {}
         with frozen(self.base_model), self.editor.statistics_restored_on_error():
-            self.passes.begin_step(edits, *(_joined(window, part) for part in (0, 1)))
-            traces = self._trace(edits, before)
-            self.editor.update_statistics(traces)
-            passes = self.editor.row_passes(traces, self.args.editor_batch_size)
-            solutions = self.editor.solve(traces, self.args.editor_batch_size, passes=passes)
-            leaves, after = self._leaves(solutions, before)
+            step = self._edit(facts, before, *asked)
             # Of the modules' own precision, once for all passes. Gradients flow on to what they are of.
-            shown = (as_read(self.base_model, before), as_read(self.base_model, after))
+            shown = (as_read(self.base_model, before), as_read(self.base_model, step.after))
             generalization = locality = 0.0
             for age, questions in enumerate(window):
                 weight = self.args.look_back_decay**age
                 losses = self._meta_loss(*shown, *questions, weight)
                 generalization, locality = generalization + losses[0], locality + losses[1]
-            for name, leaf in leaves.items():
+            for name, leaf in step.leaves.items():
                 gradients[name] = torch.zeros_like(leaf) if leaf.grad is None else share * leaf.grad
-                if self.args.shift_penalty:  # of a dense shift: see `_leaves`
-                    shift = solutions[name].shift.to(leaf)
+                if self.args.shift_penalty:  # where S itself is the leaf
+                    shift = step.shift(name).to(leaf)
                     penalty += self.args.shift_penalty * shift.square().sum().item()
                     if distributed.is_main():  # it counts once
                         gradients[name] += share * 2 * self.args.shift_penalty * shift
             loss = generalization + self.args.locality_weight * locality + penalty
             self._require_finite(loss, gradients)
-        self.editor.backward(traces, solutions, gradients, self.args.editor_batch_size, passes)
-        self.editor.preserve(traces)
+        step.backward(gradients)
         if self.args.is_sequential:
             self._sequence.n_sets += 1
-            self._sequence.shifts = {name: leaf.detach() for name, leaf in leaves.items()}
+            self._sequence.shifts = {name: leaf.detach() for name, leaf in step.leaves.items()}
             self._sequence.sets = window
             if self._sequence.n_sets >= self.current_gradient_accumulation_steps:
                 self._sequence = _Sequence()
@@ -393,7 +394,8 @@ class EditorTrainer(Trainer):
             generalization, locality = (sum(part) / len(part) for part in zip(*self._losses, strict=True))
             logs |= {"generalization_loss": generalization, "locality_loss": locality}
             self._losses.clear()
-            for name, scales in self.editor.scales().items():
+            learned = self.editor.scales() if self.editor.config.value_differences == "network" else {}
+            for name, scales in learned.items():
                 logs |= {
                     f"{kind}/{name}": s for kind, s in zip(("edit_lr", "ridge", "preservation"), scales, strict=True)
                 }
@@ -440,35 +442,36 @@ class EditorTrainer(Trainer):
                 unrelated.append(self.tokenize(fact.unrelated_prompt, fact.unrelated_answer))
         return rephrases, unrelated
 
-    def _leaves(
-        self, solutions: Mapping[str, Solution], before: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor | Factors]]:
-        """What the meta loss is differentiated with respect to, and the shifts of the edited model that follow from it.
-
-        The value differences D, where the passes read the factors of S = PᵀD, which for few facts is much the faster;
-        else S. Nor is the gradient of S wanted then: P ∂L/∂S = ∂L/∂D is what the adjoint of the solve would ask of it.
-        A sequence adds shifts up, and a penalty is of S: both take S itself.
+    def _edit(
+        self,
+        facts: Sequence[Fact],
+        before: Mapping[str, Tensor],
+        rephrases: Sequence[TokenSequence],
+        unrelated: Sequence[TokenSequence],
+    ) -> EditStep:
+        """The edit of a step, by the way that the editor's method has.
 
         Args:
-            solutions: the step's.
-            before: what is added to the weights before the edit, if anything is.
+            facts: all that are edited together.
+            before: {module name: what earlier sets of a sequence have added to its weight}.
+            rephrases, unrelated: what this process will ask about them.
         """
-        device = input_device(self.base_model)
-        dtype = torch.promote_types(self.base_model.dtype, torch.float32)
-        leaves: dict[str, Tensor] = {}
-        after: dict[str, Tensor | Factors] = {}
-        for name, solution in solutions.items():
-            factors = None if self.args.is_sequential or self.args.shift_penalty else solution.factors
-            if factors is not None:
-                left, right = (factor.to(device, dtype) for factor in factors)
-                leaves[name] = right.detach().requires_grad_(True)
-                after[name] = Factors(left, leaves[name])
-            else:
-                # The loss has the same gradient with respect to the sum of all shifts as to the newest.
-                shift = solution.shift.to(device, dtype)
-                leaves[name] = (before[name] + shift if before else shift.detach()).requires_grad_(True)
-                after[name] = leaves[name]
-        return leaves, after
+        if self.editor.config.value_differences == "moves":
+            requests = tokenize_facts(facts, self.tokenize, self.editor.config)
+            self.passes.begin_step((), rephrases, unrelated)
+            return StepOfMoves(
+                self.editor, self.base_model, self.tokenize, requests, self.passes.moves, self.args.lm_batch_size
+            )
+        edits = _own([self.tokenize.edit(fact) for fact in facts])
+        self.passes.begin_step(edits, rephrases, unrelated)
+        return StepOfRows(
+            self.editor,
+            self.base_model,
+            self._trace(edits, before),
+            before,
+            self.args.editor_batch_size,
+            as_shifts=self.args.is_sequential or bool(self.args.shift_penalty),
+        )
 
     def _meta_loss(
         self,
@@ -553,12 +556,21 @@ class EditorTrainer(Trainer):
         for chosen, batch in self.tokenize.batches(sequences, self.args.lm_batch_size, pass_cost(self.base_model)):
             yield chosen, batch.to(input_device(self.base_model))
 
+    def _read_covariance(self) -> None:
+        """Of ordinary keys, where the method weighs edits against it and the editor has none: from training facts."""
+        editor = self.editor
+        if editor.config.key_covariance is not None and editor.n_covariance_tokens == 0:
+            facts: Any = self.train_dataset
+            editor.collect_covariance(
+                self.base_model, ordinary_sentences(facts), self.tokenize.tokenizer, batch_size=self.args.lm_batch_size
+            )
+
     def _make_passes(self) -> FrozenPasses:
         editor = self.editor
         names, selection = editor.module_names, editor.config.traced_tokens
         disk = None
         if self.args.trunk_cache_dir:
-            fingerprint = features_fingerprint(self.base_model, names, selection)
+            fingerprint = features_fingerprint(self.base_model, names, selection, *_search_settings(editor.config))
             disk = FeatureFolder(self.args.trunk_cache_dir, int(self.args.trunk_cache_dir_gib * 2**30), fingerprint)
         features = FeatureCache(int(self.args.trunk_cache_gib * 2**30), disk)
 
@@ -595,7 +607,7 @@ class _Forget(TrainerCallback):
         In which batch a sequence first ran shows in the last bits of what is kept of it. A run that goes on after a
         checkpoint and one that resumes from it end with the same bits only if both start with the same memory.
         """
-        self.trainer.passes.features.clear()
+        self.trainer.passes.clear()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -606,6 +618,7 @@ class _Forget(TrainerCallback):
         between two runs: be edited, or no longer be.
         """
         self.trainer.editor.check_base(self.trainer.base_model)
+        self.trainer._read_covariance()
         self.trainer._passes = self.trainer._make_passes()
         self.trainer._losses.clear()
 
@@ -634,11 +647,16 @@ def _load_sets(source: Any) -> list[Fact] | dict[str, list[Fact]]:
 
 
 def _check_texts(
-    facts: Sequence[Fact], tokenize: Tokenizer, purpose: str, kinds: Collection[str] | None = None
+    editor: EditorModel,
+    facts: Sequence[Fact],
+    tokenize: Tokenizer,
+    purpose: str,
+    kinds: Collection[str] | None = None,
 ) -> None:
     """Tokenise all that will be read of facts, so that no run ends at one that the model cannot read.
 
     Args:
+        editor: which edits them.
         facts: all facts.
         tokenize: of the base model.
         purpose: what the facts are for.
@@ -649,7 +667,7 @@ def _check_texts(
     """
     for number, fact in enumerate(logging.tqdm(facts, desc=f"{purpose} facts", unit=" facts", leave=False, delay=2.0)):
         try:
-            tokenize.edit(fact)
+            check_readable(editor, [fact], tokenize)
             for kind, pairs in questions(fact).items():
                 if kind != "edit" and (kinds is None or kind in kinds):
                     for pair in pairs:
@@ -711,6 +729,11 @@ def _require_metric(name: str, facts: Sequence[Fact] | Mapping[str, Sequence[Fac
             f"EditorTrainingArguments.metric_for_best_model is {name!r}; evaluation of these held-out facts gives "
             f"{', '.join(given)}. Name one of them, or give facts that have what it measures, such as rephrases."
         )
+
+
+def _search_settings(config: EditorConfig) -> list[Any]:
+    """What moves that were found depend on besides their facts; nothing where none are sought."""
+    return [(name, getattr(config, name)) for name in MOVE_FIELDS] if config.value_differences == "moves" else []
 
 
 def _is_scale(name: str) -> bool:

@@ -185,6 +185,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     editor = EditorModel.from_base(
         model,
         EditorConfig(
+            method="malmen",
             rank=options.rank,
             edit_lr=1e-3,
             n_preserved_keys=options.preserved_keys,

@@ -130,7 +130,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     model = build_model(options.architecture, len(tokenizer), options.width, options.layers)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     # An editor's tokenizer needs no trained weights: the model learns what the editor will ask, in the same tokens.
-    tokenize = EditorModel.from_base(model, EditorConfig(rank=1)).tokenizer_for(model, tokenizer)
+    tokenize = EditorModel.from_base(model, EditorConfig(method="malmen", rank=1)).tokenizer_for(model, tokenizer)
     start = time.perf_counter()
     epochs = memorise(model, tokenize, facts, options)
     seconds = {"model": time.perf_counter() - start}
@@ -146,6 +146,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     tokenizer.save_pretrained(options.output_dir / "base")
 
     config = EditorConfig(
+        method="malmen",
         rank=options.rank,
         edit_lr=1e-3,
         n_preserved_keys=options.preserved_keys,

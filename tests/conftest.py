@@ -138,7 +138,9 @@ def build_editor(model: PreTrainedModel, *, seed: int | None = 0, **config: Any)
     The editor has the dtype of `model`.
     """
     torch.manual_seed(seed or 0)
-    editor = EditorModel.from_base(model, EditorConfig(**({"rank": 8, "edit_lr": 1e-3} | config))).to(model.dtype)
+    editor = EditorModel.from_base(
+        model, EditorConfig(**({"method": "malmen", "rank": 8, "edit_lr": 1e-3} | config))
+    ).to(model.dtype)
     if seed is None:
         return editor
     generator = torch.Generator().manual_seed(seed)

@@ -46,6 +46,7 @@ STEPS: dict[str, tuple[torch.dtype, dict[str, Any], list[int]]] = {
     "preserve in float64": (torch.float64, {"n_preserved_keys": 12}, [2, 14, 3]),
     "mend": (torch.float32, {"method": "mend"}, [1, 2, 7]),
     "rledit": (torch.float64, {"method": "rledit"}, [4, 1]),
+    "malmit": (torch.float32, {"method": "malmit", "n_steps": 2, "edit_lr": 0.5, "ridge": 1.0}, [7, 1, 4]),
 }
 
 
@@ -101,15 +102,15 @@ def failed_step(folder: str | Path) -> str:
     editor = build_editor(model, **TARGETS)
     trainer = trainer_for(editor, model, folder)
     trainer.current_gradient_accumulation_steps = 1
-    plain = trainer._leaves
+    plain = trainer._edit
 
     def broken(*arguments: Any) -> Any:
-        leaves, after = plain(*arguments)
+        edited = plain(*arguments)
         if process_index() == n_processes() - 1:
-            leaves[editor.module_names[0]].register_hook(lambda gradient: gradient * torch.inf)
-        return leaves, after
+            edited.leaves[editor.module_names[0]].register_hook(lambda gradient: gradient * torch.inf)
+        return edited
 
-    trainer._leaves = broken  # type: ignore[method-assign]
+    trainer._edit = broken  # type: ignore[method-assign]
     before = {key: value.clone() for key, value in editor.state_dict().items()}
     with pytest.raises(NumericalError) as failure:
         trainer.training_step(trainer.model, {"facts": build_long_facts(6)})

@@ -502,7 +502,7 @@ def test_a_quantised_base(
         check_targets(quantised, edit.layers)
     for names in (None, ["mlp.down_proj"]):
         with pytest.raises(ModelMismatchError, match=refused):
-            EditorModel.from_base(quantised, EditorConfig(target_modules=names))
+            EditorModel.from_base(quantised, EditorConfig(method="malmen", target_modules=names))
     assert torch.equal(logits(quantised), without)
 
     # Into models that have not run yet: bitsandbytes repacks 4-bit weights in the first pass on a CPU.
@@ -539,7 +539,7 @@ def test_quantised_layers_of_another_kind(make_llama: Build) -> None:
     model.hf_quantizer = object()
     for names in (None, ["layers.3.mlp.down_proj"]):
         with pytest.raises(ModelMismatchError, match=r"holds its weight in PackedLinear, quantised.*edit\.to_lora"):
-            EditorModel.from_base(model, EditorConfig(target_modules=names))
+            EditorModel.from_base(model, EditorConfig(method="malmen", target_modules=names))
     with pytest.raises(ModelMismatchError, match=r"norm is a LlamaRMSNorm; only nn\.Linear"):
         check_targets(model, ["model.norm"])
 

@@ -70,7 +70,7 @@ def expected_shifts(
 def test_default_targets(kind: Kind) -> None:
     """The second feed-forward linear of the last blocks, of both sides where there are two; the task is read off."""
     model = kind.build()
-    editor = EditorModel.from_base(model, EditorConfig(rank=8, **kind.config))
+    editor = EditorModel.from_base(model, EditorConfig(**{"method": "malmen", "rank": 8} | kind.config))
     assert editor.module_names == kind.names
     assert editor.config.task_type == kind.task
     is_conv = isinstance(model.get_submodule(kind.names[0]), Conv1D)
@@ -172,7 +172,9 @@ def test_edit_write_export_and_undo(
 def test_answers_are_those_of_single_facts(kind: Kind, tokenizer: PreTrainedTokenizerFast, facts: list[Fact]) -> None:
     """Logits of a batch, whose cross-entropy is the sum over the facts."""
     model = kind.build(torch.float64)
-    tokenize = EditorModel.from_base(model, EditorConfig(rank=8, **kind.config)).tokenizer_for(model, tokenizer)
+    tokenize = EditorModel.from_base(
+        model, EditorConfig(**{"method": "malmen", "rank": 8} | kind.config)
+    ).tokenizer_for(model, tokenizer)
     given = [kind.given(tokenizer, fact.prompt, fact.target) for fact in facts]
     with frozen(model), torch.no_grad():
         logits, answers = answer_logits(model, tokenize.pad([tokenize(fact.prompt, fact.target) for fact in facts]))
@@ -188,7 +190,7 @@ def test_the_loss_is_that_of_transformers(
     """Given a fact with `labels`, transformers shifts, masks and averages as we do."""
     kind, fact = KINDS[name], KINDS[name].facts(make_long_facts(6))[5]
     model = kind.build()
-    tokenize = EditorModel.from_base(model, EditorConfig(rank=8)).tokenizer_for(model, tokenizer)
+    tokenize = EditorModel.from_base(model, EditorConfig(method="malmen", rank=8)).tokenizer_for(model, tokenizer)
     given = kind.given(tokenizer, fact.prompt, fact.target)
     inputs, labels = {"input_ids": given.inputs["input_ids"]}, torch.tensor([given.answers])
     if kind.task == "CAUSAL_LM":
@@ -212,7 +214,7 @@ def test_the_traced_token_is_the_one_that_the_head_reads(
     """The class depends on the last block at that token, or at all where it reads their mean, and at no other."""
     kind, tokenizer = KINDS[name], make_tokenizer(add_bos=True)
     model = kind.build(torch.float64)
-    editor = EditorModel.from_base(model, EditorConfig(rank=8))
+    editor = EditorModel.from_base(model, EditorConfig(method="malmen", rank=8))
     tokenize = editor.tokenizer_for(model, tokenizer)
     batch = tokenize.pad([tokenize(fact.prompt, fact.target) for fact in kind.facts(make_long_facts(4))])
     outputs: list[Tensor] = []
@@ -303,7 +305,7 @@ def test_the_longest_prompt_that_a_model_reads(
     """RoBERTa counts positions from its padding token on; T5 has no limit. What is accepted runs."""
     kind = KINDS[name]
     model, target = kind.build(), kind.facts(make_facts(1))[0].target
-    tokenize = EditorModel.from_base(model, EditorConfig(rank=8)).tokenizer_for(model, tokenizer)
+    tokenize = EditorModel.from_base(model, EditorConfig(method="malmen", rank=8)).tokenizer_for(model, tokenizer)
     assert tokenize.max_length == length
     word = len(tokenize(" Lyon" * 2, target)) - len(tokenize(" Lyon", target))
     free = (length or 100) - len(tokenize(" Lyon", target)) + word
@@ -333,7 +335,7 @@ def test_xlnet_is_told_by_its_head(tokenizer: PreTrainedTokenizerFast) -> None:
     def prepared(summary: str) -> Tokenizer:
         config = AutoConfig.for_model("xlnet", **sizes, summary_type=summary)
         model = AUTO_CLASSES["SEQ_CLS"].from_config(config)
-        return EditorModel.from_base(model, EditorConfig(rank=8)).tokenizer_for(model, tokenizer)
+        return EditorModel.from_base(model, EditorConfig(method="malmen", rank=8)).tokenizer_for(model, tokenizer)
 
     with pytest.raises(ModelMismatchError, match=r"XLNetForSequenceClassification has summary_type='last'"):
         prepared("last")

@@ -142,7 +142,7 @@ def ids_without_end(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def check_boundary(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, text: str) -> TokenSequence:
     """Everything that must hold of one tokenised fact whose full text is `text`."""
-    sequence = Tokenizer(tokenizer, EditorConfig())(prompt, target)
+    sequence = Tokenizer(tokenizer, EditorConfig(method="malmen"))(prompt, target)
     ids = ids_without_end(tokenizer, text)
     assert [*sequence.prompt_ids, *sequence.target_ids] == ids
     assert [*sequence.input_ids] == ids[:-1]
@@ -172,7 +172,7 @@ def test_boundary_of_hard_texts(name: str, prompt: str, target: str) -> None:
 
 def test_targets_of_several_tokens() -> None:
     """The cases above are worth something: some targets are one token long, some many, one word or two."""
-    tokenize = Tokenizer(byte_level("<s> $A </s>"), EditorConfig())
+    tokenize = Tokenizer(byte_level("<s> $A </s>"), EditorConfig(method="malmen"))
     lengths = [len(tokenize(prompt, target).target_ids) for prompt, target in TEXTS + HARD_TEXTS]
     assert min(lengths) == 1
     assert max(lengths) >= 4
@@ -181,7 +181,7 @@ def test_targets_of_several_tokens() -> None:
 def test_the_space_belongs_to_the_target() -> None:
     """A byte-level tokenizer spells " is" and "is" differently; the model has mostly seen the former."""
     tokenizer = byte_level()
-    sequence = Tokenizer(tokenizer, EditorConfig())("The country of Lyon", "is")
+    sequence = Tokenizer(tokenizer, EditorConfig(method="malmen"))("The country of Lyon", "is")
     assert tokenizer.decode(list(sequence.target_ids)) == " is"
     assert len(sequence.target_ids) == 1
 
@@ -194,10 +194,10 @@ def test_a_space_of_its_own_belongs_to_the_target(template: str | None, prefix: 
     for prompt, target in [*SPLIT_TEXTS, *TEXTS, *HARD_TEXTS]:
         separator = "" if prompt.endswith(("\n", "\t")) else " "
         expected = check_boundary(plain, prompt, target, f"{prompt.rstrip(' ')}{separator}{target.strip()}")
-        assert Tokenizer(trimmed, EditorConfig())(prompt, target) == expected
+        assert Tokenizer(trimmed, EditorConfig(method="malmen"))(prompt, target) == expected
         assert two_sided(trimmed)(prompt, target) == two_sided(plain)(prompt, target)
     for prompt, target in SPLIT_TEXTS[:-1]:
-        ids = Tokenizer(trimmed, EditorConfig())(prompt, target).target_ids
+        ids = Tokenizer(trimmed, EditorConfig(method="malmen"))(prompt, target).target_ids
         assert trimmed.convert_ids_to_tokens(ids[0]) == "Ġ"
         assert trimmed.decode(list(ids)) == f" {target}"
 
@@ -261,7 +261,8 @@ def test_a_tokenizer_without_offsets_gives_the_same(end: bool) -> None:
         assert check_boundary(slow, prompt, target, text) == expected
         for subject in prompt.split():
             positions = [
-                Tokenizer(one, EditorConfig()).subject_position(prompt, target, subject) for one in (quick, slow)
+                Tokenizer(one, EditorConfig(method="malmen")).subject_position(prompt, target, subject)
+                for one in (quick, slow)
             ]
             assert positions[0] == positions[1]
 
@@ -270,7 +271,7 @@ def test_a_slow_tokenizer_with_a_target_that_repeats_the_prompt() -> None:
     """The boundary is where the joined text leaves the prompt, also if the next token is the one before."""
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, "is", " is"])}
     slow = SlowTokenizer(vocabulary, end=True)
-    sequence = Tokenizer(slow, EditorConfig())("is is is", "is is")
+    sequence = Tokenizer(slow, EditorConfig(method="malmen"))("is is is", "is is")
     assert sequence == TokenSequence((1, 4, 5, 5, 5), (IGNORED, IGNORED, IGNORED, 5, 5))
 
 
@@ -282,7 +283,7 @@ def test_chat_template(make_tokenizer: Callable[..., PreTrainedTokenizerFast], a
     """The prompt is a user's message, exactly as in a chat that waits for the answer; special tokens come once."""
     tokenizer = make_tokenizer(add_bos=add_bos)
     for prompt, target in TEXTS:
-        sequence = Tokenizer(tokenizer, EditorConfig(use_chat_template=True))(prompt, target)
+        sequence = Tokenizer(tokenizer, EditorConfig(method="malmen", use_chat_template=True))(prompt, target)
         chat = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         assert [*sequence.prompt_ids] == tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -293,7 +294,7 @@ def test_chat_template(make_tokenizer: Callable[..., PreTrainedTokenizerFast], a
 def test_chat_template_that_is_not_there() -> None:
     """Found when the editor meets the tokenizer, not at the first fact."""
     with pytest.raises(ValueError, match="the tokenizer has no chat template"):
-        Tokenizer(byte_level(), EditorConfig(use_chat_template=True))
+        Tokenizer(byte_level(), EditorConfig(method="malmen", use_chat_template=True))
 
 
 @pytest.mark.parametrize(
@@ -310,7 +311,7 @@ def test_chat_template_that_is_not_there() -> None:
 def test_prompt_template(template: str, text: str) -> None:
     """The template goes around the prompt; only `{prompt}` is replaced."""
     tokenizer = byte_level("<s> $A")
-    sequence = Tokenizer(tokenizer, EditorConfig(prompt_template=template))("It lies in", "Lyon")
+    sequence = Tokenizer(tokenizer, EditorConfig(method="malmen", prompt_template=template))("It lies in", "Lyon")
     assert [*sequence.prompt_ids, *sequence.target_ids] == tokenizer(text)["input_ids"]
     assert tokenizer.decode(list(sequence.target_ids)).strip() == "Lyon"
 
@@ -318,7 +319,9 @@ def test_prompt_template(template: str, text: str) -> None:
 def test_braces_in_a_prompt_are_text() -> None:
     """A prompt is never read as a template."""
     tokenizer = byte_level()
-    sequence = Tokenizer(tokenizer, EditorConfig(prompt_template="Q: {prompt}\nA:"))("{prompt} {0} {", "Lyon")
+    sequence = Tokenizer(tokenizer, EditorConfig(method="malmen", prompt_template="Q: {prompt}\nA:"))(
+        "{prompt} {0} {", "Lyon"
+    )
     assert tokenizer.decode(list(sequence.prompt_ids)) == "Q: {prompt} {0} {\nA:"
 
 
@@ -330,11 +333,11 @@ def test_too_long_for_the_model() -> None:
     tokenizer = byte_level("<s> $A")
     prompt, target = TEXTS[0]
     length = len(tokenizer(f"{prompt} {target}")["input_ids"]) - 1
-    assert len(Tokenizer(tokenizer, EditorConfig(), max_length=length)(prompt, target)) == length
+    assert len(Tokenizer(tokenizer, EditorConfig(method="malmen"), max_length=length)(prompt, target)) == length
     with pytest.raises(
         FactError, match=rf"takes {length} tokens with its target, and the model reads at most {length - 1}"
     ):
-        Tokenizer(tokenizer, EditorConfig(), max_length=length - 1)(prompt, target)
+        Tokenizer(tokenizer, EditorConfig(method="malmen"), max_length=length - 1)(prompt, target)
 
 
 def test_a_target_without_tokens() -> None:
@@ -342,14 +345,14 @@ def test_a_target_without_tokens() -> None:
     tokenizer = byte_level("<s> $A </s>")
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
     with pytest.raises(FactError, match=r"The prompt 'It lies in\\n' with the target '\\u200b' gives the tokens"):
-        Tokenizer(tokenizer, EditorConfig())("It lies in\n", "\u200b")
+        Tokenizer(tokenizer, EditorConfig(method="malmen"))("It lies in\n", "\u200b")
 
 
 def test_a_target_at_the_very_start() -> None:
     """Without a BOS token nothing precedes the target of an empty prompt, so nothing can predict it."""
-    assert Tokenizer(byte_level("<s> $A"), EditorConfig())("", "Lyon").prompt_ids == (1,)
+    assert Tokenizer(byte_level("<s> $A"), EditorConfig(method="malmen"))("", "Lyon").prompt_ids == (1,)
     with pytest.raises(FactError, match="no token that follows a prompt token"):
-        Tokenizer(byte_level(), EditorConfig())("", "Lyon")
+        Tokenizer(byte_level(), EditorConfig(method="malmen"))("", "Lyon")
 
 
 # Batches
@@ -365,7 +368,7 @@ def sequences_of(lengths: list[int]) -> list[TokenSequence]:
 
 def test_pad_right_and_left() -> None:
     """By hand: tokens, mask and labels."""
-    batch_of = Tokenizer(byte_level(), EditorConfig()).pad
+    batch_of = Tokenizer(byte_level(), EditorConfig(method="malmen")).pad
     sequences = sequences_of([3, 1])
     right, left = batch_of(sequences, "right"), batch_of(sequences, "left")
     assert right.input_ids.tolist() == [[1, 2, 3], [11, 0, 0]]
@@ -380,20 +383,20 @@ def test_pad_right_and_left() -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_pad_on_the_right_by_default(side: str, make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> None:
     """Whatever the tokenizer prefers: what a model reads must not depend on it."""
-    tokenize = Tokenizer(make_tokenizer(padding_side=side), EditorConfig())
+    tokenize = Tokenizer(make_tokenizer(padding_side=side), EditorConfig(method="malmen"))
     assert tokenize.pad(sequences_of([2, 4])).input_ids.tolist() == [[1, 2, 0, 0], [11, 12, 13, 14]]
 
 
 def test_a_tokenizer_without_a_padding_token() -> None:
     """GPT-2's has none; masked positions are never read, so any id serves, also where 0 is a real token."""
-    tokenize = Tokenizer(fast(byte_level().backend_tokenizer, pad_token=None), EditorConfig())
+    tokenize = Tokenizer(fast(byte_level().backend_tokenizer, pad_token=None), EditorConfig(method="malmen"))
     assert tokenize.pad_token_id == 0
     assert tokenize.pad(sequences_of([2, 1])).input_ids.tolist() == [[1, 2], [11, 0]]
 
 
 def test_selected_tokens() -> None:
     """The answer positions, or all that are not padding."""
-    batch = Tokenizer(byte_level(), EditorConfig()).pad(sequences_of([3, 1]), "left")
+    batch = Tokenizer(byte_level(), EditorConfig(method="malmen")).pad(sequences_of([3, 1]), "left")
     assert batch.selected("answer").tolist() == [[False, False, True], [False, False, True]]
     assert batch.selected("all").tolist() == [[True, True, True], [False, False, True]]
 
@@ -412,7 +415,7 @@ def test_batches_hold_every_sequence_once(
 ) -> None:
     """Also those of a last, short batch; the positions say which is where, and no batch is too large."""
     sequences = sequences_of([3, 1, 4, 1, 5, 9, 2, 6, 5, 3])
-    tokenize = Tokenizer(make_tokenizer(padding_side=side), EditorConfig())
+    tokenize = Tokenizer(make_tokenizer(padding_side=side), EditorConfig(method="malmen"))
     seen = []
     sizes = []
     for chosen, batch in tokenize.batches(sequences, batch_size):
@@ -427,7 +430,7 @@ def test_batches_hold_every_sequence_once(
 
 def test_batches_group_by_length() -> None:
     """So that little is padding: the padded area is the smallest that this batch size allows."""
-    tokenize = Tokenizer(byte_level(), EditorConfig())
+    tokenize = Tokenizer(byte_level(), EditorConfig(method="malmen"))
     batches = list(tokenize.batches(sequences_of([1, 9, 1, 9, 1, 9]), 3))
     assert sum(batch.input_ids.numel() for _, batch in batches) == 3 * 9 + 3 * 1
 
@@ -438,7 +441,7 @@ def test_batches_are_cut_where_padding_and_passes_cost_least(
     make_tokenizer: Callable[..., PreTrainedTokenizerFast], batch_size: int, pass_cost: int
 ) -> None:
     """The cost is the least that any way to cut nine sequences has, and every sequence is there once."""
-    tokenize = Tokenizer(make_tokenizer(), EditorConfig())
+    tokenize = Tokenizer(make_tokenizer(), EditorConfig(method="malmen"))
     lengths = [5, 21, 3, 9, 9, 4, 20, 12, 3]
     sequences = [TokenSequence((7,) * length, (3,) * length) for length in lengths]
     found = list(tokenize.batches(sequences, batch_size, pass_cost))
@@ -456,14 +459,14 @@ def test_batches_are_cut_where_padding_and_passes_cost_least(
 
 def test_batches_of_nothing() -> None:
     """No sequence, no batch."""
-    assert list(Tokenizer(byte_level(), EditorConfig()).batches([], 4)) == []
+    assert list(Tokenizer(byte_level(), EditorConfig(method="malmen")).batches([], 4)) == []
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])
 def test_batches_of_an_impossible_size(batch_size: int) -> None:
     """The message names the argument and its value."""
     with pytest.raises(ValueError, match=f"batch_size is {batch_size}; expected a whole number of at least 1"):
-        list(Tokenizer(byte_level(), EditorConfig()).batches(sequences_of([1]), batch_size))
+        list(Tokenizer(byte_level(), EditorConfig(method="malmen")).batches(sequences_of([1]), batch_size))
 
 
 # Encoder-decoders and classifiers
@@ -471,7 +474,9 @@ def test_batches_of_an_impossible_size(batch_size: int) -> None:
 
 def two_sided(tokenizer: PreTrainedTokenizerBase, **config: Any) -> Tokenizer:
     """For an encoder-decoder whose decoder starts with token 0."""
-    return Tokenizer(tokenizer, EditorConfig(task_type="SEQ_2_SEQ_LM", **config), decoder_start_token_id=0)
+    return Tokenizer(
+        tokenizer, EditorConfig(method="malmen", task_type="SEQ_2_SEQ_LM", **config), decoder_start_token_id=0
+    )
 
 
 def test_encoder_decoder_sequences(any_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -511,7 +516,7 @@ def test_encoder_decoder_batches() -> None:
 
 def test_an_encoder_decoder_that_does_not_say_how_it_starts() -> None:
     """T5's configuration has no default."""
-    tokenize = Tokenizer(byte_level(), EditorConfig(task_type="SEQ_2_SEQ_LM"))
+    tokenize = Tokenizer(byte_level(), EditorConfig(method="malmen", task_type="SEQ_2_SEQ_LM"))
     with pytest.raises(ValueError, match=r"config\.decoder_start_token_id"):
         tokenize("It lies in", "Lyon")
 
@@ -527,7 +532,9 @@ def test_an_encoder_decoders_target_without_tokens() -> None:
 def classifier(tokenizer: PreTrainedTokenizerBase, **classes: Any) -> Tokenizer:
     """For a classifier with two labels."""
     settings: dict[str, Any] = {"ids": {"REFUTES": 0, "SUPPORTS": 1}, "count": 2} | classes
-    return Tokenizer(tokenizer, EditorConfig(task_type="SEQ_CLS"), max_length=12, classes=Classes(**settings))
+    return Tokenizer(
+        tokenizer, EditorConfig(method="malmen", task_type="SEQ_CLS"), max_length=12, classes=Classes(**settings)
+    )
 
 
 def test_class_at_the_token_that_the_head_reads() -> None:
@@ -578,7 +585,7 @@ def test_templates_and_limits_of_a_prompt_alone(
 
     def read(prompt: str, **config: Any) -> str:
         classes = Classes({"France": 0, "Italy": 1}, 2)
-        settings = EditorConfig(task_type=task_type, **config)
+        settings = EditorConfig(method="malmen", task_type=task_type, **config)
         tokenize = Tokenizer(tokenizer, settings, 20, decoder_start_token_id=0, classes=classes)
         return tokenizer.decode(list(tokenize(prompt, "France").input_ids))
 
@@ -610,7 +617,7 @@ def test_templates_and_limits_of_a_prompt_alone(
 def test_subject_ends_where_its_last_character_is_read(name: str, prompt: str, subject: str) -> None:
     """The text read up to that token has the subject as often as the prompt, and one token less lacks it once."""
     tokenizer = TOKENIZERS[name]()
-    tokenize = Tokenizer(tokenizer, EditorConfig())
+    tokenize = Tokenizer(tokenizer, EditorConfig(method="malmen"))
     ids = tokenize(prompt, "Ecuador").input_ids
     position = tokenize.subject_position(prompt, "Ecuador", subject)
     assert 0 < position < len(tokenize(prompt, "Ecuador").prompt_ids)
@@ -649,12 +656,12 @@ def test_subject_is_a_word_of_its_own(before: str, subject: str, behind: str) ->
 def test_subject_in_a_template_or_a_chat() -> None:
     """It is looked for in the prompt, not in what a template puts around it."""
     tokenizer = byte_level()
-    plain = Tokenizer(tokenizer, EditorConfig(prompt_template="is Lyon? {prompt} of Lyon is:"))
+    plain = Tokenizer(tokenizer, EditorConfig(method="malmen", prompt_template="is Lyon? {prompt} of Lyon is:"))
     ids = plain("The country of Lyon", "France").input_ids
     position = plain.subject_position("The country of Lyon", "France", "Lyon")
     assert tokenizer.decode(ids[: position + 1]) == "is Lyon? The country of Lyon"
     tokenizer.chat_template = "{% for message in messages %}<s>{{ message['content'] | trim }}</s>{% endfor %}"
-    chat = Tokenizer(tokenizer, EditorConfig(use_chat_template=True))
+    chat = Tokenizer(tokenizer, EditorConfig(method="malmen", use_chat_template=True))
     ids = chat("The country of Lyon is", "Lyon").input_ids
     position = chat.subject_position("The country of Lyon is", "Lyon", "Lyon")
     assert tokenizer.decode(ids[: position + 1]) == "<s>The country of Lyon"
@@ -662,6 +669,6 @@ def test_subject_in_a_template_or_a_chat() -> None:
 
 def test_subject_that_is_not_in_the_prompt_is_an_error() -> None:
     """Names both, and says what to do."""
-    tokenize = Tokenizer(byte_level(), EditorConfig())
+    tokenize = Tokenizer(byte_level(), EditorConfig(method="malmen"))
     with pytest.raises(FactError, match=r"subject 'France' does not occur in the prompt 'Lyon is in'\. Give the sub"):
         tokenize.subject_position("Lyon is in", "France", "France")

@@ -23,7 +23,7 @@ def test_logits_are_those_of_whole_sequences(
 ) -> None:
     """With a move of a hidden state behind the cut, started behind the block that it comes out of, and its gradient."""
     model = KINDS[kind].build(torch.float64)
-    tokenize = Tokenizer(tokenizer, EditorConfig())
+    tokenize = Tokenizer(tokenizer, EditorConfig(method="malmen"))
     sequences = [tokenize(fact.prompt, fact.target) for fact in make_long_facts(4)]
     block = KINDS[kind].names[1].removesuffix(".mlp.down_proj").rsplit(".mlp", 1)[0].removesuffix(".fc2")
     module = model.get_submodule(block)
@@ -65,10 +65,12 @@ def test_logits_are_those_of_whole_sequences(
 @pytest.mark.parametrize("kind", ["gemma2", "mpt"])
 def test_what_keeps_more_than_all_tokens_reads_whole_sequences(kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
     """Sliding windows, and positions that cannot be given."""
-    tokenize = Tokenizer(tokenizer, EditorConfig())
+    tokenize = Tokenizer(tokenizer, EditorConfig(method="malmen"))
     assert Beginnings.read(KINDS[kind].build(), tokenize, [(7, 8, 9)]) is None
 
 
 def test_nothing_to_read(tokenizer: PreTrainedTokenizerFast) -> None:
     """Where every beginning is empty there is none."""
-    assert Beginnings.read(KINDS["llama"].build(), Tokenizer(tokenizer, EditorConfig()), [(), ()]) is None
+    assert (
+        Beginnings.read(KINDS["llama"].build(), Tokenizer(tokenizer, EditorConfig(method="malmen")), [(), ()]) is None
+    )

@@ -54,7 +54,7 @@ def test_operations_are_counted_as_pytorch_counts_them(gpu: Any, name: str) -> N
 
     config = gpu.config_of(name, tiny=True)
     model = gpu.build_model(config, torch.float32, "cpu")
-    editor = EditorModel.from_base(model, EditorConfig(rank=4))
+    editor = EditorModel.from_base(model, EditorConfig(method="malmen", rank=4))
     floor = gpu.Floor(model, editor.tokenizer_for(model, gpu.build_tokenizer()), editor.module_names[0], 4)
     chosen = gpu.load_facts(list(gpu.facts(8, gpu.N_TOKENS)))
     sequences = [floor.tokenize(fact.prompt, fact.target) for fact in chosen]

@@ -13,8 +13,8 @@ from hf_malmen.configuration import FORMAT_VERSION, METHODS
 
 
 def test_defaults_are_the_documented_ones() -> None:
-    """A config made with no argument is a complete one, of the paper's method."""
-    config = EditorConfig()
+    """A config made with a method and nothing else is a complete one."""
+    config = EditorConfig(method="malmen")
     assert (config.method, config.traced_tokens, config.aggregation) == ("malmen", "answer", "least_squares")
     assert (config.rank, config.n_blocks, config.edit_lr, config.ridge) == (512, 2, 1e-6, 1.0)
     assert (config.task_type, config.fingerprint_policy, config.use_chat_template) == ("CAUSAL_LM", "warn", False)
@@ -22,6 +22,20 @@ def test_defaults_are_the_documented_ones() -> None:
                  "layers_to_transform", "module_shapes", "fan_in_fan_out", "prompt_template"):  # fmt: skip
         assert getattr(config, name) is None, name
     assert config.format_version == FORMAT_VERSION
+
+
+@pytest.mark.parametrize(
+    ("task_type", "method", "rank"),
+    [("CAUSAL_LM", "malmit", 1024), ("SEQ_2_SEQ_LM", "malmen", 512), ("SEQ_CLS", "malmen", 512)],
+)
+def test_without_a_method_the_task_decides(task_type: str, method: str, rank: int) -> None:
+    """What the method has stays open with it; what is given goes along."""
+    config = EditorConfig(prompt_template="{prompt}?")
+    assert (config.method, config.rank) == (None, None)
+    resolved = config.resolved(task_type)
+    assert (resolved.method, resolved.rank, resolved.prompt_template) == (method, rank, "{prompt}?")
+    assert EditorConfig(rank=7).resolved(task_type).rank == 7
+    assert EditorConfig(method="memit", layers_to_transform=[1]).resolved("CAUSAL_LM").method == "memit"
 
 
 def test_a_method_decides_tokens_and_aggregation_unless_told() -> None:
@@ -35,7 +49,7 @@ def test_a_method_decides_tokens_and_aggregation_unless_told() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "allowed"),
     [
-        ("method", "magic", "'malmen', 'mend'"),
+        ("method", "magic", "None, 'malmen', 'mend'"),
         ("method", ["malmen"], "'malmen', 'mend'"),
         ("task_type", "TOKEN_CLS", "'CAUSAL_LM', 'SEQ_2_SEQ_LM', 'SEQ_CLS'"),
         ("token_selection", "last", "None, 'answer', 'all'"),
@@ -88,7 +102,7 @@ def test_a_bad_module_shape_names_the_module(shape: Any) -> None:
 
 def test_preserved_keys_need_the_least_squares() -> None:
     """MEND sums its rows and solves nothing."""
-    assert EditorConfig(n_preserved_keys=16).n_preserved_keys == 16
+    assert EditorConfig(method="malmen", n_preserved_keys=16).n_preserved_keys == 16
     with pytest.raises(ValueError, match=r"EditorConfig\.n_preserved_keys is 16; allowed with method 'mend': 0"):
         EditorConfig(method="mend", n_preserved_keys=16)
 
@@ -98,7 +112,7 @@ def test_every_method_fills_in_what_is_none(method: str) -> None:
     """A row of the table is complete, and a value that is given wins over it."""
     config, row = EditorConfig(method=method), METHODS[method]
     for name in ("rank", "n_blocks", "edit_lr", "ridge"):
-        assert getattr(config, name) == row.defaults.get(name, getattr(EditorConfig(), name))
+        assert getattr(config, name) == row.defaults.get(name, getattr(EditorConfig(method="malmen"), name))
     assert EditorConfig(method=method, edit_lr=0.5, ridge=7).edit_lr == 0.5
     assert (config.traced_tokens, config.aggregation) == (row.token_selection, row.aggregation)
     assert (config.value_differences, config.needs_training) == (row.value_differences, row.is_trained)
@@ -203,7 +217,7 @@ def test_a_keyword_unlike_any_field_is_refused_with_all_fields(name: str) -> Non
 )
 def test_keywords_of_transformers_are_taken(name: str, value: Any) -> None:
     """What any configuration of transformers may have, now or from an older release, is none of a user's slips."""
-    assert EditorConfig(**{name: value}).rank == 512
+    assert EditorConfig(method="malmen", **{name: value}).rank == 512
 
 
 FULL: dict[str, Any] = {

@@ -1107,7 +1107,7 @@ def test_an_editor_is_not_made_for_a_layer_that_cannot_be_edited(
     change(model)
     names = ["model.layers.1.mlp.down_proj", "model.layers.3.mlp.down_proj"]
     with pytest.raises(ModelMismatchError):
-        EditorModel.from_base(model, EditorConfig(target_modules=names))
+        EditorModel.from_base(model, EditorConfig(method="malmen", target_modules=names))
 
 
 def test_square_layers_of_the_other_kind(
@@ -1131,7 +1131,7 @@ def test_square_layers_of_the_other_kind(
 def test_tied_word_embeddings_can_be_no_target(make_gpt2: Build) -> None:
     """GPT-2's output layer is its embedding."""
     with pytest.raises(ModelMismatchError, match=r"lm_head shares its weight with transformer\.wte\.weight"):
-        EditorModel.from_base(make_gpt2(), EditorConfig(target_modules=["lm_head"]))
+        EditorModel.from_base(make_gpt2(), EditorConfig(method="malmen", target_modules=["lm_head"]))
 
 
 # Fingerprints
@@ -1188,7 +1188,10 @@ def test_edits_in_force_do_not_count_as_other_weights(
     first = editor.apply(model, facts[:4], tokenizer)
     second = editor.apply(model, facts[4:], tokenizer)
     assert second.base_model_fingerprint == first.base_model_fingerprint == editor.config.base_model_fingerprint
-    assert EditorModel.from_base(model, EditorConfig()).config.base_model_fingerprint == first.base_model_fingerprint
+    assert (
+        EditorModel.from_base(model, EditorConfig(method="malmen")).config.base_model_fingerprint
+        == first.base_model_fingerprint
+    )
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
@@ -1237,7 +1240,7 @@ def test_the_warning_points_at_the_callers_line(
 
 def test_from_base_leaves_model_and_config_alone(model: PreTrainedModel) -> None:
     """The config is copied; the editor's own has names, shapes, layout and fingerprint."""
-    config = EditorConfig(rank=4, layers_to_transform=[2, 3])
+    config = EditorConfig(method="malmen", rank=4, layers_to_transform=[2, 3])
     stored = config.to_dict()
     before = state(model)
     with untouched(model):
@@ -1255,6 +1258,9 @@ def test_from_base_leaves_model_and_config_alone(model: PreTrainedModel) -> None
 
 def test_an_editor_needs_names_and_shapes() -> None:
     """A bare config cannot be built, and the message says how to get one."""
-    for config in (EditorConfig(), EditorConfig(target_modules=["a"], module_shapes={"b": [2, 3]})):
+    for config in (
+        EditorConfig(method="malmen"),
+        EditorConfig(method="malmen", target_modules=["a"], module_shapes={"b": [2, 3]}),
+    ):
         with pytest.raises(ValueError, match=r"Use EditorModel\.from_base\(model, config\)"):
             EditorModel(config)

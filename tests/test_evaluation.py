@@ -125,7 +125,7 @@ def edit(plain: Plain) -> Edit:
 @pytest.fixture
 def tokenize(plain: Plain) -> Tokenizer:
     """As an editor without a template tokenises."""
-    return Tokenizer(plain.tokenizer, EditorConfig())
+    return Tokenizer(plain.tokenizer, EditorConfig(method="malmen"))
 
 
 def mean(values: list[float]) -> float | None:
@@ -311,7 +311,7 @@ def test_an_encoder_decoder(make_tokenizer: Build) -> None:
     tokens: dict[str, Any] = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2}
     model: Any = T5ForConditionalGeneration(T5Config(**sizes, **tokens, initializer_factor=5.0)).eval()
     tokenizer = make_tokenizer()
-    tokenize = Tokenizer(tokenizer, EditorConfig(task_type="SEQ_2_SEQ_LM"), decoder_start_token_id=0)
+    tokenize = Tokenizer(tokenizer, EditorConfig(method="malmen", task_type="SEQ_2_SEQ_LM"), decoder_start_token_id=0)
     edit = Edit({"decoder.block.1.layer.2.DenseReluDense.wo": torch.randn(48, 32)})
     facts = [Fact("The country of Lyon is", "Italy and Japan", ground_truth="France"), Fact("Turin", "Ghana")]
     settings: dict[str, Any] = {"generate": True, "probabilities": True}
@@ -356,7 +356,7 @@ def test_a_classifier(make_tokenizer: Build) -> None:
     config = BertConfig(vocab_size=360, intermediate_size=48, initializer_range=0.5, **sizes, **labels)
     model: Any = BertForSequenceClassification(config).eval()
     tokenizer = make_tokenizer()
-    tokenize = Tokenizer(tokenizer, EditorConfig(task_type="SEQ_CLS"), classes=Classes.of(model))
+    tokenize = Tokenizer(tokenizer, EditorConfig(method="malmen", task_type="SEQ_CLS"), classes=Classes.of(model))
     edit = Edit({"bert.encoder.layer.1.output.dense": torch.randn(48, 32)})
     prompts = (
         "Lyon is a city in Italy.",
@@ -411,7 +411,7 @@ def test_a_class_does_not_compete_with_itself(tokenizer: PreTrainedTokenizerFast
     kind = KINDS["bert"]
     model: Any = kind.build()
     classes = Classes.of(model)
-    tokenize = Tokenizer(tokenizer, EditorConfig(task_type="SEQ_CLS"), classes=classes)
+    tokenize = Tokenizer(tokenizer, EditorConfig(method="malmen", task_type="SEQ_CLS"), classes=classes)
     edit = Edit({kind.names[0]: torch.randn(48, 32)})
     facts = [
         Fact("Lyon is a city.", "0", ground_truth="refutes", neighborhood=(("Fez is a city.", "REFUTES"),)),

@@ -39,7 +39,7 @@ KINDS = {
 def tokenize_for(kind: zoo.Kind, tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     """As an editor of this kind tokenises."""
     start = kind.settings.get("decoder_start_token_id")
-    return Tokenizer(tokenizer, EditorConfig(task_type=kind.task), 64, decoder_start_token_id=start)
+    return Tokenizer(tokenizer, EditorConfig(method="malmen", task_type=kind.task), 64, decoder_start_token_id=start)
 
 
 @torch.no_grad()

@@ -31,20 +31,12 @@ from hf_malmen import (
     NumericalError,
 )
 from hf_malmen.batches import IGNORED, Tokenizer, TokenSequence
-from hf_malmen.memit import (
-    _variants,
-    find_answered,
-    find_moves,
-    keys_beside,
-    read_lookups,
-    room_of,
-    tokenize_facts,
-    write_targets,
-)
+from hf_malmen.memit import _variants, find_moves, tokenize_facts
 from hf_malmen.sequential import standing_of
 from hf_malmen.shifts import Shift, materialise
 from hf_malmen.targets import find_targets
 from hf_malmen.tracing import frozen
+from hf_malmen.writing import find_answered, keys_beside, read_lookups, room_of, write_targets
 
 from .zoo import KINDS
 
@@ -880,7 +872,7 @@ def test_model_is_as_found(
     def fail(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    for broken in ("hf_malmen.memit.cross_entropy", "hf_malmen.memit.materialise"):
+    for broken in ("hf_malmen.memit.cross_entropy", "hf_malmen.writing.materialise"):
         with monkeypatch.context() as patch:
             patch.setattr(broken, fail)
             with pytest.raises(KeyboardInterrupt):
@@ -918,8 +910,10 @@ def test_covariance_has_to_be_collected_first(
     assert not editor.is_trained
     with pytest.raises(EditStateError, match=r"Call editor\.collect_covariance\(model, texts\) first"):
         editor.make_edit(model, facts, tokenizer)
-    with pytest.raises(ModelMismatchError, match=r"'malmen' keeps no covariance of keys\. Those that do: memit, ft"):
-        EditorModel.from_base(model).collect_covariance(model, TEXTS, tokenizer)
+    with pytest.raises(
+        ModelMismatchError, match=r"'malmen' keeps no covariance of keys\. Those that do: malmit, memit, ft"
+    ):
+        EditorModel.from_base(model, EditorConfig(method="malmen")).collect_covariance(model, TEXTS, tokenizer)
     with pytest.raises(ValueError, match="n_tokens is 0"):
         editor.collect_covariance(model, TEXTS, tokenizer, n_tokens=0)
     with pytest.raises(ValueError, match="There are no texts"):
@@ -989,7 +983,10 @@ def test_targets_that_are_not_finite_name_the_fact(
         ({"kl_weight": "a"}, "kl_weight is 'a'; allowed: a finite number of at least 0"),
         ({"target_decay": float("nan")}, "target_decay is nan; allowed: a finite number of at least 0"),
         ({"context_prefixes": [""]}, "context_prefixes is \\[''\\]; allowed: None, or"),
-        ({"context_infixes": "a"}, "context_infixes is 'a'; allowed: None, or with method 'memit' a list of texts"),
+        (
+            {"context_infixes": "a"},
+            "context_infixes is 'a'; allowed: None, or with method 'malmit', 'memit' a list of texts",
+        ),
         ({"n_word_dropouts": -1}, "n_word_dropouts is -1; allowed: a whole number of at least 0"),
         ({"texts_per_step": 0.5}, "texts_per_step is 0.5; allowed: a whole number of at least 0"),
         ({"method": "ft", "texts_per_step": 1}, "texts_per_step is 1; allowed: nothing, with method 'ft'"),

@@ -84,7 +84,12 @@ HOSTILE = [
 
 def editor_of(**config: Any) -> Any:
     """What a card reads of an editor: its configuration and its learned scales."""
-    settings = {"base_model_name_or_path": "org/base", "rank": 8, "base_model_fingerprint": "0123456789abcdef" * 4}
+    settings = {
+        "method": "malmen",
+        "base_model_name_or_path": "org/base",
+        "rank": 8,
+        "base_model_fingerprint": "0123456789abcdef" * 4,
+    }
     layers = {"model.layers.0.mlp": [0.00123, 1.5, 70.04], "model.layers.1.mlp": [0.01, 2.0, 0.0]}
     return SimpleNamespace(config=EditorConfig(**{**settings, **config}), scales=lambda: layers)
 

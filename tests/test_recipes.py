@@ -167,6 +167,7 @@ def test_a_recipe_that_reads_text(
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     folder = run_recipe(load_recipe(path))
     editor = EditorModel.from_pretrained(folder)
+    sentences += [f"{fact.unrelated_prompt} {fact.unrelated_answer}" for fact in facts]
     n_tokens = 30 if from_texts else sum(len(tokenizer(sentence)["input_ids"]) for sentence in sentences)
     assert editor.n_covariance_tokens == n_tokens
     scores = json.loads((folder / "eval_results.json").read_text(encoding="utf-8"))["measurements"][0]["scores"]

@@ -23,7 +23,7 @@ FACTS = [
 @pytest.fixture
 def config() -> EditorConfig:
     """An editor of subjects."""
-    return EditorConfig(token_selection="subject", rank=4, layers_to_transform=[0, 1], edit_lr=1.0)
+    return EditorConfig(method="malmen", token_selection="subject", rank=4, layers_to_transform=[0, 1], edit_lr=1.0)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -123,7 +123,7 @@ def test_a_fact_whose_subject_cannot_be_found_is_refused(
 
 
 def test_only_causal_models_have_it(tokenizer: PreTrainedTokenizerFast) -> None:
-    config = EditorConfig(token_selection="subject", task_type="SEQ_CLS")
+    config = EditorConfig(method="malmen", token_selection="subject", task_type="SEQ_CLS")
     with pytest.raises(ValueError, match="is for causal language models"):
         Tokenizer(tokenizer, config)
 
@@ -131,7 +131,7 @@ def test_only_causal_models_have_it(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_early_blocks_are_edited_unless_others_are_named(make_llama: Callable[..., PreTrainedModel]) -> None:
     """At the last block nothing can be learned of a subject's token: no later token reads it."""
     model = make_llama()
-    names = EditorModel.from_base(model, EditorConfig(token_selection="subject", rank=4)).module_names
+    names = EditorModel.from_base(model, EditorConfig(method="malmen", token_selection="subject", rank=4)).module_names
     assert names == EditorModel.from_base(model, EditorConfig(method="memit")).module_names
     assert names[0] == "model.layers.0.mlp.down_proj"
 

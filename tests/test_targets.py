@@ -37,7 +37,7 @@ Build = Callable[..., Any]
 
 def targets(name: str, **config: Any) -> list[str]:
     """The targets that a kind of the zoo has with this configuration."""
-    return find_targets(KINDS[name].build(), EditorConfig(**config))
+    return find_targets(KINDS[name].build(), EditorConfig(**{"method": "malmen"} | config))
 
 
 class Block(nn.Module):
@@ -92,7 +92,9 @@ def test_second_feed_forward_linear_of_a_block(case: str) -> None:
     """Whatever the shapes, the order and the neighbours."""
     shapes, wanted = BLOCKS[case]
     model = Model(*[Block(**shapes) for _ in range(8)])
-    assert find_targets(model, EditorConfig()) == [f"blocks.{i}.{wanted}" for i in range(8 - DEFAULT_N_BLOCKS, 8)]
+    assert find_targets(model, EditorConfig(method="malmen")) == [
+        f"blocks.{i}.{wanted}" for i in range(8 - DEFAULT_N_BLOCKS, 8)
+    ]
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -103,14 +105,14 @@ def test_experts_in_a_list_are_left_out(named: bool) -> None:
         experts = [Block(up=(8, 20), down=(20, 8)) for _ in range(5)]
         named_experts = {f"expert_{i}": expert for i, expert in enumerate(experts)} | {"dropout": nn.Dropout()}
         block.experts = nn.ModuleDict(named_experts) if named else nn.ModuleList(experts)
-    assert find_targets(Model(*blocks), EditorConfig()) == [f"blocks.{i}.shared.down" for i in range(3)]
+    assert find_targets(Model(*blocks), EditorConfig(method="malmen")) == [f"blocks.{i}.shared.down" for i in range(3)]
 
 
 def test_a_longer_list_of_something_else() -> None:
     """MarkupLM's fifty embeddings are no blocks."""
     model = Model(*[Block(up=(8, 12), down=(12, 8)) for _ in range(3)])
     model.embeddings = nn.ModuleList(nn.Embedding(4, 8) for _ in range(50))
-    assert find_targets(model, EditorConfig()) == [f"blocks.{i}.down" for i in range(3)]
+    assert find_targets(model, EditorConfig(method="malmen")) == [f"blocks.{i}.down" for i in range(3)]
 
 
 def test_the_language_model_beside_a_deeper_vision_tower() -> None:
@@ -127,21 +129,23 @@ def test_the_language_model_beside_a_deeper_vision_tower() -> None:
         },
     )
     model = LlavaForConditionalGeneration(config)
-    assert find_targets(model, EditorConfig()) == [f"model.language_model.layers.{i}.mlp.down_proj" for i in range(2)]
+    assert find_targets(model, EditorConfig(method="malmen")) == [
+        f"model.language_model.layers.{i}.mlp.down_proj" for i in range(2)
+    ]
 
 
 def test_the_last_blocks_that_have_a_feed_forward_layer() -> None:
     """Blocks without one, such as those of experts only, do not count."""
     dense, empty = {"up": (8, 12), "down": (12, 8)}, {"attn__o": (8, 8)}
     model = Model(*[Block(**(empty if i % 2 else dense)) for i in range(16)])
-    assert find_targets(model, EditorConfig()) == [f"blocks.{i}.down" for i in range(4, 16, 2)]
+    assert find_targets(model, EditorConfig(method="malmen")) == [f"blocks.{i}.down" for i in range(4, 16, 2)]
 
 
 @pytest.mark.parametrize("kind", ["xlm", "flaubert"])
 def test_model_with_a_list_of_each_kind_of_layer(kind: str) -> None:
     """Its lists are equally long; the feed-forward layers' is the one, not the attentions'."""
     config = AutoConfig.for_model(kind, n_words=50, emb_dim=8, n_layers=7, n_heads=2)
-    names = find_targets(AutoModelForSequenceClassification.from_config(config), EditorConfig())
+    names = find_targets(AutoModelForSequenceClassification.from_config(config), EditorConfig(method="malmen"))
     assert names == [f"transformer.ffns.{i}.lin2" for i in range(1, 7)]
 
 
@@ -149,12 +153,15 @@ def test_few_blocks_that_have_a_feed_forward_layer(caplog: pytest.LogCaptureFixt
     """Those of mixtures are often the first one or three. Who names the layers, or the blocks, is told nothing."""
     dense, empty = {"up": (8, 12), "down": (12, 8)}, {"attn__q_proj": (8, 8), "attn__o_proj": (8, 8)}
     model = Model(Block(**dense), *[Block(**empty) for _ in range(7)])
-    for config in (EditorConfig(), EditorConfig(method="memit")):
+    for config in (EditorConfig(method="malmen"), EditorConfig(method="memit")):
         caplog.clear()
         assert find_targets(model, config) == ["blocks.0.down"]
         assert "Only 1 of 8 blocks of Model" in caplog.text and "such as ['attn.o_proj']" in caplog.text
     caplog.clear()
-    for config in (EditorConfig(layers_to_transform=0), EditorConfig(target_modules=["down"])):
+    for config in (
+        EditorConfig(method="malmen", layers_to_transform=0),
+        EditorConfig(method="malmen", target_modules=["down"]),
+    ):
         assert find_targets(model, config) == ["blocks.0.down"]
     assert caplog.text == ""
 
@@ -165,7 +172,7 @@ def test_convolutions_are_no_experts() -> None:
     block.convolution = nn.Conv1d(8, 8, 1)
     message = r"no feed-forward linear layer in the blocks of Model\. .* such as \['attn\.out'\]\. Linear"
     with pytest.raises(ModelMismatchError, match=message):
-        find_targets(Model(block), EditorConfig())
+        find_targets(Model(block), EditorConfig(method="malmen"))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
@@ -235,15 +242,17 @@ def test_a_tied_head() -> None:
     """Both names are given."""
     message = r"lm_head shares its weight with model\.embed_tokens\.weight"
     with pytest.raises(ModelMismatchError, match=message):
-        find_targets(KINDS["llama"].build(tie_word_embeddings=True), EditorConfig(target_modules=["lm_head"]))
+        find_targets(
+            KINDS["llama"].build(tie_word_embeddings=True), EditorConfig(method="malmen", target_modules=["lm_head"])
+        )
 
 
 def test_weights_that_are_divided_while_the_model_runs() -> None:
     """As RWKV's are, unless that is switched off."""
     sizes = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32}
     with pytest.raises(ModelMismatchError, match=r"divides weights in place.* rescale_every=0"):
-        find_targets(RwkvForCausalLM(RwkvConfig(**sizes)), EditorConfig())
-    assert find_targets(RwkvForCausalLM(RwkvConfig(**sizes, rescale_every=0)), EditorConfig())
+        find_targets(RwkvForCausalLM(RwkvConfig(**sizes)), EditorConfig(method="malmen"))
+    assert find_targets(RwkvForCausalLM(RwkvConfig(**sizes, rescale_every=0)), EditorConfig(method="malmen"))
 
 
 def test_a_model_that_reads_characters() -> None:
@@ -267,7 +276,7 @@ def test_a_layer_that_runs_twice(make_tokenizer: Build, make_long_facts: Build, 
     for index in range(1, N_LAYERS):
         model.model.layers[index] = model.model.layers[0]
     with pytest.raises(ModelMismatchError, match=r"layers\.0\.mlp\.down_proj shares its weight"):
-        EditorModel.from_base(model, EditorConfig(target_modules=["layers.0.mlp.down_proj"]))
+        EditorModel.from_base(model, EditorConfig(method="malmen", target_modules=["layers.0.mlp.down_proj"]))
     tokenize = make_editor(KINDS["llama"].build()).tokenizer_for(model, make_tokenizer())
     batch = tokenize.pad([tokenize(fact.prompt, fact.target) for fact in make_long_facts(2)])
     with pytest.raises(ModelMismatchError, match="runs more than once in a pass"), frozen(model):
@@ -314,7 +323,7 @@ def test_an_editor_for_another_task(editor: str, other: str, make_editor: Build)
     loader = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification"}[wanted]
     if wanted == "SEQ_CLS":
         with pytest.raises(ModelMismatchError, match=f"task_type is '{wanted}', and .* is for '{found}'.*{loader}"):
-            EditorModel.from_base(KINDS[other].build(), EditorConfig(task_type=wanted))
+            EditorModel.from_base(KINDS[other].build(), EditorConfig(method="malmen", task_type=wanted))
     with pytest.raises(ModelMismatchError, match=rf"is for the task {found}, .* made for {wanted}.*{loader}"):
         make_editor(KINDS[editor].build()).check_base(KINDS[other].build())
 

@@ -81,7 +81,10 @@ def test_offloaded(
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     before, originals = logits(model), {name: weight_of(model, name).clone() for name in NAMES}
     assert torch.equal(before, logits(plain))
-    assert EditorModel.from_base(model).config.base_model_fingerprint == editor.config.base_model_fingerprint
+    assert (
+        EditorModel.from_base(model, EditorConfig(method="malmen")).config.base_model_fingerprint
+        == editor.config.base_model_fingerprint
+    )
     expected, found = editor.apply(plain, facts, tokenizer), editor.apply(model, facts, tokenizer)
     for name, shift in expected.shifts.items():
         torch.testing.assert_close(found.shifts[name], shift)
@@ -126,11 +129,15 @@ def test_with_adapters(
 ) -> None:
     """The layers below the adapters are edited, under the names of the base, for the model as adapted."""
     plain.save_pretrained(tmp_path / "base")
-    fresh = EditorModel.from_base(adapted, EditorConfig(rank=8))
+    fresh = EditorModel.from_base(adapted, EditorConfig(method="malmen", rank=8))
     assert fresh.module_names == NAMES
-    assert fresh.config.base_model_fingerprint == EditorModel.from_base(plain).config.base_model_fingerprint
+    assert (
+        fresh.config.base_model_fingerprint == EditorModel.from_base(plain, fresh.config).config.base_model_fingerprint
+    )
     for wanted in (["down_proj"], r".*down_proj"):
-        names = EditorModel.from_base(adapted, EditorConfig(rank=8, target_modules=wanted)).module_names
+        names = EditorModel.from_base(
+            adapted, EditorConfig(method="malmen", rank=8, target_modules=wanted)
+        ).module_names
         assert names == [f"model.layers.{i}.mlp.down_proj" for i in range(N_LAYERS)]
 
     editor = make_editor(plain, edit_lr=0.01)
@@ -225,7 +232,7 @@ def test_compiled(
     """Compiled and run before the edit, a model shows the edit after it, and what it was after undo."""
     model = compiled(KINDS["llama"].build())
     before = logits(model)
-    assert EditorModel.from_base(model, EditorConfig(rank=8)).module_names == NAMES
+    assert EditorModel.from_base(model, EditorConfig(method="malmen", rank=8)).module_names == NAMES
     expected, found = editor.apply(plain, facts, tokenizer), editor.apply(model, facts, tokenizer)
     for name, shift in expected.shifts.items():
         assert torch.equal(found.shifts[name], shift)

@@ -46,7 +46,7 @@ def case(
 @pytest.fixture
 def tokenize(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     """The tiny tokenizer in the plain prompt format."""
-    return Tokenizer(tokenizer, EditorConfig())
+    return Tokenizer(tokenizer, EditorConfig(method="malmen"))
 
 
 @pytest.fixture

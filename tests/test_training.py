@@ -729,15 +729,15 @@ def test_an_interrupted_step_leaves_nothing_to_the_next(
     So do the losses of its logs.
     """
     befores: list[bool] = []
-    leaves = EditorTrainer._leaves
+    edit = EditorTrainer._edit
 
-    def fail_once(self: EditorTrainer, solutions: Any, before: Any) -> Any:
+    def fail_once(self: EditorTrainer, facts: Any, before: Any, *questions: Any) -> Any:
         befores.append(bool(before))
         if len(befores) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory.") if again else KeyboardInterrupt
-        return leaves(self, solutions, before)
+        return edit(self, facts, before, *questions)
 
-    monkeypatch.setattr(EditorTrainer, "_leaves", fail_once)
+    monkeypatch.setattr(EditorTrainer, "_edit", fail_once)
     trainer = make_trainer(
         make_editor(llama, seed=None, method="rledit", **TARGETS), llama, many, per_device_train_batch_size=2,
         gradient_accumulation_steps=2, max_steps=2, auto_find_batch_size=again, logging_steps=1,

@@ -83,7 +83,7 @@ def test_what_hands_on_more_runs_in_full(
 ) -> None:
     """By the trunk and behind a block: the answers are those of plain passes, and it is said once."""
     model = CHANGES[change](make_llama())
-    tokenize = Tokenizer(tokenizer, EditorConfig())
+    tokenize = Tokenizer(tokenizer, EditorConfig(method="malmen"))
     # As many as there are streams, so that the number of one cannot be taken for that of the other.
     sequences = [tokenize(fact.prompt, fact.target) for fact in make_long_facts(2)]
     batch, others = tokenize.pad(sequences), tokenize.pad(sequences[::-1])
@@ -109,7 +109,7 @@ def test_plain_blocks_are_replayed(
 ) -> None:
     """In half precision too, where a trial might take rounding for more."""
     model = make_llama(torch.bfloat16)
-    tokenize = Tokenizer(tokenizer, EditorConfig())
+    tokenize = Tokenizer(tokenizer, EditorConfig(method="malmen"))
     sequences = [tokenize(fact.prompt, fact.target) for fact in make_long_facts(2)]
     trunk = Trunk(model, TARGETS, FeatureCache(10**9))
     with frozen(model):
