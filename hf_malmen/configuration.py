@@ -216,27 +216,27 @@ class EditorConfig(PreTrainedConfig):
             classifier). `EditorModel.from_base` reads it off a base model of transformers' own.
         target_modules: names or PEFT-style suffixes of the layers to edit, such as `["mlp.down_proj"]`. `None` picks
             the second feed-forward linear of the last six blocks, of an encoder-decoder that of the last three blocks
-            of each side; where subjects are looked at, that of five early blocks. Expanded to full names by
-            `EditorModel.from_base`.
+            of each side; where subjects are looked at (`"malmit"`, `"memit"`, `token_selection`), that of five early
+            blocks. Expanded to full names by `EditorModel.from_base`.
         layers_to_transform: keep only the targets in these blocks (indices as PEFT counts them).
         module_shapes: `{module name: [key_size, value_size]}`. Filled by `EditorModel.from_base`.
         fan_in_fan_out: names of the targets that store their weight as (key_size, value_size), as GPT-2's `Conv1D`
             does, instead of `nn.Linear`'s (value_size, key_size). Filled by `EditorModel.from_base`.
         rank: width of the hyper-network's bottleneck (1920 in the paper). None takes the method's own, as for the next
-            three: 512, of `"rledit"` 1024, or 0 where there is no network.
-        n_blocks: number of hyper-network blocks: 2, of `"rledit"` 4, or 0 where there is no network.
+            three: 512, of `"malmit"` and `"rledit"` 1024, or 0 where there is no network.
+        n_blocks: number of hyper-network blocks: 2, of `"malmit"` 1, of `"rledit"` 4, or 0 where there is no network.
         edit_lr: η, the scale of a value difference: 1e-6. Where the method is trained, log η is learned per layer from
-            there. Of methods that descend on the facts, the learning rate of Adam: `"memit"`: 0.5, in units of the root
-            mean square of the hidden state; `"ft"`: 1e-3.
-        ridge: λ of the least squares (paper section 4.1): 1; of `"memit"` and `"ft"` 1e-2. Learned like η where
-            the method is trained.
+            there. Of methods that descend on the facts, the learning rate of Adam: `"malmit"` and `"memit"`: 0.5, in
+            units of the root mean square of the hidden state; `"ft"`: 1e-3.
+        ridge: λ of the least squares (paper section 4.1): 1; of `"malmit"`, `"memit"` and `"ft"` 1e-2.
+            Learned like η where there is a network for the rows of layers.
         n_preserved_keys: keys of earlier training facts, a layer, that an edit is asked to leave where they are;
-            0, as in the paper, asks for none. Not of `"mend"`, `"memit"` and `"ft"`. Each costs `key_size` floats a
-            layer.
+            0, as in the paper, asks for none. Not of `"mend"`, `"malmit"`, `"memit"` and `"ft"`. Each costs `key_size`
+            floats a layer.
         preservation: initial κ, the weight of that request, learned per layer: the least squares minimises
             ‖U S − D‖² + λ ‖S‖² + (κ / n_preserved_keys) ‖K₀ S‖². With a key covariance C (see
             `EditorModel.collect_covariance`) the weight of κ tr(Sᵀ C S), which is the same with all keys collected as
-            K₀. None takes the method's own: 100; with `"memit"` 2500, with `"ft"` 1.
+            K₀. None takes the method's own: 100; with `"malmit"` and `"memit"` 2500, with `"ft"` 1.
         token_selection: traced tokens, `"answer"`, `"all"` or `"subject"`; `None` takes the method's own. `"answer"`
             is, for a causal language model, the tokens that predict a target token; for an encoder-decoder, all tokens
             of the side that a layer sits in; for a classifier, the token that its head reads, and where that reads a
@@ -246,12 +246,14 @@ class EditorConfig(PreTrainedConfig):
         statistics: `None` takes the method's own. `"frozen"`: an edit is standardised by the statistics that training
             or `EditorModel.warm_up` left. `"following"`: an edit's own rows are merged into a copy of them first, and
             the copy goes on to the next turn of `facts_per_turn`. Either way an edit never changes the editor. With
-            `"memit"`, `"following"`: an edit is also asked to change nothing at the keys of the facts that edits before
-            it have written, so that turns do not undo each other.
+            `"malmit"` and `"memit"`, `"following"`: an edit is also asked to change nothing at the keys of the facts
+            that edits before it have written, so that turns do not undo each other.
         n_steps: how often the loss of each fact is differentiated, of methods that descend on it: steps to its target
-            (`"memit"`: 12), passes over all facts (`"ft"`: 10).
-        n_passes: `"memit"`: how often targets are sought and written (2): first of all facts, then of those that the
-            model, as the passes before have edited it, does not answer yet, with steps and moves half as long.
+            (`"memit"`: 12), passes over all facts (`"ft"`: 10). What is said of `"memit"` here and below holds for
+            `"malmit"` too, where both are not named.
+        n_passes: `"memit"`: how often targets are sought and written (2, of `"malmit"` 1): first of all facts, then of
+            those that the model, as the passes before have edited it, does not answer yet, with steps and moves half
+            as long.
         n_solves: `"memit"`: in how many steps the layers, all together, write the targets of a pass (8). With 1 and a
             `relaxation` of 1: one least squares at the keys of the model as it is.
         relaxation: `"memit"`: the part of what is left of the way that each of these steps asks for (0.4).

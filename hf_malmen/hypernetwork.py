@@ -381,6 +381,7 @@ class MoveBlock(nn.Module):
         self.down = nn.Linear(2 * hidden_size, rank)
         self.up = nn.Linear(rank, hidden_size)
         self.length = nn.Linear(rank, 1)
+        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -415,6 +416,13 @@ class MoveNetwork(nn.Module):
     def __init__(self, hidden_size: int, rank: int, n_blocks: int) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(MoveBlock(hidden_size, rank) for _ in range(n_blocks))
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether it leaves moves as they are, as before any training."""
+        blocks = [block for block in self.blocks if isinstance(block, MoveBlock)]
+        ends = [*(block.up for block in blocks), *(block.length for block in blocks)]
+        return not any(bool(parameter.any()) for end in ends for parameter in end.parameters())
 
     def forward(
         self,

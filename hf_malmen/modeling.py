@@ -193,7 +193,7 @@ class EditorModel(EditorNetworks):
             max_memory: the most that the rows, or UᵀU and UᵀD, of the layers that are solved together may take, in
                 bytes or as a text such as `"8GiB"`. Where all layers take more, groups of them are solved one after
                 the other; see `memory.traces_by_group` for what that costs. Models, their passes and the shifts come
-                on top. Does not change the result. Not of `"memit"` and `"ft"`, which hold all facts and layers.
+                on top. Does not change the result. Not of `"malmit"`, `"memit"` and `"ft"`, which hold all facts.
             standing: what edits before it have left, as turns pass it on; None: it is read off `model`.
 
         Raises:
@@ -415,7 +415,7 @@ class EditorModel(EditorNetworks):
             and where an edit below later ones was undone, it has shifts all the same: to what the facts in force give.
 
         Raises:
-            ValueError: `accumulate` with statistics that follow the edits, or with `"memit"` or `"ft"`.
+            ValueError: `accumulate` with statistics that follow the edits, or with `"malmit"`, `"memit"`, `"ft"`.
             EditStateError: `accumulate` on top of an edit that was not accumulated by this editor; or to replace a
                 fact that an edit from a `FactStream` wrote, of which neither rows nor texts are left.
             FactError, ModelMismatchError, CheckpointError, NumericalError, TypeError: see `make_edit` and `Edit.write`.
@@ -599,8 +599,9 @@ class EditorModel(EditorNetworks):
             ModelMismatchError: as `check_base`.
         """
         found = self.check_base(model)
-        # Without a covariance that it needs there is no edit at all.
-        if self.config.key_covariance != "required" and not self.is_trained:
+        # Where a covariance is required there is no edit at all without one.
+        reads_nothing = self.moves is not None and self.n_covariance_tokens == 0
+        if reads_nothing or (self.config.key_covariance is None and not self.is_trained):
             _warn_untrained(self.config)
         return found
 
@@ -631,8 +632,8 @@ def _facts(facts: Any) -> Sequence[Fact] | FactStream:
 def _warn_untrained(config: EditorConfig) -> None:
     text = (
         "This editor is not trained and has read no text, so that its edits will change what the model says of other "
-        "subjects too. Train it with EditorTrainer, load a trained one, or let it read what edits should leave alone: "
-        "editor.collect_covariance(model, texts)."
+        "subjects too. Train it with EditorTrainer, load a trained one, or at least let it read what its edits should "
+        "leave alone: editor.collect_covariance(model, texts)."
         if config.value_differences == "moves"
         else "This editor has seen no training data: its inputs are not standardised and its hyper-network is at its "
         "initial state, so edits will hardly take. Train it with EditorTrainer, or load a trained one."

@@ -149,9 +149,10 @@ class EditorNetworks(PreTrainedModel):
     @property
     def is_trained(self) -> bool:
         """Whether the editor has seen any training data, or its method needs none."""
+        if self.moves is not None:
+            return not self.moves.is_identity
         if self.config.key_covariance is not None:
-            needs_none = self.config.key_covariance == "optional" and not self.config.needs_training
-            return needs_none or self.n_covariance_tokens > 0  # which training reads first
+            return self.config.key_covariance == "optional" or self.n_covariance_tokens > 0
         ready_from_the_start = not self.config.needs_training and self.config.follows_edits
         return ready_from_the_start or any(int(network.statistics.count) > 1 for network in self._networks().values())
 

@@ -59,7 +59,7 @@ def _describe_editor(path: str) -> str:
 
     editor = EditorModel.from_pretrained(path)
     config = editor.config
-    learned = "learned " if config.needs_training else ""
+    learned = "learned " if config.value_differences == "network" else ""
     rows = [
         [name, "{}x{}".format(*config.shape_of(name)), *(f"{scale:.3g}" for scale in scales)]
         for name, scales in editor.scales().items()
@@ -82,6 +82,7 @@ def _describe_state(editor: "EditorModel") -> str:
         return (
             f"{editor.num_parameters():,} parameters: rank {config.rank}, {config.n_blocks} blocks; "
             f"{'trained' if editor.is_trained else 'not trained yet'}"
+            + (f"; covariance of the keys of {editor.n_covariance_tokens:,} tokens" if config.key_covariance else "")
         )
     if config.key_covariance is not None:
         return f"nothing to train; covariance of the keys of {editor.n_covariance_tokens:,} tokens"

@@ -1,6 +1,8 @@
 """`malmit`: moves changed by a trained network, against autograd through dense solves and written weights."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_malmen import EditorConfig, EditorModel, EditorTrainer, Fact
+import hf_malmen.training_steps
+from hf_malmen import EditorConfig, EditorModel, EditorTrainer, Fact, FactError, UntrainedEditorWarning
 from hf_malmen.memit import find_moves, tokenize_facts
 from hf_malmen.tracing import frozen
 from hf_malmen.writing import Writer
@@ -32,6 +35,7 @@ def build(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, seed: int | None = 0, **config: Any
 ) -> EditorModel:
     """An editor as if trained: its network is random. `seed=None` leaves it untrained."""
+    torch.manual_seed(0)
     editor = EditorModel.from_base(model, EditorConfig(method="malmit", **(SETTINGS | config))).to(model.dtype)
     editor.collect_covariance(model, TEXTS, tokenizer)
     if seed is not None:
@@ -137,3 +141,127 @@ def test_gradient_equals_autograd(
         for name, parameter in editor.named_parameters():
             assert parameter.grad is not None, name
             assert float((parameter.grad - expected[name]).norm()) <= 1e-5 * float(expected[name].norm()), name
+
+
+def test_untrained_it_is_memit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, facts: list[Fact]) -> None:
+    """The network starts as the identity, so that one pass of `memit` is what comes out, bit for bit."""
+    editor = build(model, tokenizer, seed=None)
+    assert not editor.is_trained
+    settings = {name: value for name, value in SETTINGS.items() if name != "rank"}
+    memit = EditorModel.from_base(model, EditorConfig(method="memit", n_passes=1, **settings))
+    memit.collect_covariance(model, TEXTS, tokenizer)
+    expected = memit.make_edit(model, facts, tokenizer).shifts
+    for name, shift in editor.make_edit(model, facts, tokenizer).shifts.items():
+        assert torch.equal(shift, expected[name])
+
+
+def test_training_lowers_the_loss_and_moves_every_parameter(
+    tokenizer: PreTrainedTokenizerFast,
+    make_llama: Callable[..., PreTrainedModel],
+    make_facts: Callable[..., list[Fact]],
+    make_trainer: Callable[..., EditorTrainer],
+) -> None:
+    """Of a new editor, which reads its covariance off the training facts; all solves but the last have no graph."""
+    model, facts = make_llama(), make_facts(8)
+    editor = EditorModel.from_base(model, EditorConfig(**SETTINGS))
+    assert editor.config.method == "malmit"
+    before = {name: parameter.clone() for name, parameter in editor.named_parameters()}
+    trainer = make_trainer(
+        editor, model, facts, max_steps=12, per_device_train_batch_size=8, learning_rate=1e-2, logging_steps=1
+    )
+    trainer.train()
+    losses = [entry["generalization_loss"] for entry in trainer.state.log_history if "generalization_loss" in entry]
+    assert losses[-1] < 0.9 * losses[0]
+    assert editor.is_trained
+    assert editor.n_covariance_tokens > 50
+    for name, parameter in editor.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
+
+
+def test_moves_are_sought_once_a_fact(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    facts: list[Fact],
+    make_trainer: Callable[..., EditorTrainer],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Also of a run that comes later, where the first has left them on disk; not those of other settings."""
+    sought: list[int] = []
+    plain = hf_malmen.training_steps.find_moves
+
+    def counted(model: Any, tokenize: Any, requests: Sequence[Any], *rest: Any, **named: Any) -> Tensor:
+        sought.append(len(requests))
+        return plain(model, tokenize, requests, *rest, **named)
+
+    monkeypatch.setattr("hf_malmen.training_steps.find_moves", counted)
+
+    def train(**config: Any) -> EditorModel:
+        editor = build(model, tokenizer, seed=None, **config)
+        settings = {"max_steps": 4, "per_device_train_batch_size": 4, "trunk_cache_dir": str(tmp_path / "cache")}
+        make_trainer(editor, model, facts, **settings).train()
+        return editor
+
+    first = train()
+    assert sum(sought) == len(facts)
+    again = train()
+    assert sum(sought) == len(facts)
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name)), name
+    train(n_steps=2)
+    assert sum(sought) == 2 * len(facts)
+
+
+def test_trained_it_is_saved_applied_and_undone(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, facts: list[Fact], tmp_path: Path
+) -> None:
+    """A loaded editor makes the edit that the saved one makes, and undo brings every bit back."""
+    editor = build(model, tokenizer)
+    expected = editor.make_edit(model, facts, tokenizer).shifts
+    editor.save_pretrained(tmp_path)
+    loaded = EditorModel.from_pretrained(tmp_path)
+    assert loaded.is_trained
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    edit = loaded.apply(model, facts, tokenizer)
+    for name, shift in edit.shifts.items():
+        assert torch.equal(shift, expected[name])
+        assert not torch.equal(model.get_submodule(name).weight, before[f"{name}.weight"])
+    edit.undo()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_fact_without_a_subject_is_written_where_its_prompt_ends(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, facts: list[Fact]
+) -> None:
+    """As if all of the prompt were its subject. Where the divergence of "{subject} is a" counts, it is refused."""
+    editor = build(model, tokenizer)
+    bare = [replace(fact, subject=None) for fact in facts]
+    expected = editor.make_edit(model, [replace(fact, subject=fact.prompt) for fact in facts], tokenizer).shifts
+    for name, shift in editor.make_edit(model, bare, tokenizer).shifts.items():
+        assert torch.equal(shift, expected[name])
+    with pytest.raises(FactError, match="Method 'malmit', which writes a fact where its subject has been read, needs"):
+        build(model, tokenizer, kl_weight=0.5).make_edit(model, bare, tokenizer)
+
+
+def test_what_has_read_nothing_says_so(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, facts: list[Fact]
+) -> None:
+    """It edits all the same: a user's first try with no more than a model and facts."""
+    editor = EditorModel.from_base(model)
+    with pytest.warns(UntrainedEditorWarning, match="has read no text"):
+        edit = editor.apply(model, facts, tokenizer)
+    edit.undo()
+    with pytest.raises(ValueError, match="allowed with method 'malmit': 0"):
+        EditorConfig(n_preserved_keys=4)
+
+
+def test_sequences_are_refused(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    facts: list[Fact],
+    make_trainer: Callable[..., EditorTrainer],
+) -> None:
+    """Targets are of the unedited model."""
+    with pytest.raises(ValueError, match=r"is_sequential is True; expected False with method 'malmit'"):
+        make_trainer(build(model, tokenizer), model, facts, is_sequential=True)

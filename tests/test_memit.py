@@ -49,6 +49,7 @@ TEXTS = [
     "The country of Cairo is Ghana and that of Delhi is Ecuador. " * 3,
 ]
 LAYERS = [1, 2]
+MALMIT = {"method": "malmit", "rank": 8}
 BLOCKS = {"llama": "model.layers.{}", "gpt2": "transformer.h.{}"}
 MODULES = {"llama": "mlp.down_proj", "gpt2": "mlp.c_proj"}
 # A random model hardly looks back at a subject. Here the subject's last token is what the answer follows.
@@ -68,8 +69,12 @@ def build(
     texts = {"n_word_dropouts": 0, "texts_per_step": 0}  # the prompt, in all steps, where nothing else is asked for
     # The keys of tiny models have so few features that every fact would be crowded.
     settings = {"layers_to_transform": LAYERS, "n_steps": 4, "n_passes": 1, "preservation": 3.0, "crowding": 0}
-    settings |= texts | config
-    editor = EditorModel.from_base(model, EditorConfig(method="memit", **settings)).to(model.dtype)
+    settings |= {"method": "memit"} | texts | config
+    torch.manual_seed(0)
+    editor = EditorModel.from_base(model, EditorConfig(**settings)).to(model.dtype)
+    with torch.no_grad():  # as if trained, where there is a network
+        for parameter in editor.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
     if covariance:
         editor.collect_covariance(model, TEXTS, tokenizer)
     return editor
@@ -778,14 +783,18 @@ def test_keys_of_an_editor_of_other_layers_count_where_both_write(
     assert counts == [3, 6, 3]
 
 
+@pytest.mark.parametrize("settings", [{}, MALMIT])
 def test_written_keys_go_on_after_a_restart(
-    tmp_path: Path, make_llama: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast
+    tmp_path: Path,
+    make_llama: Callable[..., PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+    settings: dict[str, Any],
 ) -> None:
     """Two turns, a restart from disk and one more turn equal three turns."""
     model = make_llama()
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    editor = build(model, tokenizer)
+    editor = build(model, tokenizer, **settings)
     whole = editor.apply(model, AT_SUBJECT, tokenizer, facts_per_turn=2)
     wanted = {name: model.get_submodule(name).weight.detach().clone() for name in editor.module_names}
     whole.undo()
@@ -807,15 +816,20 @@ def test_written_keys_go_on_after_a_restart(
 # What users do with it
 
 
+@pytest.mark.parametrize("settings", [{}, MALMIT])
 def test_edit_is_applied_undone_written_and_exported(
-    tmp_path: Path, make_llama: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast, facts: list[Fact]
+    tmp_path: Path,
+    make_llama: Callable[..., PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+    settings: dict[str, Any],
+    facts: list[Fact],
 ) -> None:
     """As the edits of any other method."""
     model = make_llama()
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    editor = build(model, tokenizer)
+    editor = build(model, tokenizer, **settings)
     edit = editor.apply(model, facts, tokenizer)
     edited = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert {name for name in weights if not torch.equal(weights[name], edited[name])} == {
@@ -835,9 +849,12 @@ def test_edit_is_applied_undone_written_and_exported(
     torch.testing.assert_close((up @ down).T * alpha / rank, edit.shifts[name], rtol=1e-4, atol=1e-6)
 
 
-def test_turns_and_streams(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, facts: list[Fact]) -> None:
+@pytest.mark.parametrize("settings", [{}, MALMIT])
+def test_turns_and_streams(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, settings: dict[str, Any], facts: list[Fact]
+) -> None:
     """Each turn sees the model as edited so far; a stream gives what a list gives."""
-    editor = build(model, tokenizer)
+    editor = build(model, tokenizer, **settings)
     merged = editor.apply(model, facts, tokenizer, facts_per_turn=5)
     merged.undo()
     first = editor.apply(model, facts[:5], tokenizer)
