@@ -58,12 +58,12 @@ def config_for(model: nn.Module, config: EditorConfig) -> EditorConfig:
     check_direction(model)
     _check_reads_tokens(model)
     task_type = infer_task_type(model) or config.task_type
-    wanted, config = config.task_type, config.resolved(task_type)
-    if wanted not in ("CAUSAL_LM", task_type):  # the default says nothing
+    if config.task_type not in ("CAUSAL_LM", task_type):  # the default says nothing
         raise ModelMismatchError(
-            f"EditorConfig.task_type is {wanted!r}, and {type(model).__name__} is for {task_type!r}. "
-            f"Leave task_type out, or load the base model with {AUTO_CLASSES[wanted].__name__}."
+            f"EditorConfig.task_type is {config.task_type!r}, and {type(model).__name__} is for {task_type!r}. "
+            f"Leave task_type out, or load the base model with {AUTO_CLASSES[config.task_type].__name__}."
         )
+    config = config.resolved(task_type)
     if task_type not in config.task_types:
         raise ModelMismatchError(
             f"Method {config.method!r} edits {', '.join(config.task_types)}, and {type(model).__name__} is for "

@@ -330,7 +330,7 @@ class EditorConfig(PreTrainedConfig):
         self._check_choices()
         self.hf_malmen_version = __version__ if self.hf_malmen_version is None else self.hf_malmen_version
         if self.method is None:  # what the method has stays open with it
-            self.resolved(self.task_type)
+            self._require_some_task()
             return
         for name, value in (_DEFAULTS | dict(self._method.defaults)).items():
             if getattr(self, name) is None:
@@ -345,9 +345,35 @@ class EditorConfig(PreTrainedConfig):
         Raises:
             ValueError: a field has a value that is not allowed with the task's default method.
         """
-        method = self.method or DEFAULT_METHODS[task_type]
+        if self.method is not None:
+            return self._with_method(self.method)
+        try:
+            return self._with_method(DEFAULT_METHODS[task_type])
+        except ValueError as error:
+            raise ValueError(
+                f"{error} No method is given, which for {task_type} means {DEFAULT_METHODS[task_type]!r}; "
+                "EditorConfig(method='malmen') is the paper's."
+            ) from None
+
+    def _with_method(self, method: str) -> "EditorConfig":
         config: EditorConfig = EditorConfig.from_dict(self.to_dict() | {"method": method})
         return config
+
+    def _require_some_task(self) -> None:
+        """Refuse what no default method takes, whatever the base model turns out to be for.
+
+        Raises:
+            ValueError: what the default method of `task_type` says of it.
+        """
+        refusals = []
+        for method in dict.fromkeys((DEFAULT_METHODS[self.task_type], *DEFAULT_METHODS.values())):
+            try:
+                self._with_method(method)
+            except ValueError as error:
+                refusals.append(error)
+            else:
+                return
+        raise refusals[0] from None
 
     @classmethod
     def get_config_dict(

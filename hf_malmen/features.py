@@ -62,18 +62,21 @@ class FeatureCache:
 
     def make_room(self, protect: Collection[Key]) -> None:
         """Forget the oldest entries until the rest fits the memory, all but those of `protect`; write to disk."""
-        if self.disk is not None:
-            self.disk.flush()
+        self.flush()
         for key in list(self._entries):
             if self._n_bytes <= self.max_bytes:
                 return
             if key not in protect:
                 self._n_bytes -= _n_bytes(self._entries.pop(key))
 
-    def clear(self) -> None:
-        """Forget what is in memory. What is on disk comes back from there, bit for bit."""
+    def flush(self) -> None:
+        """Write what came in to disk, where there is one."""
         if self.disk is not None:
             self.disk.flush()
+
+    def clear(self) -> None:
+        """Forget what is in memory. What is on disk comes back from there, bit for bit."""
+        self.flush()
         self._entries.clear()
         self._n_bytes = 0
 

@@ -1,7 +1,6 @@
 """One least squares for several layers that write into the same hidden state: what they put out adds up."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -43,68 +42,53 @@ class JointLeastSquares:
         keys: Mapping[str, Tensor],  # {module name: U, (n, key_size)}
         differences: Tensor,  # D, (n, value_size)
         weight: float = 1.0,
-    ) -> "JointSolution":
-        """The minimiser at ρ = `weight`.
+    ) -> dict[str, Shift]:
+        """The minimiser at ρ = `weight`: {module name: S}, as factors over the n rows where these are small.
 
         Raises:
             NumericalError: a row that is not finite.
         """
-        whitened = [
-            torch.linalg.solve_triangular(factor, keys[name].to(factor).T, upper=False).T
-            for name, factor in self._factors.items()
-        ]
-        solver = RidgeLeastSquares(", ".join(self._factors))
-        rows = torch.cat(whitened, dim=1)
-        solver.add(rows, differences.to(rows))
-        return JointSolution(self._factors, rows, solver.solve(weight, in_place=True))
-
-
-@dataclass(frozen=True)
-class JointSolution:
-    """S₁ … S_m, and how ∂L/∂S₁ … ∂L/∂S_m reach the D that they were made of.
-
-    Attributes:
-        factors: {module name: L}, in the order of the layers' features in a row.
-        rows: L⁻¹u of all layers side by side, (n, Σ key_size).
-        solution: for these rows.
-    """
-
-    factors: Mapping[str, Tensor]
-    rows: Tensor
-    solution: PrimalSolution | DualSolution
-
-    @property
-    def shifts(self) -> dict[str, Shift]:
-        """{module name: S}, as factors over the n rows where these are small."""
-        solution, sizes = self.solution, self._sizes
+        solution = self._solution(self._rows(keys), differences, weight)
+        sizes = [len(factor) for factor in self._factors.values()]
         # P of S = PᵀD has rows, S has columns: either is split by layers, and put back from whitened to ordinary keys.
-        if isinstance(solution, DualSolution):
-            n_rows, value_size = solution.differences.shape
-            if is_small(n_rows, max(sizes), value_size):
-                parts = zip(self.factors.items(), solution.left.split(sizes, dim=1), strict=True)
-                return {name: factored(_unwhitened(factor, p.T).T, solution.differences) for (name, factor), p in parts}
-        parts = zip(self.factors.items(), solution.shift.split(sizes), strict=True)
+        if isinstance(solution, DualSolution) and is_small(len(differences), max(sizes), differences.shape[1]):
+            parts = zip(self._factors.items(), solution.left.split(sizes, dim=1), strict=True)
+            return {name: factored(_unwhitened(factor, p.T).T, solution.differences) for (name, factor), p in parts}
+        parts = zip(self._factors.items(), solution.shift.split(sizes), strict=True)
         return {name: dense(_unwhitened(factor, s)) for (name, factor), s in parts}
 
     def difference_gradient(
         self,
+        keys: Mapping[str, Tensor],  # {module name: U, (n, key_size)}
         shift_gradients: Mapping[str, Tensor],  # {module name: ∂L/∂S, (key_size, value_size)}
+        weight: float = 1.0,
     ) -> Tensor:  # (n, value_size)
-        """∂L/∂D, with the keys and what an edit is weighed against as constants."""
+        """∂L/∂D of the minimiser at ρ = `weight`, which is linear in D; keys and penalties are constants."""
+        rows = self._rows(keys)
         # S is L⁻ᵀ times the layer's part of the solution for whitened rows, whose gradient is L⁻¹∂L/∂S then.
         parts = [
             torch.linalg.solve_triangular(factor, shift_gradients[name].to(factor), upper=False)
-            for name, factor in self.factors.items()
+            for name, factor in self._factors.items()
         ]
-        adjoint = self.solution.adjoint(torch.cat(parts))
+        gradients = torch.cat(parts)
+        adjoint = self._solution(rows, rows.new_zeros(len(rows), gradients.shape[1]), weight).adjoint(gradients)
         if adjoint.row_gradients is not None:
             return adjoint.row_gradients
         assert adjoint.multiplier is not None  # for the type checker: one of the two is given
-        return self.rows @ adjoint.multiplier
+        return rows @ adjoint.multiplier
 
-    @property
-    def _sizes(self) -> list[int]:
-        return [len(factor) for factor in self.factors.values()]
+    def _rows(self, keys: Mapping[str, Tensor]) -> Tensor:  # (n, Σ key_size)
+        """Whitened keys of all layers side by side."""
+        whitened = [
+            torch.linalg.solve_triangular(factor, keys[name].to(factor).T, upper=False).T
+            for name, factor in self._factors.items()
+        ]
+        return torch.cat(whitened, dim=1)
+
+    def _solution(self, rows: Tensor, differences: Tensor, weight: float) -> PrimalSolution | DualSolution:
+        solver = RidgeLeastSquares(", ".join(self._factors))
+        solver.add(rows, differences.to(rows))
+        return solver.solve(weight, in_place=True)
 
 
 def _unwhitened(

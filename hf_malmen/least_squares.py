@@ -466,6 +466,7 @@ def _require_finite(tensor: Tensor, name: str, what: str) -> None:
     # The sum, since `isfinite` of a large matrix needs as much memory again: it is finite if all values are.
     if not torch.isfinite(tensor.sum()):
         raise NumericalError(
-            f"{name}: {what} are not finite. The editor's η for this layer may have grown too large, or the base model "
-            "overflows in its dtype; load it in bfloat16 or float32."
+            f"{name}: {what} are not finite. What the editor asks of this layer may have grown too large in training "
+            "(its η, say): train it with lower learning rates. Or the base model overflows in its dtype: load it in "
+            "bfloat16 or float32."
         )

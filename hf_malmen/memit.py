@@ -91,13 +91,13 @@ class Request:
             times without some of the words there. What a causal model has read at the subject is the same, and how it
             is asked for is not. Where the subject shares its token with what follows, or that token is the first, for
             which the second stands, there are no infixes, and what was read by then stays.
-        essence: "{subject} is a", which is asked for the token that follows.
+        essence: "{subject} is a", which is asked for the token that follows; None where that does not count.
     """
 
     prompt: str
     asked: list[Lookup]
     varied: list[Lookup]
-    essence: Lookup
+    essence: Lookup | None
 
 
 def tokenize_facts(facts: Sequence[Fact], tokenize: Tokenizer, config: EditorConfig) -> list[Request]:
@@ -142,6 +142,8 @@ def _request(fact: Fact, tokenize: Tokenizer, config: EditorConfig) -> Request:
         infixes = [""] * len(infixes)  # there is no place for one that leaves what was read as it is
     variants = _variants(prompt, prompt[end:], infixes, config.n_word_dropouts)
     varied = [lookup(prompt[:end] + other, end) for other in variants]
+    if not config.kl_weight:
+        return Request(prompt, asked, varied, None)
     read = prompt[begin:end]
     essence = lookup(ESSENCE.format(read.removesuffix(" is")), len(read))
     prompt_ids = essence.sequence.prompt_ids
@@ -254,7 +256,7 @@ def _find_moves_of_batch(
     room: float,
 ) -> Tensor:  # (n_facts, hidden_size)
     texts = list(zip(*([*request.asked, *request.varied] for request in requests), strict=True))
-    essences = [request.essence for request in requests]
+    essences = [request.essence for request in requests if request.essence is not None]
     n_chosen = min(config.texts_per_step or len(texts), len(texts))
     answers = [_steered_answers(model, tokenize, lookups, block) for lookups in texts]
     size = states.shape[1]
@@ -262,7 +264,7 @@ def _find_moves_of_batch(
     moves = torch.zeros_like(states, requires_grad=True)  # in these units
     optimizer = torch.optim.Adam([moves], lr=share * config.edit_lr)
     before: Tensor | None = None
-    if config.kl_weight:  # without it these passes, a third or more of all, have no part in the result
+    if essences:  # without it these passes, a third or more of all, have no part in the result
         describe = _steered_answers(model, tokenize, essences, block)
         with torch.no_grad():
             before = _log_probabilities(describe(moves)[0])

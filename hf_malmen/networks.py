@@ -76,6 +76,7 @@ class EditorNetworks(PreTrainedModel):
     main_input_name = "keys"
 
     def __init__(self, config: EditorConfig) -> None:
+        config = config.resolved(config.task_type) if config.method is None else config
         super().__init__(config)
         if not config.module_shapes or set(config.target_modules or ()) != set(config.module_shapes):
             raise ValueError(

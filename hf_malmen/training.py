@@ -37,7 +37,7 @@ from .facts import Fact, load_facts, ordinary_sentences, require_fields
 from .features import FeatureCache, FeatureFolder, features_fingerprint
 from .losses import cross_entropy, kl_divergence
 from .makers import check_readable
-from .memit import MOVE_FIELDS, tokenize_facts
+from .memit import tokenize_facts
 from .model_card import EditorRun, write_editor_card
 from .modeling import EditorModel
 from .passes import FrozenPasses
@@ -460,7 +460,13 @@ class EditorTrainer(Trainer):
             requests = tokenize_facts(facts, self.tokenize, self.editor.config)
             self.passes.begin_step((), rephrases, unrelated)
             return StepOfMoves(
-                self.editor, self.base_model, self.tokenize, requests, self.passes.moves, self.args.lm_batch_size
+                self.editor,
+                self.base_model,
+                self.tokenize,
+                requests,
+                self.passes.moves,
+                self._train_batch_size * self.args.world_size,
+                self.args.lm_batch_size,
             )
         edits = _own([self.tokenize.edit(fact) for fact in facts])
         self.passes.begin_step(edits, rephrases, unrelated)
@@ -570,7 +576,7 @@ class EditorTrainer(Trainer):
         names, selection = editor.module_names, editor.config.traced_tokens
         disk = None
         if self.args.trunk_cache_dir:
-            fingerprint = features_fingerprint(self.base_model, names, selection, *_search_settings(editor.config))
+            fingerprint = features_fingerprint(self.base_model, names, selection)
             disk = FeatureFolder(self.args.trunk_cache_dir, int(self.args.trunk_cache_dir_gib * 2**30), fingerprint)
         features = FeatureCache(int(self.args.trunk_cache_gib * 2**30), disk)
 
@@ -729,11 +735,6 @@ def _require_metric(name: str, facts: Sequence[Fact] | Mapping[str, Sequence[Fac
             f"EditorTrainingArguments.metric_for_best_model is {name!r}; evaluation of these held-out facts gives "
             f"{', '.join(given)}. Name one of them, or give facts that have what it measures, such as rephrases."
         )
-
-
-def _search_settings(config: EditorConfig) -> list[Any]:
-    """What moves that were found depend on besides their facts; nothing where none are sought."""
-    return [(name, getattr(config, name)) for name in MOVE_FIELDS] if config.value_differences == "moves" else []
 
 
 def _is_scale(name: str) -> bool:

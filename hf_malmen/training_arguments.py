@@ -71,7 +71,9 @@ class EditorTrainingArguments(TrainingArguments):
         trunk_cache_gib: memory for what the base model computes whatever the edit: outputs of the blocks below the
             edited ones, keys and value gradients of facts, and the answers to unrelated prompts before the edit. Within
             a step each is computed once a sequence; what fits is kept for the next epoch too. Changes memory and speed,
-            not the result.
+            not the result. The targets that `"malmit"` seeks, one hidden state a fact, are kept in any case, up to the
+            next checkpoint: as a run that resumes from it has to, a run that goes on seeks them again, unless they are
+            on disk.
         trunk_cache_dir: folder that keeps them from run to run as safetensors files, None for none. Runs on the same
             base model and layers share it; another model's files are left alone, damaged ones reported and not used.
         trunk_cache_dir_gib: the most that the files of that folder may take.

@@ -12,9 +12,10 @@ from transformers.utils import logging
 
 from . import distributed
 from .batches import Tokenizer
+from .configuration import EditorConfig
 from .features import FeatureCache, Key, sequence_key
 from .least_squares import Solution
-from .memit import Request, find_moves
+from .memit import MOVE_FIELDS, Request, find_moves
 from .networks import EditorNetworks
 from .shifts import materialise
 from .tracing import Factors, Trace, input_device
@@ -82,9 +83,9 @@ class StepOfRows:
 class StepOfMoves:
     """Moves of hidden states are sought, changed by the network, and written by all layers together.
 
-    The gradient takes the keys of the edited model, at which the last of the solves is made, for constants. What the
-    layers are asked for there is the goals less what the model has, plus what they put out by then: it goes with the
-    goals one to one.
+    The gradient takes the keys of the edited model, at which the last of the solves is made, for constants, and is that
+    of where these solves lead (`Writer.goal_gradient`). So it is exact with one solve that goes all the way, and else
+    but for how goals move the keys of later layers, and for what is left to go.
 
     Args:
         editor: the editor.
@@ -93,6 +94,8 @@ class StepOfMoves:
         requests: the facts; the same on every process, each of which seeks the moves of its part.
         features: where moves that were found are kept: they are of the unedited model, and the editor has no part in
             them.
+        n_facts: of a full step. One of fewer facts, as the last of an epoch, seeks moves of the same length, so that
+            all are sought once.
         batch_size: facts a pass of the language model.
     """
 
@@ -103,10 +106,11 @@ class StepOfMoves:
         tokenize: Tokenizer,
         requests: Sequence[Request],
         features: FeatureCache,
+        n_facts: int,
         batch_size: int,
     ) -> None:
         self._editor = editor
-        writer = Writer(
+        self._writer = writer = Writer(
             model,
             tokenize,
             requests,
@@ -127,18 +131,18 @@ class StepOfMoves:
                     model, tokenize, sought, states, writer.block, editor.config, batch_size, bar.update, room=room
                 )
 
-        room = room_of(writer.n_crowded, writer.n_features, editor.config.crowding)
+        room = room_of(max(n_facts, len(requests)), writer.n_features, editor.config.crowding)
         with distributed.together():
             own = distributed.stretch(range(len(requests)), [1] * len(requests))
-            moves = _kept_moves(features, [move_key(requests[i], room) for i in own], own, self._states, find)
+            keys = [move_key(requests[i], room, editor.config) for i in own]
+            moves = _kept_moves(features, keys, own, self._states, find)
         self._moves = torch.cat(distributed.gather_rows(moves))
         with torch.no_grad():
             goals = self._states + editor.refine(self._states, self._moves)
-            self._solution = writer.solve(writer.keys, self._states, goals, {})
+            shifts, self._keys = writer.solve(writer.keys, self._states, goals, {})
         device, dtype = input_device(model), self._states.dtype
         self.leaves = {
-            name: materialise(shift, True).to(device, dtype).requires_grad_(True)
-            for name, shift in self._solution.shifts.items()
+            name: materialise(shift, True).to(device, dtype).requires_grad_(True) for name, shift in shifts.items()
         }
         self.after: dict[str, Tensor | Factors] = dict(self.leaves)
 
@@ -147,24 +151,26 @@ class StepOfMoves:
         return self.leaves[name].detach()
 
     def backward(self, gradients: Mapping[str, Tensor]) -> None:
-        """By the adjoint of the last solve and a replay of the network."""
+        """By the adjoint of the solves and a replay of the network."""
         pooled = {name: distributed.add_up(gradient) for name, gradient in gradients.items()}
         with distributed.gradients_added_up(self._editor.parameters()):
             if distributed.is_main():  # all processes have all facts: they count once
                 with torch.enable_grad():
                     moves = self._editor.refine(self._states, self._moves)
-                    (moves * self._solution.difference_gradient(pooled).to(moves)).sum().backward()
+                    (moves * self._writer.goal_gradient(self._keys, pooled).to(moves)).sum().backward()
 
 
-def move_key(request: Request, room: float) -> Key:
-    """Where the move of a fact is kept.
+def move_key(request: Request, room: float, config: EditorConfig) -> Key:
+    """Where the move of a fact is kept: by all that it depends on but the model.
 
     Args:
         request: the fact.
         room: of `find_moves`.
+        config: the search's settings. A list of texts is no part of a key, so that they are taken as they print.
     """
     kind, sequence = sequence_key("move", request.asked[0].sequence)
-    return kind, (sequence, request.asked[0].position, room)
+    settings = repr([getattr(config, name) for name in MOVE_FIELDS])
+    return kind, (sequence, request.asked[0].position, room, settings)
 
 
 def _kept_moves(
@@ -189,6 +195,7 @@ def _kept_moves(
         for key, move in zip(missing, find(list(missing.values())), strict=True):
             kept[key] = (move.clone(),)  # of its own, or it would keep all of them
             features.put(key, (move.clone(),))
+        features.flush()  # dear as they are
     rows = [found[0] for key in keys if (found := kept[key]) is not None]
     return torch.stack(rows) if rows else states[:0]
 

@@ -15,7 +15,7 @@ from .batches import IGNORED, Tokenizer, TokenSequence
 from .configuration import EditorConfig
 from .errors import ModelMismatchError
 from .facts import Fact
-from .joint_least_squares import JointLeastSquares, JointSolution
+from .joint_least_squares import JointLeastSquares
 from .least_squares import SOLVE_DTYPE, solve_device
 from .memit import Lookup, Request, find_moves, tokenize_facts
 from .shifts import Shift, add, materialise
@@ -111,7 +111,7 @@ class Writer:
         goals: Tensor,  # (n_facts, hidden_size)
         before: Mapping[str, Shift],
         title: str = "Writing",
-    ) -> JointSolution:
+    ) -> tuple[dict[str, Shift], Mapping[str, Tensor]]:
         """What takes hidden states to `goals`, in `n_solves` steps.
 
         With h' what the model, as edited so far, has in the place of the goals, and U_l its keys there,
@@ -127,18 +127,30 @@ class Writer:
             goals: where the states should be.
             before: shifts in force.
             title: of the progress bar.
+
+        Returns:
+            The shifts, and the keys that the last step was made at.
         """
-        solution: JointSolution | None = None
+        newest: dict[str, Shift] = {}
         for _ in logging.tqdm(range(self.config.n_solves), desc=title, unit=" solves", leave=False):
-            newest = solution.shifts if solution is not None else {}
             if newest:
                 keys, states = self.read(before, newest)
             wanted = self.config.relaxation * (goals - states)
             for name, shift in newest.items():
                 wanted += keys[name] @ materialise(shift, True).to(keys[name])
-            solution = self._solver.solve(keys, wanted, self.config.relaxation)
-        assert solution is not None  # for the type checker: there is at least one step
-        return solution
+            newest = self._solver.solve(keys, wanted, self.config.relaxation)
+        return newest, keys
+
+    def goal_gradient(
+        self,
+        keys: Mapping[str, Tensor],
+        shift_gradients: Mapping[str, Tensor],  # {module name: ∂L/∂S, (key_size, value_size)}
+    ) -> Tensor:  # (n_facts, hidden_size)
+        """∂L/∂goals of where the steps of `solve` lead, at keys that stay as they are from then on:
+
+        S = argmin ‖Σ_l U_l S_l − (goals − h)‖² + Σ_l tr(S_lᵀ (κ C_l + λI) S_l), with h as if S were 0
+        """
+        return self._solver.difference_gradient(keys, shift_gradients)
 
 
 def read_lookups(
@@ -250,7 +262,8 @@ def write_targets(
                 room=room,
             )
         goals[sought] += refine(states[sought], moves)
-        shifts = _added(shifts, writer.solve(keys, states, goals, shifts, f"Writing, pass {number}").shifts)
+        newest, _ = writer.solve(keys, states, goals, shifts, f"Writing, pass {number}")
+        shifts = _added(shifts, newest)
     return shifts, writer.read(shifts)[0] if config.follows_edits else {}
 
 
@@ -337,6 +350,6 @@ def _check_sizes(config: EditorConfig, module_names: Sequence[str], hidden_size:
         value_size = config.shape_of(name)[1]
         if value_size != hidden_size:
             raise ModelMismatchError(
-                f"{name} puts out {value_size} features, and the hidden state has {hidden_size}. Method 'memit' "
+                f"{name} puts out {value_size} features, and the hidden state has {hidden_size}. Method {config.method!r} "
                 "edits layers that write into the hidden state, such as the second feed-forward linear."
             )

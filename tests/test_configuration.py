@@ -38,6 +38,16 @@ def test_without_a_method_the_task_decides(task_type: str, method: str, rank: in
     assert EditorConfig(method="memit", layers_to_transform=[1]).resolved("CAUSAL_LM").method == "memit"
 
 
+def test_what_one_task_takes_waits_for_the_model() -> None:
+    """A field that only the default method of other tasks has is refused once the task is known, with the way out."""
+    config = EditorConfig(n_preserved_keys=4)
+    assert config.resolved("SEQ_CLS").n_preserved_keys == 4
+    with pytest.raises(
+        ValueError, match=r"allowed with method 'malmit': 0\..*EditorConfig\(method='malmen'\) is the pap"
+    ):
+        config.resolved("CAUSAL_LM")
+
+
 def test_a_method_decides_tokens_and_aggregation_unless_told() -> None:
     """MEND traces all tokens and sums; an explicit token selection wins over the method's."""
     assert {"malmen", "mend", "ultraedit", "stableedit"} <= set(METHODS)

@@ -30,7 +30,7 @@ def test_equals_a_dense_least_squares(n_rows: int) -> None:
     rows = torch.cat((torch.cat(list(keys.values()), dim=1).double(), 0.3**0.5 * root))
     wanted = torch.cat((differences.double(), torch.zeros(len(root), 5, dtype=torch.float64)))
     expected = torch.linalg.lstsq(rows, wanted).solution.split(list(SIZES.values()))
-    found = JointLeastSquares(penalties).solve(keys, differences, weight=0.3).shifts
+    found = JointLeastSquares(penalties).solve(keys, differences, weight=0.3)
     assert list(found) == list(SIZES)
     for shift, solution in zip(found.values(), expected, strict=True):
         torch.testing.assert_close(materialise(shift, True).double(), solution, rtol=1e-5, atol=1e-6)
@@ -39,7 +39,7 @@ def test_equals_a_dense_least_squares(n_rows: int) -> None:
 def test_few_rows_are_kept_as_factors() -> None:
     """Of as many rows as there are."""
     keys, differences, penalties = case(3)
-    for shift in JointLeastSquares(penalties).solve(keys, differences).shifts.values():
+    for shift in JointLeastSquares(penalties).solve(keys, differences).values():
         assert isinstance(shift, FactoredShift)
         assert len(shift.left) == 3
 

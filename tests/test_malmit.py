@@ -12,7 +12,15 @@ from torch.func import functional_call
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import hf_malmen.training_steps
-from hf_malmen import EditorConfig, EditorModel, EditorTrainer, Fact, FactError, UntrainedEditorWarning
+from hf_malmen import (
+    EditorConfig,
+    EditorModel,
+    EditorTrainer,
+    Fact,
+    FactError,
+    ModelMismatchError,
+    UntrainedEditorWarning,
+)
 from hf_malmen.memit import find_moves, tokenize_facts
 from hf_malmen.tracing import frozen
 from hf_malmen.writing import Writer
@@ -143,6 +151,23 @@ def test_gradient_equals_autograd(
             assert float((parameter.grad - expected[name]).norm()) <= 1e-5 * float(expected[name].norm()), name
 
 
+def test_gradient_is_that_of_where_the_solves_lead(
+    tokenizer: PreTrainedTokenizerFast,
+    make_llama: Callable[..., PreTrainedModel],
+    make_long_facts: Callable[..., list[Fact]],
+    make_trainer: Callable[..., EditorTrainer],
+) -> None:
+    """The keys of one edited layer do not change: many short steps come to one that goes all the way."""
+    model, facts = make_llama(torch.float64), make_long_facts(5)
+    editor = build(model, tokenizer, layers_to_transform=[1], n_solves=80, relaxation=0.4, preservation=30.0)
+    loss, expected = dense_loss_and_gradients(editor, model, tokenizer, facts)
+    trainer = make_trainer(editor, model, facts, rephrases_per_fact=2, locality_weight=LOCALITY_WEIGHT)
+    assert step(trainer, facts) == pytest.approx(loss, rel=1e-6)
+    for name, parameter in editor.named_parameters():
+        assert parameter.grad is not None, name
+        assert float((parameter.grad - expected[name]).norm()) <= 1e-5 * float(expected[name].norm()), name
+
+
 def test_untrained_it_is_memit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, facts: list[Fact]) -> None:
     """The network starts as the identity, so that one pass of `memit` is what comes out, bit for bit."""
     editor = build(model, tokenizer, seed=None)
@@ -186,7 +211,8 @@ def test_moves_are_sought_once_a_fact(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """Also of a run that comes later, where the first has left them on disk; not those of other settings."""
+    """Also in a step of fewer facts, and in a run that comes later, where the first has left them on disk; not those of
+    other settings."""
     sought: list[int] = []
     plain = hf_malmen.training_steps.find_moves
 
@@ -196,12 +222,18 @@ def test_moves_are_sought_once_a_fact(
 
     monkeypatch.setattr("hf_malmen.training_steps.find_moves", counted)
 
-    def train(**config: Any) -> EditorModel:
-        editor = build(model, tokenizer, seed=None, **config)
-        settings = {"max_steps": 4, "per_device_train_batch_size": 4, "trunk_cache_dir": str(tmp_path / "cache")}
+    def train(max_steps: int = 6, **config: Any) -> EditorModel:
+        editor = build(model, tokenizer, seed=None, crowding=0.5, **config)
+        settings = {
+            "max_steps": max_steps,
+            "per_device_train_batch_size": 3,
+            "trunk_cache_dir": str(tmp_path / "cache"),
+        }
         make_trainer(editor, model, facts, **settings).train()
         return editor
 
+    train(max_steps=1)
+    assert sum(sought) == 3
     first = train()
     assert sum(sought) == len(facts)
     again = train()
@@ -252,8 +284,10 @@ def test_what_has_read_nothing_says_so(
     with pytest.warns(UntrainedEditorWarning, match="has read no text"):
         edit = editor.apply(model, facts, tokenizer)
     edit.undo()
-    with pytest.raises(ValueError, match="allowed with method 'malmit': 0"):
-        EditorConfig(n_preserved_keys=4)
+    with pytest.raises(ModelMismatchError, match=r"for 'CAUSAL_LM'\. Leave task_type out"):
+        EditorModel.from_base(model, EditorConfig(task_type="SEQ_CLS"))
+    made = EditorModel(EditorConfig(target_modules=["a"], module_shapes={"a": [4, 2]}))
+    assert made.config.method == "malmit"
 
 
 def test_sequences_are_refused(
@@ -265,3 +299,32 @@ def test_sequences_are_refused(
     """Targets are of the unedited model."""
     with pytest.raises(ValueError, match=r"is_sequential is True; expected False with method 'malmit'"):
         make_trainer(build(model, tokenizer), model, facts, is_sequential=True)
+
+
+def test_resumed_it_ends_with_the_bits_of_a_run_that_went_on(
+    model: PreTrainedModel,
+    facts: list[Fact],
+    make_trainer: Callable[..., EditorTrainer],
+    tmp_path: Path,
+) -> None:
+    """Its covariance comes with the checkpoint; moves that were found before it are sought again by both."""
+
+    def trainer_for(folder: str) -> EditorTrainer:
+        torch.manual_seed(0)
+        settings = {"max_steps": 6, "save_steps": 3, "per_device_train_batch_size": 3, "learning_rate": 1e-3}
+        return make_trainer(
+            EditorModel.from_base(model, EditorConfig(**SETTINGS)),
+            model,
+            facts,
+            output_dir=tmp_path / folder,
+            **settings,
+        )
+
+    whole = trainer_for("whole")
+    whole.train()
+    resumed = trainer_for("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    state = whole.editor.state_dict()
+    assert any(name.startswith("covariances") for name in state)
+    for name, value in resumed.editor.state_dict().items():
+        assert torch.equal(value, state[name]), name

@@ -293,11 +293,13 @@ def test_texts_of_a_fact_share_what_was_read_where_it_is_written(
     tokenizer: PreTrainedTokenizerFast, prompt: str, read: str
 ) -> None:
     """Also where the subject is the first token and the second one stands for it, which no other text may replace."""
-    config = EditorConfig(method="memit", context_prefixes=CONTEXTS, context_infixes=INFIXES, n_word_dropouts=8)
+    texts = {"context_prefixes": CONTEXTS, "context_infixes": INFIXES, "n_word_dropouts": 8}
+    config = EditorConfig(method="memit", kl_weight=0.1, **texts)
     tokenize = Tokenizer(tokenizer, config)
     facts = [Fact(prompt, "Italy", subject="Lyon"), AT_SUBJECT[0]]
     request, other = tokenize_facts(facts, tokenize, config)
     assert [len(request.asked), len(request.varied)] == [len(other.asked), len(other.varied)]
+    assert request.essence is not None
     for lookup in (request.asked[0], *request.varied, request.essence):
         assert tokenizer.decode(lookup.until_subject.input_ids) == read
     for prefix, lookup in zip(CONTEXTS, request.asked[1:], strict=True):
