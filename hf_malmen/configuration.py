@@ -180,6 +180,8 @@ METHODS: dict[str, Method] = {
         },
     ),
 }
+# How far a search must be able to go: shorter moves change no answer, and what is meant is the η of another method.
+_LEAST_REACH = 0.05
 # Of a method that says nothing else.
 _DEFAULTS = {"rank": 512, "n_blocks": 2, "edit_lr": 1e-6, "ridge": 1.0, "preservation": 100.0}
 # Fields of methods that find something by gradient descent on the facts: {name: the least value of a whole number, or
@@ -548,6 +550,7 @@ class EditorConfig(PreTrainedConfig):
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ValueError(f"EditorConfig.{name} is {value!r}; allowed: a finite number above 0.")
         self._check_descent()
+        self._check_search()
 
     def _check_descent(self) -> None:
         """Those fields of descending methods that this one has, and no value in the others."""
@@ -573,6 +576,23 @@ class EditorConfig(PreTrainedConfig):
                     f"EditorConfig.{name} is {texts!r}; allowed: None, or with method {having} a list of texts that "
                     "are not empty."
                 )
+
+    def _check_search(self) -> None:
+        """What means something else to methods that trace rows, or nothing to those that search."""
+        if self.maker != "memit":
+            return
+        if self.token_selection is not None:
+            raise ValueError(
+                f"EditorConfig.token_selection is {self.token_selection!r}; allowed with method {self.method!r}, which "
+                "always looks at the last token of subjects: nothing."
+            )
+        reach = self.n_steps * self.edit_lr
+        if reach < _LEAST_REACH:
+            raise ValueError(
+                f"EditorConfig.edit_lr is {self.edit_lr!r}; with method {self.method!r} it is the length of a step to "
+                f"a target, of which {self.n_steps} go no further than {reach:.2g} times the hidden state's length. "
+                f"Allowed: at least {_LEAST_REACH} / n_steps; the default is {self._method.defaults['edit_lr']}."
+            )
 
     def _check_targets(self) -> None:
         targets = self.target_modules

@@ -350,6 +350,6 @@ def _check_sizes(config: EditorConfig, module_names: Sequence[str], hidden_size:
         value_size = config.shape_of(name)[1]
         if value_size != hidden_size:
             raise ModelMismatchError(
-                f"{name} puts out {value_size} features, and the hidden state has {hidden_size}. Method {config.method!r} "
-                "edits layers that write into the hidden state, such as the second feed-forward linear."
+                f"{name} puts out {value_size} features, and the hidden state has {hidden_size}. Method "
+                f"{config.method!r} edits layers that write into it, such as the second feed-forward linear."
             )

@@ -38,6 +38,16 @@ def test_without_a_method_the_task_decides(task_type: str, method: str, rank: in
     assert EditorConfig(method="memit", layers_to_transform=[1]).resolved("CAUSAL_LM").method == "memit"
 
 
+@pytest.mark.parametrize("method", ["malmit", "memit"])
+def test_settings_of_rows_are_no_settings_of_a_search(method: str) -> None:
+    """An η of the other methods would be a step that leads nowhere, and traced tokens would change nothing."""
+    with pytest.raises(ValueError, match=r"edit_lr is 0.001; .* 12 go no further than 0.012 times .* default is 0.5"):
+        EditorConfig(method=method, edit_lr=1e-3)
+    with pytest.raises(ValueError, match=r"token_selection is 'answer'; allowed .*: nothing"):
+        EditorConfig(method=method, token_selection="answer")
+    assert EditorConfig(token_selection="answer", edit_lr=1e-3).resolved("SEQ_CLS").traced_tokens == "answer"
+
+
 def test_what_one_task_takes_waits_for_the_model() -> None:
     """A field that only the default method of other tasks has is refused once the task is known, with the way out."""
     config = EditorConfig(n_preserved_keys=4)
