@@ -144,7 +144,7 @@ METHODS: dict[str, Method] = {
         key_covariance="optional",
         blocks="early",
         task_types=("CAUSAL_LM",),
-        defaults=_MEMIT | {"rank": 1024, "n_blocks": 1, "n_passes": 1},
+        defaults=_MEMIT | {"rank": 1024, "n_blocks": 1},
     ),
     "memit": Method(
         "answer",
@@ -253,9 +253,9 @@ class EditorConfig(PreTrainedConfig):
         n_steps: how often the loss of each fact is differentiated, of methods that descend on it: steps to its target
             (`"memit"`: 12), passes over all facts (`"ft"`: 10). What is said of `"memit"` here and below holds for
             `"malmit"` too, where both are not named.
-        n_passes: `"memit"`: how often targets are sought and written (2, of `"malmit"` 1): first of all facts, then of
-            those that the model, as the passes before have edited it, does not answer yet, with steps and moves half
-            as long.
+        n_passes: `"memit"`: how often targets are sought and written (2): first of all facts, then of those that the
+            model, as the passes before have edited it, does not answer yet, with steps and moves half as long. Training
+            of `"malmit"` judges the first; its network serves all.
         n_solves: `"memit"`: in how many steps the layers, all together, write the targets of a pass (8). With 1 and a
             `relaxation` of 1: one least squares at the keys of the model as it is.
         relaxation: `"memit"`: the part of what is left of the way that each of these steps asks for (0.4).

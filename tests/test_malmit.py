@@ -169,11 +169,11 @@ def test_gradient_is_that_of_where_the_solves_lead(
 
 
 def test_untrained_it_is_memit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, facts: list[Fact]) -> None:
-    """The network starts as the identity, so that one pass of `memit` is what comes out, bit for bit."""
+    """The network starts as the identity, so that what `memit` does is what comes out, bit for bit."""
     editor = build(model, tokenizer, seed=None)
     assert not editor.is_trained
     settings = {name: value for name, value in SETTINGS.items() if name != "rank"}
-    memit = EditorModel.from_base(model, EditorConfig(method="memit", n_passes=1, **settings))
+    memit = EditorModel.from_base(model, EditorConfig(method="memit", **settings))
     memit.collect_covariance(model, TEXTS, tokenizer)
     expected = memit.make_edit(model, facts, tokenizer).shifts
     for name, shift in editor.make_edit(model, facts, tokenizer).shifts.items():
