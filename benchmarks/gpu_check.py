@@ -71,9 +71,10 @@ def check(method: str, device: str) -> list[list[str]]:
     settings: dict[str, Any] = {"edit_lr": 1e-2} if METHODS[method].maker == "rows" else {}
     if METHODS[method].is_trained:
         settings |= {"rank": 16, "n_blocks": 2}
-        settings |= {"n_preserved_keys": 8} if METHODS[method].aggregation == "least_squares" else {}
+        keeps_keys = METHODS[method].maker == "rows" and METHODS[method].aggregation == "least_squares"
+        settings |= {"n_preserved_keys": 8} if keeps_keys else {}
     editor = EditorModel.from_base(models["cpu"], EditorConfig(method=method, **settings))
-    if METHODS[method].key_covariance == "required":
+    if METHODS[method].maker == "memit":
         editor.collect_covariance(models["cpu"], [fact["prompt"] for fact in facts(200, 32)], tokenizer)
     chosen = load_facts(list(facts(N_FACTS, N_TOKENS)))
     if METHODS[method].is_trained:

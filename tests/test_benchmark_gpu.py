@@ -85,7 +85,7 @@ def test_devices_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
         patch.syspath_prepend(str(BENCHMARKS))
         import gpu_check
 
-        patch.setattr(sys, "argv", ["gpu_check.py", "--device", "cpu", "--methods", "malmen", "memit"])
+        patch.setattr(sys, "argv", ["gpu_check.py", "--device", "cpu", "--methods", "malmen", "malmit", "memit"])
         gpu_check.main()
         rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| malmen", "| memit"))]
         assert len(rows) == 8
