@@ -356,7 +356,7 @@ def write_recipe(path: Path, **changes: Any) -> Path:
         "train_facts": "facts.jsonl",
         "eval_facts": "facts.jsonl",
         "max_eval_facts": 4,
-        "editor": {"rank": 4, "edit_lr": 1e-3, "target_modules": ["mlp.down_proj"]},
+        "editor": {"method": "malmen", "rank": 4, "edit_lr": 1e-3, "target_modules": ["mlp.down_proj"]},
         "training": {
             "output_dir": str(path.parent / "editor"),
             "max_steps": 2,
@@ -395,7 +395,7 @@ def test_train(call: Callable[..., Done], tmp_path: Path) -> None:
     assert "| locality " in card
     assert call("evaluate", tmp_path / "editor", "model", "facts.jsonl").code == 0
 
-    editor = {"rank": 4, "edit_lr": 1e-3, "target_modules": ["mlp.up_proj"]}
+    editor = {"method": "malmen", "rank": 4, "edit_lr": 1e-3, "target_modules": ["mlp.up_proj"]}
     other = write_recipe(tmp_path / "other.yaml", editor=editor)
     saved = below(tmp_path / "editor")
     done = call("train", "--config", other, "--resume", "--max-steps", 3)

@@ -218,7 +218,7 @@ def test_text_is_read_beforehand(
     content = yaml.safe_load((home / "compare.yaml").read_text(encoding="utf-8"))
     content |= {"sizes": [4], "turns": 0, "output_dir": str(tmp_path / "out"), "n_covariance_tokens": 20}
     content["editor"] = {"target_modules": ["mlp.down_proj"]}
-    content["methods"] = {method: {"editor": {"n_steps": 2}, "search": {"edit_lr": [0.01, 0.1]}}}
+    content["methods"] = {method: {"editor": {"n_steps": 2}, "search": {"edit_lr": [0.03, 0.1]}}}
     content["covariance_texts"] = texts and str(home / texts)
     (tmp_path / "compare.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     results = run_comparison(load_comparison(tmp_path / "compare.yaml"), lambda _: None, Runner())
@@ -517,12 +517,16 @@ def test_settings_are_checked(home: Path, tmp_path: Path, change: dict[str, Any]
         ("ultraedit", {"search": {"method": {"choices": ["memit", "ft"]}}}, "search.method is .* expected none"),
         ("ultraedit", {"search": {"use_chat_template": {"choices": [True]}}}, "search: use_chat_template is the same"),
         ("ultraedit", {"search": {"n_steps": [1, 4]}}, "search.n_steps: EditorConfig.n_steps is 1; allowed: nothing"),
-        ("memit", {"search": {"n_steps": [2, 4.5]}}, "search.n_steps: EditorConfig.n_steps is 4.5; allowed: a whole"),
+        (
+            "memit",
+            {"editor": {"edit_lr": 0.5}, "search": {"n_steps": [2, 4.5]}},
+            "search.n_steps: EditorConfig.n_steps is 4.5; allowed: a whole",
+        ),
         ("ultraedit", {"search": {"statistics": {"choices": ["frozen", "warm"]}}}, "statistics is 'warm'; allowed"),
         ("ft", {"search": {"layers_to_transform": [1, 3]}}, "layers_to_transform is no single number"),
         (
             "memit",
-            {"accumulate": True},
+            {"editor": {"edit_lr": 0.5}, "accumulate": True},
             "accumulate is for editors whose rows do not depend .* 'memit' do; leave it out",
         ),
         ("ultraedit", {"accumulate": True}, "'ultraedit' do; give it statistics: frozen, or leave it out"),

@@ -81,7 +81,7 @@ def save_inputs(folder: Path, model: Any, tokenizer: Any, facts: list[Fact]) -> 
         "base_model": str(folder / "base"),
         "train_facts": str(folder / "facts.jsonl"),
         "eval_facts": str(folder / "facts.jsonl"),
-        "editor": {"rank": 4, "edit_lr": 1e-3, "target_modules": ["mlp.down_proj"]},
+        "editor": {"method": "malmen", "rank": 4, "edit_lr": 1e-3, "target_modules": ["mlp.down_proj"]},
         "training": {**training, "output_dir": str(folder / "editor"), "save_strategy": "no", "report_to": "none"},
     }
 
