@@ -117,8 +117,9 @@ def tokenize_facts(facts: Sequence[Fact], tokenize: Tokenizer, config: EditorCon
         )
     elif any(not fact.subject for fact in facts):
         logger.warning_once(
-            "Some facts have no subject, and are written where their prompts end, from where they carry over to fewer "
-            "rephrases. Give them a subject, as their prompts spell it."
+            "Some facts have no subject, and are written where their prompts end, from where few rephrases follow and "
+            "other answers change. Give them a subject, as their prompts spell it, or train an editor of method "
+            "'malmen', which needs none."
         )
     return [_request(fact, tokenize, config) for fact in facts]
 
